@@ -1,0 +1,32 @@
+# `make demo` and `make test` do everything, on a fresh machine too.
+
+PYTHON ?= python3
+BACKEND ?= jax
+BACKENDS ?= jax tensorflow torch
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint setup clean
+
+setup: $(VENV)/.installed
+
+# PyTorch goes first and alone: a CPU build that is at hand is then not replaced
+# by a larger one.
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable ".[jax,tensorflow,torch,data,test]"
+	touch $@
+
+demo: setup
+	KERAS_BACKEND=$(BACKEND) TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python examples/quickstart.py
+
+test: setup lint
+	$(BIN)/python tests/run_backends.py $(BACKENDS)
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,7 @@
+"""The hot paths, one folder each, and the one file that branches on the backend."""
+
+from keras_ebft.kernels.linear_logprob import linear_logprob
+from keras_ebft.kernels.linear_sample import linear_sample
+from keras_ebft.kernels.strided_attention import strided_attention
+
+__all__ = ["linear_logprob", "linear_sample", "strided_attention"]

@@ -1,0 +1,28 @@
+"""Log-probability of given tokens under the output head, without all logits."""
+
+from keras_ebft.kernels.linear_logprob.chunked import linear_logprob_chunked
+
+
+def linear_logprob(hidden, head, labels, *, temperature=1.0, soft_cap=None):
+    """Log-probability of each label, and the entropy of its distribution.
+
+        z = cap(hidden head^T) / temperature
+        log_prob = z[label] - logsumexp(z)
+        entropy  = logsumexp(z) - sum_v softmax(z)_v z_v
+
+    with `cap(x) = soft_cap * tanh(x / soft_cap)`. Both have gradients with
+    respect to `hidden` and `head`.
+
+    Args:
+        hidden: float tensor `[R, D]`, final hidden states.
+        head: float tensor `[V, D]`, the output projection.
+        labels: int32 tensor `[R]`.
+        temperature: float.
+        soft_cap: float or `None`.
+
+    Returns:
+        `(log_prob, entropy)`, each float32 `[R]`, in nats.
+    """
+    return linear_logprob_chunked(
+        hidden, head, labels, temperature=temperature, soft_cap=soft_cap
+    )

@@ -1,0 +1,52 @@
+"""Attention of generated tokens to their document's prefix and their own block."""
+
+from keras_ebft.kernels.strided_attention.tiled import strided_attention_tiled
+
+
+def strided_attention(
+    query,
+    key,
+    value,
+    document_key=None,
+    document_value=None,
+    anchors=None,
+    *,
+    scale,
+    query_offset=0,
+    sliding_window=None,
+    soft_cap=None,
+):
+    """Attention of every block to `document[:anchor]` and causally to itself.
+
+    Query i of block k sits at position `anchors[k] + query_offset + i`. It sees
+    document keys `0 ... anchors[k] - 1` and keys `0 ... query_offset + i` of its
+    own block and sample. Without a document this is plain causal attention.
+
+    Args:
+        query: float tensor `[B, n, K, Q, H, d]`.
+        key: float tensor `[B, n, K, P, Hkv, d]`; Hkv divides H (grouped queries).
+        value: float tensor `[B, n, K, P, Hkv, d]`.
+        document_key: float tensor `[B, T, Hkv, d]` or `None`.
+        document_value: float tensor `[B, T, Hkv, d]` or `None`.
+        anchors: int32 NumPy array `[K]`, needed with a document.
+        scale: float, factor on the scores.
+        query_offset: int or int scalar tensor.
+        sliding_window: int or `None`; a key is seen if
+            `query position - key position < sliding_window`.
+        soft_cap: float or `None`; scores become `cap * tanh(scores / cap)`.
+
+    Returns:
+        float tensor `[B, n, K, Q, H, d]` in the dtype of `query`.
+    """
+    return strided_attention_tiled(
+        query,
+        key,
+        value,
+        document_key,
+        document_value,
+        anchors,
+        scale=scale,
+        query_offset=query_offset,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+    )

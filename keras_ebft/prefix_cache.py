@@ -1,0 +1,138 @@
+"""One pass over a document, shared by every block and sample that continues it.
+
+The pass keeps each layer's keys and values. Generated tokens attend to them
+through `strided_attention`, all at once (`read_blocks`) or one step at a time
+(`BlockDecoder`).
+"""
+
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_ebft.kernels import strided_attention
+
+
+class DocumentState(NamedTuple):
+    """What a network knows of a batch of documents.
+
+    Attributes:
+        outputs: the network's outputs, each `[B, T, D]`.
+        keys_values: list with one `(key, value)` per layer, `[B, T, Hkv, d]`.
+    """
+
+    outputs: Any
+    keys_values: Any
+
+
+def read_document(network, token_ids):
+    """Runs a network causally over documents.
+
+    Documents must be padded on the right: no real token then sees padding.
+
+    Args:
+        network: `RoutedNetwork`.
+        token_ids: int32 tensor `[B, T]`.
+
+    Returns:
+        `DocumentState`.
+    """
+    positions = ops.broadcast_to(
+        ops.arange(token_ids.shape[1], dtype="int32")[None, :], token_ids.shape
+    )
+
+    def attend(query, key, value, cache, **options):
+        as_block = (tensor[:, None, None] for tensor in (query, key, value))
+        return strided_attention(*as_block, **options)[:, 0, 0], (key, value)
+
+    outputs, keys_values = network(token_ids, positions, attend)
+    return DocumentState(outputs, keys_values)
+
+
+def stop_gradient(document):
+    """The same `DocumentState`, cut off from its gradient."""
+    return DocumentState(*keras.tree.map_structure(ops.stop_gradient, tuple(document)))
+
+
+def read_blocks(network, document, tokens, anchors):
+    """Runs a network over all generated tokens of all blocks and samples.
+
+    Args:
+        network: the `RoutedNetwork` that read the document.
+        document: `DocumentState`.
+        tokens: int32 tensor `[B, n, K, Q]`, the first Q tokens of each block.
+        anchors: int32 NumPy array `[K]`.
+
+    Returns:
+        The network's outputs, each `[B, n, K, Q, D]`.
+    """
+    steps = np.arange(tokens.shape[-1], dtype="int32")
+    positions = ops.broadcast_to(anchors[:, None] + steps, tokens.shape)
+
+    def attend(query, key, value, cache, **options):
+        output = strided_attention(query, key, value, *cache, anchors, **options)
+        return output, None
+
+    return network(tokens, positions, attend, document.keys_values)[0]
+
+
+class BlockDecoder:
+    """Reads one more token of every block and sample per call.
+
+    Args:
+        network: the `RoutedNetwork` that read the document.
+        document: `DocumentState`.
+        anchors: int32 NumPy array `[K]`.
+        samples: int, n.
+        steps: int, tokens that will be read per block, P.
+    """
+
+    def __init__(self, network, document, anchors, samples, steps):
+        self.network = network
+        self.document = document
+        self.anchors = anchors
+        self.samples = samples
+        self.steps = steps
+
+    def empty_caches(self):
+        """Zeros for each layer's own keys and values, `[B, n, K, P, Hkv, d]`."""
+        return keras.tree.map_structure(self._empty, self.document.keys_values)
+
+    def __call__(self, tokens, step, caches):
+        """Reads token `step` of every block.
+
+        Args:
+            tokens: int32 tensor `[B, n, K]`.
+            step: int or int scalar tensor, in `[0, P)`.
+            caches: list of `(key, value)`, own keys and values so far.
+
+        Returns:
+            `(outputs, caches)`: outputs `[B, n, K, D]` and the new caches.
+        """
+
+        def attend(query, key, value, cache, **options):
+            (own_key, own_value), prefix = cache
+            own_key = _write(own_key, key, step)
+            own_value = _write(own_value, value, step)
+            output = strided_attention(
+                query, own_key, own_value, *prefix, self.anchors,
+                query_offset=step, **options,
+            )  # fmt: skip
+            return output, (own_key, own_value)
+
+        tokens = tokens[..., None]
+        positions = ops.broadcast_to(self.anchors[:, None], tokens.shape) + step
+        outputs, caches = self.network(
+            tokens, positions, attend, list(zip(caches, self.document.keys_values))
+        )
+        return keras.tree.map_structure(lambda out: out[..., 0, :], outputs), caches
+
+    def _empty(self, document_key):
+        batch, _, heads, width = document_key.shape
+        shape = (batch, self.samples, len(self.anchors), self.steps, heads, width)
+        return ops.zeros(shape, dtype=document_key.dtype)
+
+
+def _write(cache, update, step):
+    return ops.slice_update(cache, (0, 0, 0, step, 0, 0), update)
