@@ -6,6 +6,7 @@ included. It is private API, so this module is the only one that imports
 `keras_hub.src`, and it checks the version it was tested with.
 """
 
+import inspect
 from typing import Any, NamedTuple
 
 import keras
@@ -187,14 +188,20 @@ def frozen_taps(backbone, layers):
     Returns:
         `RoutedNetwork` whose outputs are a list with one hidden state per tap.
     """
-    config = backbone.get_config()
-    config["num_layers"] = layers[-1]
+    config = {**backbone.get_config(), "num_layers": layers[-1]}
+    if "tie_word_embeddings" in inspect.signature(type(backbone)).parameters:
+        # No logits come from the copy: it needs no output projection of its own.
+        config["tie_word_embeddings"] = True
     # Keras finds a PyTorch parameter by its variable's path: without a scope of
     # its own the copy would take the place of the trained weights.
     with keras.name_scope("frozen_network"):
         copy = type(backbone).from_config(config)
     for layer in copy.layers:
-        layer.set_weights(backbone.get_layer(layer.name).get_weights())
+        source = backbone.get_layer(layer.name)
+        if layer is copy.token_embedding:
+            layer.embeddings.assign(source.embeddings.numpy())
+        else:
+            layer.set_weights(source.get_weights())
     outputs = [copy.transformer_layers[index - 1].output for index in layers]
     model = keras.Model(copy.input, outputs, name="frozen_network")
     model.trainable = False

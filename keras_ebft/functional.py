@@ -185,6 +185,8 @@ def policy_loss(log_prob, advantage, token_mask):
     Returns:
         float32 tensor `[B, n]`, 0 for a sequence with no counted token.
     """
+    log_prob = ops.convert_to_tensor(log_prob)
+    advantage = ops.convert_to_tensor(advantage)
     ratio = ops.exp(log_prob - ops.stop_gradient(log_prob))
     per_token = -ratio * ops.stop_gradient(advantage)[..., None]
     return masked_mean(per_token, token_mask, axis=(-2, -1))
@@ -200,6 +202,7 @@ def mean_over_live(per_sequence, token_mask):
     Returns:
         float32 scalar.
     """
+    token_mask = ops.convert_to_tensor(token_mask)
     live = ops.cast(ops.any(token_mask > 0, axis=(-2, -1)), "float32")
     return masked_mean(per_sequence, live)
 
@@ -218,7 +221,8 @@ def masked_mean(values, mask, axis=None):
     Returns:
         float32 tensor without `axis`.
     """
-    mask = ops.broadcast_to(mask, values.shape)
+    values = ops.convert_to_tensor(values)
+    mask = ops.broadcast_to(ops.convert_to_tensor(mask), values.shape)
     kept = ops.where(mask > 0, values, ops.zeros_like(values))
     count = ops.sum(mask, axis=axis)
     return ops.sum(kept, axis=axis) / ops.maximum(count, 1.0)

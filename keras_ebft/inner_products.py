@@ -70,10 +70,11 @@ def whiten(products, whitening):
 
     - `"rollout"`: `W = (M^+)^{1/2}` acts on the rollouts as `W X` and on the
       target, repeated n times, as `W 1 phi_*^T`. So with `r = W 1` the inner
-      products are `W M W`, `(W g) r^T` and `q r r^T`.
+      products are `W M W = P`, `(W g) r^T` and `q r r^T`, where P projects on
+      the range of M. (P itself carries less rounding than `W M W`.)
     - `"feature"`: `Sigma = X^T X / n`; both sides are mapped by
       `(Sigma^+)^{1/2}`. The inner products are `n P`, `n M^+ g` and
-      `n |M^+ g|^2`, where P projects on the range of M.
+      `n |M^+ g|^2`.
     - `None`: unchanged.
 
     (arXiv:2603.12248, its code and its appendix.)
@@ -97,11 +98,12 @@ def whiten(products, whitening):
 
 
 def _whiten_rollouts(products):
-    root = _spectral_power(products.gram, -0.5)
+    power = _spectral_powers(products.gram)
+    root = power(-0.5)
     row_sum = ops.sum(root, axis=-1, keepdims=True)
     scale = ops.swapaxes(row_sum, -1, -2)
     return InnerProducts(
-        ops.matmul(ops.matmul(root, products.gram), root),
+        power(0.0),
         ops.matmul(root, products.cross) * scale,
         products.target_gram * row_sum * scale,
     )
@@ -109,25 +111,33 @@ def _whiten_rollouts(products):
 
 def _whiten_features(products):
     samples = products.gram.shape[-1]
-    inverse = _spectral_power(products.gram, -1.0)
-    projection = _spectral_power(products.gram, 0.0)
-    coefficients = ops.matmul(inverse, products.cross)
+    power = _spectral_powers(products.gram)
+    coefficients = ops.matmul(power(-1.0), products.cross)
     square_norm = ops.sum(ops.square(coefficients), axis=-2, keepdims=True)
     return InnerProducts(
-        samples * projection,
+        samples * power(0.0),
         samples * coefficients,
         samples * ops.broadcast_to(square_norm, products.gram.shape),
     )
 
 
-def _spectral_power(matrix, exponent):
-    """Power of a symmetric matrix on its numerical range, 0 outside it."""
+def _spectral_powers(matrix):
+    """Function from an exponent to that power of a symmetric matrix.
+
+    Powers act on the numerical range and are 0 outside it: exponent -1 gives the
+    pseudo-inverse, exponent 0 the projection on the range.
+    """
     values, vectors = ops.linalg.eigh(matrix)
     largest = ops.max(values, axis=-1, keepdims=True)
     kept = values > EIGENVALUE_CUTOFF * ops.maximum(largest, 0.0)
     safe = ops.where(kept, values, ops.ones_like(values))
-    powers = ops.where(kept, ops.power(safe, exponent), ops.zeros_like(values))
-    return ops.matmul(vectors * powers[..., None, :], ops.swapaxes(vectors, -1, -2))
+
+    def power(exponent):
+        powers = ops.where(kept, ops.power(safe, exponent), ops.zeros_like(values))
+        scaled = vectors * powers[..., None, :]
+        return ops.matmul(scaled, ops.swapaxes(vectors, -1, -2))
+
+    return power
 
 
 def _check_shapes(generated, target):

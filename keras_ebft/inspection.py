@@ -94,7 +94,7 @@ class Inspection:
         rewards = self._rewards(*self._with_rollouts(x, rollouts))
         return {name: rewards[name] for name in REWARD_NAMES}
 
-    def _losses(self, x, rollouts):
+    def _losses_of(self, x, rollouts):
         batch, geometry, rollout_ids = self._with_rollouts(x, rollouts)
         outputs = {
             **self.score(batch, rollout_ids),

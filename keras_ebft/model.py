@@ -2,7 +2,6 @@
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_ebft import bridge, metrics
 from keras_ebft.block_sampler import BlockSampler
@@ -100,7 +99,7 @@ class EBFTModel(Inspection, keras.Model):
         self._training_seed = keras.random.SeedGenerator(self.seed)
         self._evaluation_seed = keras.random.SeedGenerator(self.seed + 1)
         self._inspection_seed = keras.random.SeedGenerator(self.seed + 2)
-        self._evaluation_start = ops.convert_to_numpy(self._evaluation_seed.state)
+        self._evaluation_start = self._evaluation_seed.state.numpy()
         self._trackers = metrics.make_trackers(self.reward.block_measures)
         self.built = True
 
@@ -174,7 +173,7 @@ class EBFTModel(Inspection, keras.Model):
     @property
     def losses(self):
         """Layer losses (a list); called with `(x, rollouts)`, a dict of scalars."""
-        return CallableLosses(super().losses, self._losses)
+        return CallableLosses(super().losses, self._losses_of)
 
     def compile(
         self,
@@ -284,7 +283,7 @@ class EBFTModel(Inspection, keras.Model):
             ValueError: for anything else wrong with the documents.
         """
         refuse_targets(y=y, **kwargs)
-        self._evaluation_seed.state.assign(self._evaluation_start)
+        self._evaluation_seed.state.assign(self._evaluation_start.copy())
         return super().evaluate(self._batches(x, batch_size), **kwargs)
 
     def get_config(self):

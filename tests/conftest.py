@@ -1,0 +1,56 @@
+"""Shared fixtures: reference vectors and the tiny checkpoints they were made with."""
+
+from pathlib import Path
+
+import keras_hub
+import numpy as np
+import pytest
+
+import keras_ebft
+
+DATA = Path(__file__).parent / "data"
+CLASSES = {
+    "llama": keras_hub.models.LlamaCausalLM,
+    "gpt2": keras_hub.models.GPT2CausalLM,
+}
+
+
+class Pipeline:
+    """One reference run of the authors' code, and our model on its checkpoint."""
+
+    def __init__(self, family):
+        self.family = family
+        self.values = np.load(DATA / f"pipeline_{family}.npz")
+        backbone = keras_hub.models.Backbone.from_preset(str(DATA / family))
+        self.causal_lm = CLASSES[family](backbone)
+        self.prompt = self.values["prompt"]
+        self.generated = self.values["generated"]
+
+    def sampler(self):
+        _, context_length, _, stride, *_ = (int(v) for v in self.values["config"])
+        return keras_ebft.ReplaySampler(
+            self.generated,
+            stride=stride,
+            context_length=context_length,
+            temperature=float(self.values["temperature"]),
+        )
+
+    def model(self, **options):
+        return keras_ebft.EBFTModel(
+            self.causal_lm, sampler=self.sampler(), seed=0, **options
+        )
+
+
+@pytest.fixture(scope="session", params=["llama", "gpt2"])
+def pipeline(request):
+    return Pipeline(request.param)
+
+
+@pytest.fixture(scope="session")
+def reward_vectors():
+    return np.load(DATA / "rewards.npz")
+
+
+@pytest.fixture(scope="session")
+def layout_vectors():
+    return np.load(DATA / "layout.npz")

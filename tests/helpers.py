@@ -1,0 +1,148 @@
+"""Small models, gradients on any backend, conversions."""
+
+import inspect
+
+import keras
+import keras_hub
+import numpy as np
+from keras import ops
+
+models = keras_hub.models
+
+VOCABULARY = 31
+
+
+def to_numpy(value):
+    """A NumPy array that shares no memory with `value`."""
+    if hasattr(value, "detach"):
+        value = value.detach()
+    return np.array(ops.convert_to_numpy(value))
+
+
+def llama(**changes):
+    """A two-layer Llama with grouped queries and an untied head."""
+    config = {
+        "vocabulary_size": VOCABULARY,
+        "num_layers": 2,
+        "num_query_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_dim": 16,
+        "intermediate_dim": 24,
+    }
+    backbone = models.LlamaBackbone(**{**config, **changes})
+    return randomise(models.LlamaCausalLM(backbone))
+
+
+def randomise(causal_lm, scale=0.25, seed=0):
+    """Weights large enough for attention, caps and windows to matter."""
+    random = np.random.default_rng(seed)
+    weights = [
+        (weight + scale * random.normal(size=weight.shape)).astype("float32")
+        for weight in causal_lm.get_weights()
+    ]
+    causal_lm.set_weights(weights)
+    return causal_lm
+
+
+def family(name, **changes):
+    """A tiny randomised `CausalLM` of a supported family."""
+    rotary = {
+        "vocabulary_size": VOCABULARY,
+        "num_layers": 2,
+        "num_query_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_dim": 16,
+        "intermediate_dim": 24,
+    }
+    learned = {
+        "vocabulary_size": VOCABULARY,
+        "num_layers": 2,
+        "num_heads": 4,
+        "hidden_dim": 16,
+        "intermediate_dim": 24,
+        "max_sequence_length": 40,
+    }
+    gemma = {**rotary, "head_dim": 8}
+    windowed = {"use_sliding_window_attention": True, "sliding_window_size": 5}
+    table = {
+        "Llama": ("Llama", rotary),
+        "Llama3": ("Llama3", {**rotary, "tie_word_embeddings": True}),
+        "Mistral": ("Mistral", {**rotary, "sliding_window": 5}),
+        "Qwen": ("Qwen", {**rotary, **windowed}),
+        "Qwen3": ("Qwen3", {**rotary, "head_dim": 4, "sliding_window_size": 5}),
+        "Gemma": ("Gemma", gemma),
+        "Gemma2": (
+            "Gemma",
+            {
+                **gemma,
+                **windowed,
+                "use_post_ffw_norm": True,
+                "use_post_attention_norm": True,
+                "attention_logit_soft_cap": 2.0,
+                "final_logit_soft_cap": 3.0,
+                "query_head_dim_normalize": False,
+            },
+        ),
+        "Gemma3": (
+            "Gemma3",
+            {
+                **gemma,
+                **windowed,
+                "num_layers": 7,
+                "image_size": None,
+                "use_query_key_norm": True,
+            },
+        ),
+        "GPT2": ("GPT2", learned),
+        "OPT": ("OPT", learned),
+    }
+    prefix, config = table[name]
+    backbone_class = getattr(models, f"{prefix}Backbone")
+    known = inspect.signature(backbone_class).parameters
+    unknown = set(config) - set(known)
+    assert not unknown, f"{prefix}Backbone does not know {unknown}"
+    backbone = backbone_class(**{**config, **changes})
+    causal_lm_class = getattr(models, f"{prefix}CausalLM")
+    return randomise(causal_lm_class(backbone=backbone, preprocessor=None))
+
+
+def documents(batch, length, vocabulary=VOCABULARY, seed=0):
+    """Random token ids `[batch, length]`."""
+    random = np.random.default_rng(seed)
+    return random.integers(0, vocabulary, (batch, length)).astype("int32")
+
+
+def gradients(function, variables):
+    """Gradient of a scalar function of Keras variables, as NumPy arrays."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        def stateless(values):
+            with keras.StatelessScope(state_mapping=list(zip(variables, values))):
+                return function()
+
+        return [np.array(g) for g in jax.grad(stateless)([v.value for v in variables])]
+    if backend == "torch":
+        import torch
+
+        values = [variable.value for variable in variables]
+        found = torch.autograd.grad(function(), values, allow_unused=True)
+        return [
+            np.zeros(v.shape) if g is None else g.numpy().copy()
+            for v, g in zip(values, found)
+        ]
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        value = function()
+    found = tape.gradient(value, [variable.value for variable in variables])
+    return [
+        np.zeros(v.shape) if g is None else tf.convert_to_tensor(g).numpy()
+        for v, g in zip(variables, found)
+    ]
+
+
+def flat(arrays):
+    """All arrays as one float64 vector."""
+    return np.concatenate([np.ravel(a).astype("float64") for a in arrays])

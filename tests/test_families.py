@@ -1,0 +1,139 @@
+"""Block-parallel passes against each block alone as a plain causal sequence."""
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from helpers import documents, family, llama, to_numpy
+
+import keras_ebft
+from keras_ebft import bridge
+
+FAMILIES = (
+    "Llama",
+    "Llama3",
+    "Mistral",
+    "Qwen",
+    "Qwen3",
+    "Gemma",
+    "Gemma2",
+    "Gemma3",
+    "GPT2",
+    "OPT",
+)
+TEMPERATURE = 0.7
+
+
+def log_softmax(logits):
+    logits = logits.astype("float64")
+    logits -= logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def alone(causal_lm, token_ids):
+    """Logits of a plain causal pass of `[rows, length]` tokens."""
+    return to_numpy(
+        causal_lm(
+            {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)},
+            training=False,
+        )
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_log_probabilities_equal_each_block_alone(name):
+    causal_lm = family(name)
+    sampler = keras_ebft.BlockSampler(
+        rollout_length=3,
+        stride=4,
+        context_length=4,
+        num_samples=2,
+        temperature=TEMPERATURE,
+    )
+    model = keras_ebft.EBFTModel(
+        causal_lm, sampler, keras_ebft.FeatureNetwork(layers=(0.5, 1.0)), seed=0
+    )
+    prompt = documents(2, 18)
+    rollouts = model.rollout(prompt, seed=3)
+    token_ids = to_numpy(rollouts["token_ids"])
+    scores = {k: to_numpy(v) for k, v in model.score(prompt, rollouts).items()}
+    generated, target = (to_numpy(f) for f in model.features(prompt, rollouts))
+
+    # What sampling reported is what scoring finds.
+    np.testing.assert_allclose(
+        to_numpy(rollouts["log_prob"]), scores["log_prob"], atol=2e-5
+    )
+    document = log_softmax(alone(causal_lm, prompt))
+    expected = np.take_along_axis(document[:, :-1], prompt[:, 1:, None], axis=-1)
+    np.testing.assert_allclose(scores["document_log_prob"], expected[..., 0], atol=2e-5)
+    taps = _taps(causal_lm.backbone, model.frozen_network)
+    np.testing.assert_allclose(
+        target[0], _last(taps(prompt))[0, [6, 10, 14]], atol=2e-6
+    )
+    for block, anchor in enumerate(sampler.geometry(18).anchors):
+        for sample in range(2):
+            steps = token_ids[:, sample, block]
+            row = np.concatenate([prompt[:, :anchor], steps], axis=1)
+            log_p = log_softmax(alone(causal_lm, row)[:, anchor - 1 : -1] / TEMPERATURE)
+            expected = np.take_along_axis(log_p, steps[..., None], axis=-1)[..., 0]
+            np.testing.assert_allclose(
+                scores["log_prob"][:, sample, block], expected, atol=2e-5
+            )
+            np.testing.assert_allclose(
+                generated[:, sample, block], _last(taps(row))[:, -1], atol=2e-6
+            )
+
+
+def _taps(backbone, frozen_network):
+    """Hidden states after the same layers, by plain causal passes."""
+    names = [output._keras_history.operation.name for output in frozen_network.outputs]
+    plain = keras.Model(backbone.input, [backbone.get_layer(n).output for n in names])
+
+    def run(token_ids):
+        return plain({"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)})
+
+    return run
+
+
+def _last(taps):
+    """Concatenated and normalised taps at every position, `[B, T, 1, D]`."""
+    joined = np.concatenate([to_numpy(tap) for tap in taps], axis=-1)
+    return (joined / np.linalg.norm(joined, axis=-1, keepdims=True))[:, :, None]
+
+
+def test_the_families_are_the_ones_documented():
+    assert {f.removesuffix("Backbone") for f in bridge.FAMILIES} == {
+        name for name in FAMILIES if name != "Gemma2"
+    }
+
+
+def test_other_families_are_named_in_the_error():
+    backbone = keras_hub.models.GPTNeoXBackbone(
+        vocabulary_size=11, num_layers=1, num_heads=2, hidden_dim=8, intermediate_dim=8
+    )
+    causal_lm = keras_hub.models.GPTNeoXCausalLM(backbone)
+    with pytest.raises(ValueError, match=r"Llama3Backbone.*Received: GPTNeoXBackbone"):
+        keras_ebft.EBFTModel(causal_lm)
+
+
+def test_a_network_that_does_not_route_attention_is_noticed(monkeypatch):
+    model = keras_ebft.EBFTModel(llama(num_layers=4), seed=0)
+    monkeypatch.setattr(model._step.policy, "num_layers", 5)
+    with pytest.raises(ValueError, match=r"each of 5 layers.*4 routed calls"):
+        model.rollout(documents(1, 20))
+
+
+def test_untested_version_of_keras_hub_is_refused(monkeypatch):
+    monkeypatch.setattr(keras_hub, "__version__", "0.99.0")
+    with pytest.raises(ValueError, match=r"0\.32.*keras-hub 0\.99\.0.*pip install"):
+        keras_ebft.EBFTModel(llama())
+
+
+def test_layers_above_the_last_tap_are_not_copied():
+    causal_lm = llama(num_layers=8)
+    model = keras_ebft.EBFTModel(causal_lm, seed=0)
+    names = {layer.name for layer in model.frozen_network.layers}
+    assert "transformer_layer_5" in names
+    assert "transformer_layer_6" not in names
+    # Nor is the untied output projection, which no feature needs.
+    assert not any("reverse" in w.path for w in model.frozen_network.weights)

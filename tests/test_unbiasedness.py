@@ -1,0 +1,98 @@
+"""The expected policy gradient is the gradient of the feature-matching loss.
+
+With a vocabulary of 3 and 2 generated tokens there are 9 rollouts. All tuples of
+n rollouts are enumerated; the gradients that `fit` would follow, weighted with
+the tuples' probabilities, must sum to the gradient of the closed form.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+from helpers import flat, gradients, llama, to_numpy
+from keras import ops
+
+import keras_ebft
+from keras_ebft import functional
+
+ROLLOUTS = np.array(list(itertools.product(range(3), repeat=2)), dtype="int32")
+DOCUMENT = np.array([[0, 2, 1, 1, 0]], dtype="int32")
+
+
+def build(samples, **options):
+    # One layer of the policy is enough for the features; the policy keeps two.
+    return keras_ebft.EBFTModel(
+        llama(vocabulary_size=3, hidden_dim=8, intermediate_dim=12),
+        sampler=keras_ebft.BlockSampler(
+            rollout_length=2, context_length=3, num_samples=samples, temperature=0.6
+        ),
+        feature_network=keras_ebft.FeatureNetwork(layers=(1, 2)),
+        seed=0,
+        **options,
+    )
+
+
+def log_prob_of_rollouts(model):
+    """Log-probability `[9]` of every rollout, with gradient."""
+    rollouts = ROLLOUTS.reshape(1, 9, 1, 2)
+    log_prob = model.score(DOCUMENT, rollouts)["log_prob"]
+    return ops.reshape(ops.sum(log_prob, axis=-1), (9,))
+
+
+def closed_form(model):
+    """Gradient of |E[phi] - phi_*|^2."""
+    generated, target = model.features(DOCUMENT, ROLLOUTS.reshape(1, 9, 1, 2))
+    generated = ops.reshape(generated, (9, -1))
+    target = ops.reshape(target, (-1,))
+
+    def loss():
+        probability = ops.exp(log_prob_of_rollouts(model))
+        mean = ops.sum(probability[:, None] * generated, axis=0)
+        return ops.sum(ops.square(mean - target))
+
+    return flat(gradients(loss, model.trainable_variables))
+
+
+def expected_estimate(model, samples):
+    """Probability-weighted sum of the policy gradients of all tuples."""
+    tuples = np.array(list(itertools.product(range(9), repeat=samples)))
+    rollouts = ROLLOUTS[tuples][:, :, None, :]
+    documents = np.repeat(DOCUMENT, len(tuples), axis=0)
+    advantage = model.rewards(documents, rollouts)["advantage"]
+    log_prob = to_numpy(log_prob_of_rollouts(model)).astype("float64")
+    assert np.exp(log_prob).sum() == pytest.approx(1.0, abs=1e-5)
+    weight = np.exp(log_prob[tuples].sum(axis=1)).astype("float32")
+    mask = np.ones(rollouts.shape, dtype="float32")
+
+    def loss():
+        log_prob = model.score(documents, rollouts)["log_prob"]
+        loss = functional.policy_loss(log_prob, advantage, ops.convert_to_tensor(mask))
+        return ops.sum(ops.convert_to_tensor(weight)[:, None] * loss) / samples
+
+    # The loss averages over the 2 tokens of a rollout.
+    return 2.0 * flat(gradients(loss, model.trainable_variables))
+
+
+@pytest.mark.parametrize("samples", [2, 3])
+@pytest.mark.parametrize("advantage", ["rloo", "reinforce"])
+def test_expected_gradient_is_the_closed_form(samples, advantage):
+    model = build(
+        samples,
+        reward=keras_ebft.FeatureMatchingReward(whitening=None),
+        advantage=advantage,
+    )
+    exact = closed_form(model)
+    estimate = expected_estimate(model, samples)
+    assert np.linalg.norm(exact) > 1e-2
+    assert np.linalg.norm(estimate - exact) < 2e-5 * np.linalg.norm(exact)
+
+
+def test_a_biased_estimator_is_told_apart():
+    model = build(
+        3,
+        reward=keras_ebft.FeatureMatchingReward(whitening=None),
+        advantage="group_norm",
+    )
+    exact = closed_form(model)
+    estimate = expected_estimate(model, 3)
+    assert np.linalg.norm(estimate - exact) > 1e-2 * np.linalg.norm(exact)
