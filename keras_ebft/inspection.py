@@ -4,7 +4,7 @@ import numpy as np
 from keras import ops
 
 from keras_ebft import metrics
-from keras_ebft.kernels.backend import no_gradient
+from keras_ebft.kernels.backend import compiled, no_gradient
 from keras_ebft.prefix_cache import read_document
 from keras_ebft.token_rows import to_token_rows
 
@@ -36,14 +36,12 @@ class Inspection:
         model.rewards(texts, rollouts)["reward"]
         ```
         """
-        batch, geometry = self._in_memory(x)
+        token_ids = self._in_memory(x)[0]["token_ids"]
         seed = self._inspection_seed if seed is None else seed
         with no_gradient():
-            document = read_document(self._step.policy, batch["token_ids"])
-            token_ids, log_prob = self._step.rollout(document, geometry, seed)
-            if log_prob is None:
-                log_prob, _ = self._step.score_rollouts(document, token_ids, geometry)
-        return {"token_ids": token_ids, "log_prob": log_prob}
+            uniform = self._step.draw_uniform(token_ids, seed)
+            rollout_ids, log_prob = self._compiled["rollout"](token_ids, uniform)
+        return {"token_ids": rollout_ids, "log_prob": log_prob}
 
     def score(self, x, rollouts):
         """Log-probabilities of rollouts and documents, with gradient.
@@ -56,15 +54,9 @@ class Inspection:
             dict of `log_prob` `[B, n, K, G]`, at the sampling temperature, and
             `document_log_prob` `[B, T - 1]`, at temperature 1; float32, nats.
         """
-        batch, geometry, rollout_ids = self._with_rollouts(x, rollouts)
-        document = read_document(self._step.policy, batch["token_ids"])
-        log_prob, _ = self._step.score_rollouts(document, rollout_ids, geometry)
-        return {
-            "log_prob": log_prob,
-            "document_log_prob": self._step.score_document(
-                document, batch["token_ids"]
-            ),
-        }
+        batch, rollout_ids = self._with_rollouts(x, rollouts)
+        scores = self._compiled["score"](batch["token_ids"], rollout_ids)
+        return {"log_prob": scores[0], "document_log_prob": scores[1]}
 
     def features(self, x, rollouts):
         """Features of rollouts and of the true continuations.
@@ -76,9 +68,9 @@ class Inspection:
         Returns:
             `(generated, target)`: float32 `[B, n, K, F, D]` and `[B, K, F, D]`.
         """
-        batch, geometry, rollout_ids = self._with_rollouts(x, rollouts)
+        batch, rollout_ids = self._with_rollouts(x, rollouts)
         with no_gradient():
-            return self._step.features(batch["token_ids"], rollout_ids, geometry)
+            return self._compiled["features"](batch["token_ids"], rollout_ids)
 
     def rewards(self, x, rollouts):
         """Rewards and advantages of rollouts.
@@ -95,19 +87,20 @@ class Inspection:
         return {name: rewards[name] for name in REWARD_NAMES}
 
     def _losses_of(self, x, rollouts):
-        batch, geometry, rollout_ids = self._with_rollouts(x, rollouts)
+        batch, rollout_ids = self._with_rollouts(x, rollouts)
         outputs = {
             **self.score(batch, rollout_ids),
-            **self._rewards(batch, geometry, rollout_ids),
+            **self._rewards(batch, rollout_ids),
             "document_mask": ops.cast(batch["padding_mask"][:, 1:], "float32"),
         }
         terms = metrics.loss_terms(outputs)
         return {**terms, "loss": self.compute_loss(y_pred=outputs)}
 
-    def _rewards(self, batch, geometry, rollout_ids):
+    def _rewards(self, batch, rollout_ids):
         with no_gradient():
-            features = self._step.features(batch["token_ids"], rollout_ids, geometry)
-            return self._step.rewards(features, batch["padding_mask"], geometry)
+            return self._compiled["rewards"](
+                batch["token_ids"], batch["padding_mask"], rollout_ids
+            )
 
     def _in_memory(self, x):
         rows = to_token_rows(x, self.causal_lm)
@@ -127,7 +120,45 @@ class Inspection:
                 f"[{documents}, n, {fits[1]}, {fits[2]}] for these documents and "
                 f"this sampler. Received: shape {shape}."
             )
-        return batch, geometry, ops.convert_to_tensor(token_ids, dtype="int32")
+        return batch, ops.convert_to_tensor(token_ids, dtype="int32")
+
+
+def compile_parts(step, variables):
+    """The parts of a step as functions of tensors, compiled where it pays.
+
+    Args:
+        step: `EBFTStep`.
+        variables: function without arguments that returns all variables.
+
+    Returns:
+        dict of functions.
+    """
+
+    def rollout(token_ids, uniform):
+        geometry = step.sampler.geometry(token_ids.shape[1])
+        document = read_document(step.policy, token_ids)
+        rollout_ids, log_prob = step.rollout(document, geometry, uniform)
+        if log_prob is None:
+            log_prob, _ = step.score_rollouts(document, rollout_ids, geometry)
+        return rollout_ids, log_prob
+
+    def score(token_ids, rollout_ids):
+        geometry = step.sampler.geometry(token_ids.shape[1])
+        document = read_document(step.policy, token_ids)
+        log_prob, _ = step.score_rollouts(document, rollout_ids, geometry)
+        return log_prob, step.score_document(document, token_ids)
+
+    def features(token_ids, rollout_ids):
+        geometry = step.sampler.geometry(token_ids.shape[1])
+        return step.features(token_ids, rollout_ids, geometry)
+
+    def rewards(token_ids, padding_mask, rollout_ids):
+        geometry = step.sampler.geometry(token_ids.shape[1])
+        found = step.features(token_ids, rollout_ids, geometry)
+        return step.rewards(found, padding_mask, geometry)
+
+    parts = (rollout, score, features, rewards)
+    return {part.__name__: compiled(part, variables) for part in parts}
 
 
 class CallableLosses(list):

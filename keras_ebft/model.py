@@ -8,7 +8,7 @@ from keras_ebft.block_sampler import BlockSampler
 from keras_ebft.features import FeatureNetwork
 from keras_ebft.functional import ESTIMATORS
 from keras_ebft.inputs import as_batch, refuse_targets, split_rows, token_batches
-from keras_ebft.inspection import CallableLosses, Inspection
+from keras_ebft.inspection import CallableLosses, Inspection, compile_parts
 from keras_ebft.kernels.backend import no_gradient, resolve_jit_compile
 from keras_ebft.rewards import FeatureMatchingReward
 from keras_ebft.step import EBFTStep
@@ -96,6 +96,9 @@ class EBFTModel(Inspection, keras.Model):
             causal_lm, self.sampler, self.feature_network, self.reward, advantage
         )
         self.frozen_network = self._step.frozen.model
+        self._compiled = compile_parts(
+            self._step, lambda: [*causal_lm.variables, *self.frozen_network.variables]
+        )
         self._training_seed = keras.random.SeedGenerator(self.seed)
         self._evaluation_seed = keras.random.SeedGenerator(self.seed + 1)
         self._inspection_seed = keras.random.SeedGenerator(self.seed + 2)
@@ -308,7 +311,7 @@ class EBFTModel(Inspection, keras.Model):
         parts = ("causal_lm", "sampler", "feature_network", "reward")
         config = {
             name: keras.saving.deserialize_keras_object(value)
-            if name in parts
+            if name in parts and isinstance(value, dict)
             else value
             for name, value in config.items()
         }

@@ -44,7 +44,8 @@ class EBFTStep:
         geometry = self.sampler.geometry(token_ids.shape[1])
         document = read_document(self.policy, token_ids)
         with no_gradient():
-            rollouts = self.rollout(document, geometry, seed)
+            uniform = self.draw_uniform(token_ids, seed)
+            rollouts = self.rollout(document, geometry, uniform)
             features = self.features(token_ids, rollouts.token_ids, geometry)
             rewards = self.rewards(features, padding_mask, geometry)
             if not train_documents:
@@ -61,18 +62,20 @@ class EBFTStep:
             "document_mask": ops.cast(padding_mask[:, 1:], "float32"),
         }
 
-    def rollout(self, document, geometry, seed):
+    def draw_uniform(self, token_ids, seed):
+        """All random numbers of a step, `[B, n, K, G]` uniform in [0, 1).
+
+        Drawn at once, because a generator cannot be advanced inside a compiled
+        loop.
+        """
+        batch, length = token_ids.shape
+        geometry = self.sampler.geometry(length)
+        samples = self.sampler.num_samples
+        shape = (batch, samples, geometry.num_blocks, geometry.rollout_length)
+        return keras.random.uniform(shape, dtype="float32", seed=seed)
+
+    def rollout(self, document, geometry, uniform):
         """`Rollouts` that continue what the policy has read."""
-        batch = document.outputs.shape[0]
-        shape = (
-            batch,
-            self.sampler.num_samples,
-            geometry.num_blocks,
-            geometry.rollout_length,
-        )
-        # All random numbers are drawn here: a generator cannot be advanced
-        # inside a compiled loop.
-        uniform = keras.random.uniform(shape, dtype="float32", seed=seed)
         head = bridge.output_head(self.causal_lm)
         document = stop_gradient(document)
         return self.sampler(self.policy, head, document, geometry, uniform)

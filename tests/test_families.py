@@ -30,18 +30,27 @@ def log_softmax(logits):
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
-def alone(causal_lm, token_ids):
-    """Logits of a plain causal pass of `[rows, length]` tokens."""
-    return to_numpy(
-        causal_lm(
-            {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)},
-            training=False,
-        )
-    )
+class Alone:
+    """The same network as plain causal sequences, all of one length."""
+
+    def __init__(self, causal_lm, frozen_network):
+        names = [out._keras_history.operation.name for out in frozen_network.outputs]
+        backbone = causal_lm.backbone
+        taps = [backbone.get_layer(name).output for name in names]
+        self.hidden = keras.Model(backbone.input, taps)
+        self.causal_lm = causal_lm
+
+    def __call__(self, token_ids):
+        """Logits `[rows, T, V]` and normalised features `[rows, T, D]`."""
+        x = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
+        taps = [to_numpy(tap) for tap in self.hidden(x, training=False)]
+        joined = np.concatenate(taps, axis=-1)
+        features = joined / np.linalg.norm(joined, axis=-1, keepdims=True)
+        return to_numpy(self.causal_lm(x, training=False)), features
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_log_probabilities_equal_each_block_alone(name):
+def test_blocks_in_parallel_equal_each_block_alone(name):
     causal_lm = family(name)
     sampler = keras_ebft.BlockSampler(
         rollout_length=3,
@@ -63,42 +72,35 @@ def test_log_probabilities_equal_each_block_alone(name):
     np.testing.assert_allclose(
         to_numpy(rollouts["log_prob"]), scores["log_prob"], atol=2e-5
     )
-    document = log_softmax(alone(causal_lm, prompt))
-    expected = np.take_along_axis(document[:, :-1], prompt[:, 1:, None], axis=-1)
-    np.testing.assert_allclose(scores["document_log_prob"], expected[..., 0], atol=2e-5)
-    taps = _taps(causal_lm.backbone, model.frozen_network)
-    np.testing.assert_allclose(
-        target[0], _last(taps(prompt))[0, [6, 10, 14]], atol=2e-6
+    # Row 0 is the document; each other row one block, what follows it zeros.
+    anchors = sampler.geometry(18).anchors
+    places = [(block, sample) for block in range(len(anchors)) for sample in range(2)]
+    rows = np.zeros((2, 1 + len(places), 18), dtype="int32")
+    rows[:, 0] = prompt
+    for row, (block, sample) in enumerate(places, start=1):
+        anchor = anchors[block]
+        rows[:, row, :anchor] = prompt[:, :anchor]
+        rows[:, row, anchor : anchor + 3] = token_ids[:, sample, block]
+    logits, features = (
+        value.reshape(*rows.shape, -1)
+        for value in Alone(causal_lm, model.frozen_network)(rows.reshape(-1, 18))
     )
-    for block, anchor in enumerate(sampler.geometry(18).anchors):
-        for sample in range(2):
-            steps = token_ids[:, sample, block]
-            row = np.concatenate([prompt[:, :anchor], steps], axis=1)
-            log_p = log_softmax(alone(causal_lm, row)[:, anchor - 1 : -1] / TEMPERATURE)
-            expected = np.take_along_axis(log_p, steps[..., None], axis=-1)[..., 0]
-            np.testing.assert_allclose(
-                scores["log_prob"][:, sample, block], expected, atol=2e-5
-            )
-            np.testing.assert_allclose(
-                generated[:, sample, block], _last(taps(row))[:, -1], atol=2e-6
-            )
-
-
-def _taps(backbone, frozen_network):
-    """Hidden states after the same layers, by plain causal passes."""
-    names = [output._keras_history.operation.name for output in frozen_network.outputs]
-    plain = keras.Model(backbone.input, [backbone.get_layer(n).output for n in names])
-
-    def run(token_ids):
-        return plain({"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)})
-
-    return run
-
-
-def _last(taps):
-    """Concatenated and normalised taps at every position, `[B, T, 1, D]`."""
-    joined = np.concatenate([to_numpy(tap) for tap in taps], axis=-1)
-    return (joined / np.linalg.norm(joined, axis=-1, keepdims=True))[:, :, None]
+    document = log_softmax(logits[:, 0, :-1])
+    expected = np.take_along_axis(document, prompt[:, 1:, None], axis=-1)[..., 0]
+    np.testing.assert_allclose(scores["document_log_prob"], expected, atol=2e-5)
+    np.testing.assert_allclose(target[:, :, 0], features[:, 0, anchors + 2], atol=3e-6)
+    for row, (block, sample) in enumerate(places, start=1):
+        anchor = anchors[block]
+        log_p = log_softmax(logits[:, row, anchor - 1 : anchor + 2] / TEMPERATURE)
+        steps = token_ids[:, sample, block, :, None]
+        np.testing.assert_allclose(
+            scores["log_prob"][:, sample, block],
+            np.take_along_axis(log_p, steps, axis=-1)[..., 0],
+            atol=2e-5,
+        )
+        np.testing.assert_allclose(
+            generated[:, sample, block, 0], features[:, row, anchor + 2], atol=3e-6
+        )
 
 
 def test_the_families_are_the_ones_documented():

@@ -1,0 +1,219 @@
+"""Bad input: what was expected, what was received, how to mend it."""
+
+import inspect
+
+import keras
+import numpy as np
+import pytest
+from helpers import documents, family, llama
+
+import keras_ebft
+from keras_ebft.inputs import split_rows
+from keras_ebft.token_rows import to_token_rows
+
+TOKENS = np.zeros((1, 2, 3, 4), dtype="int32")
+
+# (constructor, arguments, error, what the message must say)
+CONSTRUCTORS = [
+    (keras_ebft.BlockGeometry, {"length": 3}, ValueError, "8 \\+ 8 = 16.*length=3"),
+    (keras_ebft.BlockGeometry, {"length": 9.5}, TypeError, "length=9.5"),
+    (keras_ebft.BlockGeometry, {"length": 40, "stride": 0}, ValueError, "stride=0"),
+    (
+        keras_ebft.BlockGeometry,
+        {"length": 40, "context_length": 0},
+        ValueError,
+        "context_length=0",
+    ),
+    (
+        keras_ebft.BlockGeometry,
+        {"length": 40, "rollout_length": -1},
+        ValueError,
+        "rollout_length=-1",
+    ),
+    (keras_ebft.BlockSampler, {"rollout_length": 0}, ValueError, "rollout_length=0"),
+    (keras_ebft.BlockSampler, {"rollout_length": 2.0}, TypeError, "2.0.*float"),
+    (keras_ebft.BlockSampler, {"stride": 0}, ValueError, "stride=0"),
+    (keras_ebft.BlockSampler, {"context_length": 0}, ValueError, "at least 1"),
+    (keras_ebft.BlockSampler, {"num_samples": 0}, ValueError, "num_samples=0"),
+    (keras_ebft.BlockSampler, {"num_samples": True}, TypeError, "bool"),
+    (keras_ebft.BlockSampler, {"temperature": -0.5}, ValueError, "greater than 0"),
+    (keras_ebft.BlockSampler, {"temperature": 0.0}, ValueError, "greater than 0"),
+    (keras_ebft.BlockSampler, {"temperature": float("nan")}, ValueError, "finite"),
+    (keras_ebft.BlockSampler, {"temperature": "hot"}, TypeError, "'hot'.*str"),
+    (keras_ebft.ReplaySampler, {"token_ids": TOKENS + 0.5}, TypeError, "float64"),
+    (keras_ebft.ReplaySampler, {"token_ids": TOKENS[0]}, ValueError, "\\(2, 3, 4\\)"),
+    (
+        keras_ebft.ReplaySampler,
+        {"token_ids": TOKENS, "num_samples": 3},
+        ValueError,
+        "2 and 4.*3 and 4",
+    ),
+    (keras_ebft.FeatureNetwork, {"layers": ()}, ValueError, "non-empty"),
+    (keras_ebft.FeatureNetwork, {"layers": 3}, ValueError, "layers=3"),
+    (keras_ebft.FeatureNetwork, {"layers": (0,)}, ValueError, "at least 1"),
+    (keras_ebft.FeatureNetwork, {"layers": (1.5,)}, ValueError, "\\(0, 1\\].*1.5"),
+    (keras_ebft.FeatureNetwork, {"layers": ("last",)}, TypeError, "'last'"),
+    (keras_ebft.FeatureNetwork, {"mode": "sum"}, ValueError, "concat.*'sum'"),
+    (keras_ebft.FeatureNetwork, {"pooling": "max"}, ValueError, "last_token.*'max'"),
+    (
+        keras_ebft.FeatureMatchingReward,
+        {"alignment_weight": -1.0},
+        ValueError,
+        "alignment_weight=-1",
+    ),
+    (
+        keras_ebft.FeatureMatchingReward,
+        {"diversity_weight": None},
+        TypeError,
+        "diversity_weight=None",
+    ),
+    (
+        keras_ebft.FeatureMatchingReward,
+        {"alignment_weight": 0, "diversity_weight": 0.0},
+        ValueError,
+        "nothing is trained",
+    ),
+    (keras_ebft.FeatureMatchingReward, {"whitening": "pca"}, ValueError, "'pca'"),
+]
+
+MODEL_OPTIONS = [
+    ({"sampler": {"rollout_length": 8}}, TypeError, "BlockSampler.*dict"),
+    ({"feature_network": (0.5,)}, TypeError, "FeatureNetwork.*tuple"),
+    ({"reward": "feature"}, TypeError, "FeatureMatchingReward.*str"),
+    ({"advantage": "gae"}, ValueError, "rloo.*'gae'"),
+    ({"policy_weight": -1}, ValueError, "policy_weight=-1"),
+    ({"ce_weight": "big"}, TypeError, "ce_weight='big'"),
+    ({"policy_weight": 0.0, "ce_weight": 0.0}, ValueError, "nothing is trained"),
+    ({"seed": -3}, ValueError, "seed=-3"),
+    ({"seed": 1.5}, TypeError, "seed=1.5"),
+    (
+        {
+            "advantage": "group_norm",
+            "sampler": keras_ebft.BlockSampler(num_samples=1),
+        },
+        ValueError,
+        "num_samples=1",
+    ),
+    (
+        {"feature_network": keras_ebft.FeatureNetwork(layers=(9,))},
+        ValueError,
+        "1 layers.*layer 9",
+    ),
+]
+
+DOCUMENTS = [
+    (np.zeros((2, 40)), TypeError, "float64"),
+    (np.zeros(40, dtype="int32"), ValueError, "\\(40,\\)"),
+    (np.zeros((2, 40, 1), dtype="int32"), ValueError, "\\(2, 40, 1\\)"),
+    (np.full((2, 40), 31), ValueError, "0 to 30.*31 to 31"),
+    (np.full((2, 40), -1), ValueError, "-1 to -1"),
+    ({"tokens": documents(2, 40)}, ValueError, "'tokens'"),
+    (
+        {"token_ids": documents(2, 40), "segment_ids": documents(2, 40)},
+        ValueError,
+        "segment_ids",
+    ),
+    (
+        {"token_ids": documents(2, 40), "padding_mask": np.ones((2, 39))},
+        ValueError,
+        "\\(2, 40\\).*\\(2, 39\\)",
+    ),
+    (
+        {"token_ids": documents(2, 40), "padding_mask": np.eye(2, 40)},
+        ValueError,
+        "right",
+    ),
+    (documents(2, 15), ValueError, "8 \\+ 8 = 16.*length=15"),
+    (documents(0, 40), ValueError, "at least one document"),
+    (["some text"], ValueError, "preprocessor"),
+    (iter(()), ValueError, "at least one batch"),
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = keras_ebft.EBFTModel(llama(num_layers=1), seed=0)
+    model.compile()
+    return model
+
+
+@pytest.mark.parametrize(("part", "arguments", "error", "message"), CONSTRUCTORS)
+def test_constructors(part, arguments, error, message):
+    with pytest.raises(error, match=message):
+        part(**arguments)
+
+
+@pytest.mark.parametrize(("options", "error", "message"), MODEL_OPTIONS)
+def test_model_options(options, error, message):
+    with pytest.raises(error, match=message):
+        keras_ebft.EBFTModel(llama(num_layers=1), **options)
+
+
+@pytest.mark.parametrize("causal_lm", [None, "gemma3_1b", keras.Sequential()])
+def test_not_a_causal_lm(causal_lm):
+    with pytest.raises(TypeError, match=r"keras_hub\.models\.CausalLM"):
+        keras_ebft.EBFTModel(causal_lm)
+
+
+def test_every_constructor_argument_is_in_a_table():
+    for part in {entry[0] for entry in CONSTRUCTORS}:
+        tested = {
+            name for entry in CONSTRUCTORS if entry[0] is part for name in entry[1]
+        }
+        expected = set(inspect.signature(part).parameters) - {"geometry"}
+        assert expected <= tested, part
+    tested = {name for entry in MODEL_OPTIONS for name in entry[0]}
+    expected = set(inspect.signature(keras_ebft.EBFTModel).parameters)
+    assert expected - {"causal_lm", "kwargs"} <= tested
+
+
+@pytest.mark.parametrize(("x", "error", "message"), DOCUMENTS)
+def test_documents(model, x, error, message):
+    with pytest.raises(error, match=message):
+        model.fit(x, verbose=0)
+
+
+def test_learned_positions_bound_the_length():
+    causal_lm = family("GPT2")
+    with pytest.raises(ValueError, match=r"at most 40 tokens.*41 tokens"):
+        to_token_rows(documents(1, 41), causal_lm)
+
+
+@pytest.mark.parametrize("name", ["y", "sample_weight", "class_weight"])
+def test_targets_are_refused(model, name):
+    x = documents(2, 40)
+    with pytest.raises(ValueError, match=f"Received: {name}"):
+        model.fit(x, **{name: np.ones(2)})
+    with pytest.raises(ValueError, match="tuple of 2 parts"):
+        model.fit(batch for batch in [(x, x)])
+
+
+def test_compile_refuses_losses(model):
+    with pytest.raises(ValueError, match="Received: loss, metrics"):
+        model.compile("adam", loss="mse", metrics=["accuracy"])
+
+
+def test_stream_errors(model):
+    rows = documents(4, 40)
+    with pytest.raises(ValueError, match="batch_size=2"):
+        model.fit(iter([rows]), batch_size=2)
+    with pytest.raises(ValueError, match="in memory"):
+        split_rows(iter([rows]), model.causal_lm, 0.5)
+    with pytest.raises(ValueError, match="both sides"):
+        split_rows(rows[:1], model.causal_lm, 0.5)
+    growing = (rows[:, :length] for length in (30, 40))
+    with pytest.raises(ValueError, match=r"\[4, 30\].*\[4, 40\]"):
+        model.fit(growing, steps_per_epoch=2, verbose=0)
+
+
+def test_rollouts_must_fit_the_documents(model):
+    with pytest.raises(ValueError, match=r"\[2, n, 4, 8\].*\(2, 4, 3, 8\)"):
+        model.score(documents(2, 40), np.zeros((2, 4, 3, 8), dtype="int32"))
+
+
+def test_replayed_rollouts_must_fit_the_batch():
+    model = keras_ebft.EBFTModel(
+        llama(num_layers=1), keras_ebft.ReplaySampler(TOKENS, stride=4), seed=0
+    )
+    with pytest.raises(ValueError, match=r"\(1, 2, 4, 4\).*\(1, 2, 3, 4\)"):
+        model.rollout(documents(1, 24))
