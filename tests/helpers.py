@@ -33,13 +33,14 @@ def llama(**changes):
     return randomise(models.LlamaCausalLM(backbone))
 
 
-def randomise(causal_lm, scale=0.25, seed=0):
-    """Weights large enough for attention, caps and windows to matter."""
+def randomise(causal_lm, scale=0.3, seed=0):
+    """The same weights for everyone, large enough for caps and windows to matter."""
     random = np.random.default_rng(seed)
-    weights = [
-        (weight + scale * random.normal(size=weight.shape)).astype("float32")
-        for weight in causal_lm.get_weights()
-    ]
+    weights = []
+    for weight in causal_lm.get_weights():
+        noise = scale * random.normal(size=weight.shape)
+        # Vectors are norm scales and biases, around their initial values.
+        weights.append((noise + (weight if weight.ndim == 1 else 0)).astype("float32"))
     causal_lm.set_weights(weights)
     return causal_lm
 
