@@ -1,5 +1,6 @@
 """Shared fixtures: reference vectors and the tiny checkpoints they were made with."""
 
+import functools
 from pathlib import Path
 
 import keras_hub
@@ -34,6 +35,11 @@ class Pipeline:
             context_length=context_length,
             temperature=float(self.values["temperature"]),
         )
+
+    @functools.cached_property
+    def default_model(self):
+        """One model for all tests that need no options: it compiles once."""
+        return self.model(ce_weight=0.03)
 
     def model(self, **options):
         return keras_ebft.EBFTModel(

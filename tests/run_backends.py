@@ -4,20 +4,24 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(backend):
+def run(backend, cache):
     """Runs pytest under one backend; returns `(exit code, summary line)`."""
     environment = {
         **os.environ,
         "KERAS_BACKEND": backend,
         "TF_CPP_MIN_LOG_LEVEL": "3",
-        # The suite compiles many small programs and runs each a few times.
+        # The suite compiles many small programs, some more than once, and runs
+        # each a few times.
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": cache,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     }
     print(f"=== {backend} ===", flush=True)
     start = time.monotonic()
@@ -38,7 +42,8 @@ def run(backend):
 
 
 def main():
-    results = [run(backend) for backend in sys.argv[1:]]
+    with tempfile.TemporaryDirectory() as cache:
+        results = [run(backend, cache) for backend in sys.argv[1:]]
     print("\n".join(line for _, line in results))
     sys.exit(any(code for code, _ in results))
 

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import documents, llama, to_numpy
+from helpers import QUICK, documents, llama, to_numpy
 
 import keras_ebft
 from keras_ebft.inputs import TokenBatches, token_batches
@@ -210,7 +210,7 @@ def test_shuffling_follows_the_seed(fitted):
 def test_same_seed_same_weights():
     def train(seed):
         model = build(seed=seed)
-        model.compile(keras.optimizers.SGD(0.1))
+        model.compile(keras.optimizers.SGD(0.1), **QUICK)
         model.fit(documents(4, LENGTH), batch_size=2, verbose=0)
         return model.causal_lm.get_weights()
 
@@ -222,7 +222,7 @@ def test_same_seed_same_weights():
 
 def test_gradient_accumulation_updates_every_second_step():
     model = build()
-    model.compile(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2))
+    model.compile(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2), **QUICK)
     moved = []
     start = model.causal_lm.get_weights()
 
@@ -244,18 +244,26 @@ def test_gradient_accumulation_updates_every_second_step():
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras refuses it on PyTorch")
 def test_steps_per_execution():
     model = build()
-    model.compile(keras.optimizers.SGD(0.1), steps_per_execution=2)
+    model.compile(keras.optimizers.SGD(0.1), steps_per_execution=2, **QUICK)
     model.fit(documents(4, LENGTH), batch_size=2, verbose=0)
     assert int(to_numpy(model.optimizer.iterations)) == 2
 
 
-def test_run_eagerly_and_train_on_batch():
-    model = build()
+def test_run_eagerly():
+    sampler = keras_ebft.BlockSampler(
+        rollout_length=2, context_length=2, num_samples=2, stride=9
+    )
+    network = keras_ebft.FeatureNetwork(layers=(1,))
+    model = keras_ebft.EBFTModel(llama(num_layers=1), sampler, network, seed=0)
     model.compile(keras.optimizers.SGD(0.1), run_eagerly=True)
-    short = documents(2, 7)
-    logs = model.train_on_batch(short, return_dict=True)
+    logs = model.train_on_batch(documents(1, 4), return_dict=True)
     assert set(logs) == METRICS
-    assert set(model.test_on_batch({"token_ids": short}, return_dict=True)) == METRICS
+
+
+def test_test_on_batch_takes_plain_documents(fitted):
+    x = documents(2, LENGTH)
+    logs = fitted.model.test_on_batch(x, return_dict=True)
+    assert set(logs) == METRICS
 
 
 def test_compiled_where_the_backend_compiles(fitted):

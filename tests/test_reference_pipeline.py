@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import to_numpy
+from helpers import QUICK, to_numpy
 
 import keras_ebft
 
@@ -19,9 +19,7 @@ MODES = {
     ("mode", "pooling"),
     [
         ("concat", "last_token"),
-        ("concat", "mean_pooling"),
         ("stack", "concat"),
-        ("stack", "last_token"),
         ("layer_3", "mean_pooling"),
     ],
 )
@@ -52,7 +50,7 @@ def test_features_and_rewards(pipeline, mode, pooling):
 
 
 def test_log_probabilities(pipeline):
-    scores = pipeline.model().score(pipeline.prompt, pipeline.generated)
+    scores = pipeline.default_model.score(pipeline.prompt, pipeline.generated)
     for ours, theirs in (
         ("log_prob", "logprob_generated"),
         ("document_log_prob", "logprob_prompt"),
@@ -63,7 +61,7 @@ def test_log_probabilities(pipeline):
 
 
 def test_losses(pipeline):
-    model = pipeline.model(ce_weight=0.03)
+    model = pipeline.default_model
     losses = {
         name: float(to_numpy(value))
         for name, value in model.losses(pipeline.prompt, pipeline.generated).items()
@@ -121,7 +119,9 @@ def test_one_fit_step_of_sgd_is_minus_the_gradient(pipeline, ce_weight, key):
     weights = [w.copy() for w in causal_lm.get_weights()]
     before = checkpoint_layout(causal_lm, pipeline.family)
     model = pipeline.model(ce_weight=ce_weight)
-    model.compile(keras.optimizers.SGD(1.0))
+    # With XLA, as users compile, for one of the four.
+    compiled = {} if (pipeline.family, key) == ("llama", "rl_ce0.03") else QUICK
+    model.compile(keras.optimizers.SGD(1.0), **compiled)
     model.fit(
         pipeline.prompt, batch_size=len(pipeline.prompt), shuffle=False, verbose=0
     )

@@ -18,18 +18,23 @@ def linear_logprob_chunked(hidden, head, labels, *, temperature=1.0, soft_cap=No
     labels = ops.pad(labels, ((0, padding),))
     options = {"temperature": temperature, "soft_cap": soft_cap}
 
-    # One stacked output: PyTorch's `custom_gradient` allows no more.
+    # One stacked output: PyTorch's `custom_gradient` allows no more. Labels are an
+    # argument, and floats (exact up to 2^24), because JAX allows neither a closure
+    # over traced values nor the same gradient for integers as the others.
     @ops.custom_gradient
-    def log_prob_and_entropy_rows(hidden, head):
+    def log_prob_and_entropy_rows(hidden, head, float_labels):
+        labels = ops.cast(float_labels, "int32")
+
         def gradient(*args, upstream=None):
             upstream = args[-1] if upstream is None else upstream
-            return _backward(
+            found = _backward(
                 hidden, head, labels, upstream, num_chunks, size, **options
             )
+            return (*found, ops.zeros_like(float_labels))
 
         return _forward(hidden, head, labels, num_chunks, size, **options), gradient
 
-    stacked = log_prob_and_entropy_rows(hidden, head)
+    stacked = log_prob_and_entropy_rows(hidden, head, ops.cast(labels, "float32"))
     return stacked[0, :rows], stacked[1, :rows]
 
 
