@@ -159,7 +159,9 @@ def output_head(causal_lm):
     """The `OutputHead` of a causal language model, read at call time."""
     embedding = causal_lm.backbone.token_embedding
     if embedding.tie_weights:
-        kernel = ops.convert_to_tensor(embedding.embeddings)
+        # Reshaping reads the variable: TensorFlow would hand the variable itself
+        # on, which its custom gradients refuse.
+        kernel = ops.reshape(embedding.embeddings, embedding.embeddings.shape)
     else:
         kernel = ops.transpose(ops.convert_to_tensor(embedding.reverse_embeddings))
     return OutputHead(kernel, embedding.logit_soft_cap)

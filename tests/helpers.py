@@ -127,7 +127,8 @@ def gradients(function, variables):
             with keras.StatelessScope(state_mapping=list(zip(variables, values))):
                 return function()
 
-        return [np.array(g) for g in jax.grad(stateless)([v.value for v in variables])]
+        found = jax.jit(jax.grad(stateless))([v.value for v in variables])
+        return [np.array(gradient) for gradient in found]
     if backend == "torch":
         import torch
 

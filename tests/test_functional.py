@@ -109,8 +109,8 @@ def test_several_features_are_summed_before_the_cosine():
     target = np.array([[1.0, 0.0], [0.0, 1.0]]).reshape(1, 1, 2, 2)
     rewards = functional.feature_matching_rewards(generated, target, whitening=None)
     # (3*1 + 1*1) / (sqrt(9 + 1) sqrt(2)), and one rollout has no diversity.
-    compare(rewards.alignment.reshape(-1), [2 * 4 / np.sqrt(20)])
-    compare(rewards.diversity.reshape(-1), [0.0])
+    compare(rewards.alignment, [[[2 * 4 / np.sqrt(20)]]])
+    compare(rewards.diversity, [[[0.0]]])
 
 
 def test_zero_features_give_finite_rewards():
