@@ -15,19 +15,21 @@ from keras import ops
 
 TESTED_VERSIONS = ("0.32",)
 
-# Family name -> does its plain forward pass honour the window its route reports?
-# The plain path of the Qwen families attends to everything.
-FAMILIES = {
-    "GemmaBackbone": True,
-    "Gemma3Backbone": True,
-    "GPT2Backbone": True,
-    "LlamaBackbone": True,
-    "Llama3Backbone": True,
-    "MistralBackbone": True,
-    "OPTBackbone": True,
-    "QwenBackbone": False,
-    "Qwen3Backbone": False,
-}
+FAMILIES = (
+    "GemmaBackbone",
+    "Gemma3Backbone",
+    "GPT2Backbone",
+    "LlamaBackbone",
+    "Llama3Backbone",
+    "MistralBackbone",
+    "OPTBackbone",
+    "QwenBackbone",
+    "Qwen3Backbone",
+)
+# Their plain forward pass attends to everything where it runs fused attention (JAX
+# and PyTorch), although the route reports a sliding window. What is trained must be
+# what `generate` and `predict` run.
+WINDOWLESS_WHEN_FUSED = ("QwenBackbone", "Qwen3Backbone")
 
 
 class OutputHead(NamedTuple):
@@ -211,7 +213,10 @@ def frozen_taps(backbone, layers):
 
 
 def _honours_window(backbone):
-    return FAMILIES[type(backbone).__name__]
+    from keras_hub.src.utils.keras_utils import fused_attention_op_available
+
+    windowless = type(backbone).__name__ in WINDOWLESS_WHEN_FUSED
+    return not (windowless and fused_attention_op_available())
 
 
 def _attention_route():

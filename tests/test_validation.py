@@ -8,7 +8,7 @@ import pytest
 from helpers import QUICK, documents, family, llama
 
 import keras_ebft
-from keras_ebft.inputs import split_rows
+from keras_ebft.inputs import split_rows, token_batches
 from keras_ebft.token_rows import to_token_rows
 
 TOKENS = np.zeros((1, 2, 3, 4), dtype="int32")
@@ -203,7 +203,10 @@ def test_stream_errors(model):
         split_rows(rows[:1], model.causal_lm, 0.5)
     growing = (rows[:, :length] for length in (30, 40))
     with pytest.raises(ValueError, match=r"\[4, 30\].*\[4, 40\]"):
-        model.fit(growing, steps_per_epoch=2, verbose=0)
+        batches = token_batches(
+            growing, model.causal_lm, model.sampler.geometry, None, False, 0
+        )
+        list(batches.get_numpy_iterator())
 
 
 def test_rollouts_must_fit_the_documents(model):
