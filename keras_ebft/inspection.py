@@ -55,8 +55,7 @@ class Inspection:
             `document_log_prob` `[B, T - 1]`, at temperature 1; float32, nats.
         """
         batch, rollout_ids = self._with_rollouts(x, rollouts)
-        scores = self._compiled["score"](batch["token_ids"], rollout_ids)
-        return {"log_prob": scores[0], "document_log_prob": scores[1]}
+        return self._scores(batch, rollout_ids)
 
     def features(self, x, rollouts):
         """Features of rollouts and of the true continuations.
@@ -89,12 +88,16 @@ class Inspection:
     def _losses_of(self, x, rollouts):
         batch, rollout_ids = self._with_rollouts(x, rollouts)
         outputs = {
-            **self.score(batch, rollout_ids),
+            **self._scores(batch, rollout_ids),
             **self._rewards(batch, rollout_ids),
             "document_mask": ops.cast(batch["padding_mask"][:, 1:], "float32"),
         }
         terms = metrics.loss_terms(outputs)
         return {**terms, "loss": self.compute_loss(y_pred=outputs)}
+
+    def _scores(self, batch, rollout_ids):
+        scores = self._compiled["score"](batch["token_ids"], rollout_ids)
+        return {"log_prob": scores[0], "document_log_prob": scores[1]}
 
     def _rewards(self, batch, rollout_ids):
         with no_gradient():
