@@ -42,7 +42,7 @@ SPECIAL = (START, END, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
 
 def parse_arguments():
-    """Sizes of the run; the defaults take under ten minutes on two cores."""
+    """Sizes of the run; the defaults take about ten minutes on two cores."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pretrain-steps", type=int, default=220)
     parser.add_argument("--epochs", type=int, default=5)

@@ -15,6 +15,15 @@ VOCABULARY = 31
 # longest to compile on TensorFlow, which has graphs without it.
 QUICK = {"jit_compile": keras.backend.backend() == "jax"}
 
+ROTARY = {
+    "vocabulary_size": VOCABULARY,
+    "num_layers": 2,
+    "num_query_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_dim": 16,
+    "intermediate_dim": 24,
+}
+
 
 def to_numpy(value):
     """A NumPy array that shares no memory with `value`."""
@@ -25,15 +34,7 @@ def to_numpy(value):
 
 def llama(**changes):
     """A two-layer Llama with grouped queries and an untied head."""
-    config = {
-        "vocabulary_size": VOCABULARY,
-        "num_layers": 2,
-        "num_query_heads": 4,
-        "num_key_value_heads": 2,
-        "hidden_dim": 16,
-        "intermediate_dim": 24,
-    }
-    backbone = models.LlamaBackbone(**{**config, **changes})
+    backbone = models.LlamaBackbone(**{**ROTARY, **changes})
     return randomise(models.LlamaCausalLM(backbone))
 
 
@@ -51,14 +52,6 @@ def randomise(causal_lm, scale=0.3, seed=0):
 
 def family(name, **changes):
     """A tiny randomised `CausalLM` of a supported family."""
-    rotary = {
-        "vocabulary_size": VOCABULARY,
-        "num_layers": 2,
-        "num_query_heads": 4,
-        "num_key_value_heads": 2,
-        "hidden_dim": 16,
-        "intermediate_dim": 24,
-    }
     learned = {
         "vocabulary_size": VOCABULARY,
         "num_layers": 2,
@@ -67,14 +60,14 @@ def family(name, **changes):
         "intermediate_dim": 24,
         "max_sequence_length": 40,
     }
-    gemma = {**rotary, "head_dim": 8}
+    gemma = {**ROTARY, "head_dim": 8}
     windowed = {"use_sliding_window_attention": True, "sliding_window_size": 5}
     table = {
-        "Llama": ("Llama", rotary),
-        "Llama3": ("Llama3", {**rotary, "tie_word_embeddings": True}),
-        "Mistral": ("Mistral", {**rotary, "sliding_window": 5}),
-        "Qwen": ("Qwen", {**rotary, **windowed}),
-        "Qwen3": ("Qwen3", {**rotary, "head_dim": 4, "sliding_window_size": 5}),
+        "Llama": ("Llama", ROTARY),
+        "Llama3": ("Llama3", {**ROTARY, "tie_word_embeddings": True}),
+        "Mistral": ("Mistral", {**ROTARY, "sliding_window": 5}),
+        "Qwen": ("Qwen", {**ROTARY, **windowed}),
+        "Qwen3": ("Qwen3", {**ROTARY, "head_dim": 4, "sliding_window_size": 5}),
         "Gemma": ("Gemma", gemma),
         "Gemma2": (
             "Gemma",
