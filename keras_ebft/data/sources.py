@@ -153,12 +153,15 @@ def _load_tfds(path, config, split, data_dir):
     from keras_ebft.data import builders
 
     own = builders.builder_class(path)
-    if own is not None:
-        builder = own(config=config, data_dir=data_dir, file_format="array_record")
-    else:
+    if own is None:
         builder = tfds.builder(
             path, config=config, data_dir=data_dir, file_format="array_record"
         )
+    else:
+        if path == "message_catalogues" and config not in own.builder_configs:
+            # Any pair of languages will do, not only those listed.
+            config = builders.language_pair(config)
+        builder = own(config=config, data_dir=data_dir, file_format="array_record")
     builder.download_and_prepare()
     return builder.as_data_source(split)
 
