@@ -163,6 +163,8 @@ def _load_tfds(path, config, split, data_dir):
             config = builders.language_pair(config)
         builder = own(config=config, data_dir=data_dir, file_format="array_record")
     builder.download_and_prepare()
+    if not builder.info.splits[split].num_examples:
+        raise _empty(path, split)
     return builder.as_data_source(split)
 
 
@@ -188,7 +190,11 @@ def _import(module, package):
 def _check_first(documents, name, split):
     for _ in documents:
         return
-    raise ValueError(
+    raise _empty(name, split)
+
+
+def _empty(name, split):
+    return ValueError(
         f"Expected records in split {split!r} of {name!r}. Received: none. Check the "
         "split's name and slice."
     )
