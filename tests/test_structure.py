@@ -32,6 +32,7 @@ LEVELS = {
     "inspection": 6,
     "model": 7,
     "evaluation": 8,
+    "callbacks": 8,
     "__init__": 10,
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
