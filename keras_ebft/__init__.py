@@ -1,20 +1,33 @@
 """Energy-Based Fine-Tuning of KerasHub language models through `model.fit()`."""
 
-from keras_ebft import functional
+from keras_ebft import callbacks, data, evaluation, functional, plots
 from keras_ebft.block_sampler import BlockSampler, ReplaySampler
 from keras_ebft.features import FeatureNetwork
 from keras_ebft.geometry import BlockGeometry
 from keras_ebft.model import EBFTModel
-from keras_ebft.rewards import FeatureMatchingReward
+from keras_ebft.rewards import (
+    CharacteristicFunctionReward,
+    FeatureMatchingReward,
+    Reward,
+)
+from keras_ebft.verifier_reward import RewardSum, VerifierReward
 from keras_ebft.version import __version__
 
 __all__ = [
     "BlockGeometry",
     "BlockSampler",
+    "CharacteristicFunctionReward",
     "EBFTModel",
     "FeatureMatchingReward",
     "FeatureNetwork",
     "ReplaySampler",
+    "Reward",
+    "RewardSum",
+    "VerifierReward",
     "__version__",
+    "callbacks",
+    "data",
+    "evaluation",
     "functional",
+    "plots",
 ]

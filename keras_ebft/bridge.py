@@ -51,12 +51,14 @@ class RoutedNetwork:
         model: `keras.Model` that maps a backbone's inputs to hidden states.
         num_layers: int, decoder layers in `model`.
         honours_window: bool, whether reported sliding windows are applied.
+        backbone: the backbone whose layers these are.
     """
 
-    def __init__(self, model, num_layers, honours_window):
+    def __init__(self, model, num_layers, honours_window, backbone):
         self.model = model
         self.num_layers = num_layers
         self.honours_window = honours_window
+        self.backbone = backbone
 
     def __call__(self, token_ids, positions, attend, caches=None):
         """Runs the network on independent tokens; `attend` connects them.
@@ -137,7 +139,10 @@ def check_supported(causal_lm):
             'keras_hub.models.CausalLM.from_preset("gemma3_1b").'
         )
     _attention_route()
-    backbone = causal_lm.backbone
+    _check_backbone(causal_lm.backbone)
+
+
+def _check_backbone(backbone):
     if type(backbone).__name__ not in FAMILIES:
         raise ValueError(
             "Expected a backbone of a supported family: "
@@ -154,12 +159,14 @@ def check_supported(causal_lm):
 
 def routed_backbone(backbone):
     """The whole backbone as a `RoutedNetwork` that ends in final hidden states."""
-    return RoutedNetwork(backbone, backbone.num_layers, _honours_window(backbone))
+    return RoutedNetwork(
+        backbone, backbone.num_layers, _honours_window(backbone), backbone
+    )
 
 
-def output_head(causal_lm):
-    """The `OutputHead` of a causal language model, read at call time."""
-    embedding = causal_lm.backbone.token_embedding
+def output_head(backbone):
+    """The `OutputHead` over a backbone, read at call time."""
+    embedding = backbone.token_embedding
     if embedding.tie_weights:
         # Reshaping reads the variable: TensorFlow would hand the variable itself
         # on, which its custom gradients refuse.
@@ -169,9 +176,44 @@ def output_head(causal_lm):
     return OutputHead(kernel, embedding.logit_soft_cap)
 
 
-def vocabulary_size(causal_lm):
-    """Number of token ids the model knows, V."""
-    return causal_lm.backbone.token_embedding.input_dim
+def vocabulary_size(backbone):
+    """Number of token ids a backbone knows, V."""
+    return backbone.token_embedding.input_dim
+
+
+def check_feature_backbone(backbone, policy):
+    """Raises a `ValueError` unless a backbone can read the policy's tokens."""
+    _check_backbone(backbone)
+    sizes = vocabulary_size(backbone), vocabulary_size(policy)
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            "Expected the feature network's backbone to share the policy's tokenizer, "
+            f"of {sizes[1]} tokens. Received: a {type(backbone).__name__} of "
+            f"{sizes[0]} tokens. Use a backbone trained with the same tokenizer."
+        )
+
+
+def tokenizer(causal_lm):
+    """The tokenizer of a causal language model, `None` without a preprocessor."""
+    return getattr(causal_lm.preprocessor, "tokenizer", None)
+
+
+def end_token_ids(causal_lm):
+    """Token ids that end a text, as KerasHub's `generate` takes them.
+
+    Raises:
+        ValueError: if the model has no preprocessor to know them.
+    """
+    known = tokenizer(causal_lm)
+    if known is None:
+        raise ValueError(
+            'Expected a CausalLM with a preprocessor for stop_token_ids="auto". '
+            "Received: one without. Pass stop_token_ids=(your end token's id,), or "
+            "None for rollouts that never stop."
+        )
+    names = ("end_token_id", "end_token2_id")
+    found = [getattr(known, name, None) for name in names]
+    return tuple(int(token) for token in found if token is not None)
 
 
 def maximum_length(causal_lm):
@@ -179,7 +221,7 @@ def maximum_length(causal_lm):
     return getattr(causal_lm.backbone, "max_sequence_length", None)
 
 
-def frozen_taps(backbone, layers):
+def frozen_taps(backbone, layers, with_head=False, name="frozen_network"):
     """A frozen copy of the lower part of a backbone, tapped after some layers.
 
     Layers above the last tap are not copied. Later changes of `backbone` leave
@@ -187,29 +229,53 @@ def frozen_taps(backbone, layers):
 
     Args:
         backbone: a supported KerasHub backbone.
-        layers: increasing list of ints; layer 1 is the first decoder layer.
+        layers: increasing list of ints; layer 1 is the first decoder layer, and
+            the last layer is tapped after the final normalisation.
+        with_head: bool, whether the output projection is copied too.
+        name: str, scope of the copy's variables.
 
     Returns:
         `RoutedNetwork` whose outputs are a list with one hidden state per tap.
     """
     config = {**backbone.get_config(), "num_layers": layers[-1]}
     if "tie_word_embeddings" in inspect.signature(type(backbone)).parameters:
-        # No logits come from the copy: it needs no output projection of its own.
-        config["tie_word_embeddings"] = True
+        # Without logits the copy needs no output projection of its own. (Llama 3's
+        # own configuration does not say whether it has one.)
+        tied = backbone.token_embedding.tie_weights
+        config["tie_word_embeddings"] = tied or not with_head
     # Keras finds a PyTorch parameter by its variable's path: without a scope of
     # its own the copy would take the place of the trained weights.
-    with keras.name_scope("frozen_network"):
+    with keras.name_scope(name):
         copy = type(backbone).from_config(config)
     for layer in copy.layers:
         source = backbone.get_layer(layer.name)
-        if layer is copy.token_embedding:
-            layer.embeddings.assign(source.embeddings.numpy())
-        else:
-            layer.set_weights(source.get_weights())
-    outputs = [copy.transformer_layers[index - 1].output for index in layers]
-    model = keras.Model(copy.input, outputs, name="frozen_network")
+        for variable, original in copied_variables(layer, source):
+            # By way of NumPy: `assign` may share a buffer, which JAX then donates.
+            variable.assign(original.numpy())
+    outputs = [
+        copy.output
+        if index == backbone.num_layers
+        else copy.transformer_layers[index - 1].output
+        for index in layers
+    ]
+    model = keras.Model(copy.input, outputs, name=name)
     model.trainable = False
-    return RoutedNetwork(model, layers[-1], _honours_window(backbone))
+    return RoutedNetwork(model, layers[-1], _honours_window(backbone), copy)
+
+
+def copied_variables(copy, original):
+    """Pairs of variables of a frozen copy and of what it was copied from.
+
+    Args:
+        copy: layer or model; may lack an output projection and upper layers.
+        original: the layer or model of the same names.
+    """
+    if isinstance(copy, keras.Model):
+        pairs = []
+        for layer in copy.layers:
+            pairs.extend(copied_variables(layer, original.get_layer(layer.name)))
+        return pairs
+    return list(zip(copy.variables, original.variables))
 
 
 def _honours_window(backbone):

@@ -7,6 +7,9 @@ from keras_ebft.evaluation.code_checks import (
     mean_pass_at_k,
     pass_at_k,
 )
+from keras_ebft.evaluation.feature_matching import FeatureMatching
+from keras_ebft.evaluation.generation import TextGenerator
+from keras_ebft.evaluation.likelihood import cross_entropy
 from keras_ebft.evaluation.sandbox import (
     PROTECTIONS,
     CheckResult,
@@ -19,12 +22,15 @@ __all__ = [
     "PROTECTIONS",
     "CheckResult",
     "CodeProblem",
+    "FeatureMatching",
     "RunResult",
     "Sandbox",
+    "TextGenerator",
     "bleu",
     "check_completions",
     "chrf",
     "comet",
+    "cross_entropy",
     "exact_match",
     "function_body",
     "mean_pass_at_k",

@@ -1,10 +1,11 @@
 """Feature matching on held-out documents, at several rollout lengths."""
 
 from keras_ebft.block_sampler import BlockSampler
+from keras_ebft.evaluation.models import causal_lm_of
 from keras_ebft.features import FeatureNetwork
 from keras_ebft.model import EBFTModel
 from keras_ebft.rewards import FeatureMatchingReward
-from keras_ebft.validation import check_instance, check_int
+from keras_ebft.validation import check_int
 
 MEASURES = (
     "feature_matching_loss",
@@ -24,7 +25,8 @@ class FeatureMatching:
 
     Args:
         model: `EBFTModel`, whose frozen network, reward and sampler are used; or a
-            `keras_hub.models.CausalLM`, of which a frozen copy is made.
+            `keras_hub.models.CausalLM`. Where there is no frozen network (a
+            `CausalLM`, supervised fine-tuning), a copy is made now.
         rollout_lengths: tuple of ints, tokens per rollout.
         num_samples: int, rollouts per block; by default the sampler's.
         seed: int, decides the rollouts, the same in every call.
@@ -46,28 +48,23 @@ class FeatureMatching:
                 "Expected at least one of `rollout_lengths`. Received: "
                 f"{rollout_lengths!r}. Pass for example (8,)."
             )
-        template = model if isinstance(model, EBFTModel) else None
-        sampler = template.sampler if template else BlockSampler()
-        network = template.feature_network if template else FeatureNetwork()
-        frozen = template._step.frozen if template else None
+        network, reward, sampler, frozen = _parts(model)
         self._models = {}
         for length in rollout_lengths:
-            length_sampler = BlockSampler(
-                rollout_length=check_int("rollout_lengths", length, 1),
-                stride=sampler.stride,
-                context_length=sampler.context_length,
-                num_samples=num_samples or sampler.num_samples,
-                temperature=sampler.temperature,
-            )
+            config = {
+                **sampler.get_config(),
+                "rollout_length": check_int("rollout_lengths", length, 1),
+                "num_samples": num_samples or sampler.num_samples,
+            }
             measuring = EBFTModel(
-                template.causal_lm if template else model,
-                length_sampler,
+                causal_lm_of(model),
+                BlockSampler.from_config(config),
                 network if frozen is None else _AlreadyFrozen(network, frozen),
-                template.reward if template else FeatureMatchingReward(),
+                reward,
                 seed=seed,
             )
             measuring.compile()
-            frozen = frozen or measuring._step.frozen
+            frozen = measuring._step.networks.taps
             self._models[length] = measuring
 
     def __call__(self, x, batch_size=None):
@@ -96,13 +93,27 @@ class FeatureMatching:
         return measured
 
 
+def _parts(model):
+    """Feature network, reward, sampler, and the frozen copy if there is one."""
+    if not isinstance(model, EBFTModel):
+        return FeatureNetwork(), FeatureMatchingReward(), BlockSampler(), None
+    own = type(model.sampler) is BlockSampler
+    return (
+        model.feature_network,
+        model.reward if model.reward.needs_features else FeatureMatchingReward(),
+        model.sampler if own else BlockSampler(),
+        model._step.networks.taps,
+    )
+
+
 class _AlreadyFrozen(FeatureNetwork):
     """A feature network whose frozen copy exists: one serves all lengths."""
 
     def __init__(self, network, frozen):
-        check_instance("network", network, FeatureNetwork, "Pass a FeatureNetwork.")
-        super().__init__(network.layers, network.mode, network.pooling)
+        # Everything as in `network`, the user's own hidden states included.
+        self.__dict__.update(vars(network))
         self._frozen = frozen
 
     def freeze(self, backbone):
+        """The copy that exists."""
         return self._frozen
