@@ -29,6 +29,10 @@ def packed(count=12, seed=0):
     return keras_ebft.data.pack(pairs, None, LENGTH)
 
 
+def evaluate(model, rows):
+    return model.evaluate(rows, batch_size=4, return_dict=True, verbose=0)
+
+
 @pytest.fixture(scope="module")
 def model():
     sampler = keras_ebft.BlockSampler(
@@ -45,6 +49,13 @@ def model():
     return model
 
 
+FEATURE_MEASURES = (
+    "feature_matching_loss",
+    "whitened_feature_matching_loss",
+    "alignment",
+    "diversity",
+    "best_alignment",
+)
 FORMS = {
     "arrays": lambda stream: stream.load().arrays,
     "batches": lambda stream: stream.batches(4),
@@ -53,6 +64,12 @@ FORMS = {
 }
 
 
+# Keras says so at the end of the first epoch of any data whose length it does not
+# know; a stream's is known when it has been read.
+UNKNOWN_LENGTH = pytest.mark.filterwarnings("ignore:Your input ran out of data")
+
+
+@UNKNOWN_LENGTH
 def test_every_form_of_packed_rows_measures_the_same(model):
     stream = packed()
     forms = {name: make(stream) for name, make in FORMS.items()}
@@ -67,6 +84,7 @@ def test_every_form_of_packed_rows_measures_the_same(model):
         assert values == pytest.approx(measured["arrays"], rel=1e-5), name
 
 
+@UNKNOWN_LENGTH
 def test_fit_on_a_stream_reads_it_anew_every_epoch(model):
     stream = packed()
     batches = []
@@ -94,19 +112,23 @@ def test_single_documents_undo_packing():
     assert answers == sorted(tuple(answer) for _, answer in stream._documents)
 
 
-def test_cross_entropy_by_hand():
-    """Against log-probabilities of each document read alone."""
-    causal_lm = llama(num_layers=1)
-    rows = packed(5).load().arrays
+def test_cross_entropy_by_hand(model):
+    """Against log-probabilities of each document in a row of its own."""
+    pairs = packed()._documents
+    ids = np.zeros((len(pairs), LENGTH), "int32")
+    for row, pair in zip(ids, pairs):
+        whole = np.concatenate(pair)
+        row[: len(whole)] = whole
+    mask = np.ones_like(ids)
+    logits = model.causal_lm({"token_ids": ids, "padding_mask": mask})
+    log_prob = to_numpy(ops.log_softmax(logits, axis=-1))
     losses, answer_losses = [], []
-    for prompt, answer in packed(5)._documents:
-        ids = np.concatenate([prompt, answer]).astype("int32")[None]
-        logits = causal_lm({"token_ids": ids, "padding_mask": np.ones_like(ids)})
-        log_prob = to_numpy(ops.log_softmax(logits, axis=-1))[0]
-        found = -log_prob[np.arange(len(ids[0]) - 1), ids[0, 1:]]
+    for row, scores, (prompt, answer) in zip(ids, log_prob, pairs):
+        size = len(prompt) + len(answer)
+        found = -scores[np.arange(size - 1), row[1:size]]
         losses.extend(found)
         answer_losses.extend(found[len(prompt) - 1 :])
-    measured = cross_entropy(causal_lm, rows, batch_size=2)
+    measured = cross_entropy(model, packed().load().arrays, batch_size=5)
     assert measured["cross_entropy"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert measured["perplexity"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-5)
     assert measured["answer_cross_entropy"] == pytest.approx(
@@ -114,14 +136,16 @@ def test_cross_entropy_by_hand():
     )
     assert measured["tokens"] == len(losses)
     assert measured["answer_tokens"] == len(answer_losses)
+    evaluated = evaluate(model, packed().load().arrays)
+    assert measured["answer_cross_entropy"] == pytest.approx(
+        evaluated["ce_loss"], rel=1e-5
+    )
 
 
-def test_cross_entropy_is_that_of_evaluate(model):
-    held_out = documents(3, LENGTH, seed=1)
-    measured = cross_entropy(model, held_out, batch_size=2)
-    evaluated = model.evaluate(held_out, batch_size=3, return_dict=True, verbose=0)
-    assert measured["cross_entropy"] == pytest.approx(evaluated["ce_loss"], rel=1e-5)
+def test_without_answers_all_tokens_are_one_number(model):
+    measured = cross_entropy(model, documents(3, LENGTH), batch_size=5)
     assert set(measured) == {"cross_entropy", "perplexity", "tokens"}
+    assert measured["tokens"] == 3 * (LENGTH - 1)
 
 
 @pytest.mark.parametrize(
@@ -141,19 +165,29 @@ def test_another_kind_of_model():
         cross_entropy("gpt", documents(2, 8))
 
 
-def test_feature_matching_at_several_lengths(model):
-    """One frozen network for all; the sampler's own length as `evaluate` has it."""
+def test_feature_matching(model):
+    """At the sampler's own length what `evaluate` says, from the same network."""
     measure = FeatureMatching(model, rollout_lengths=(2, 5), seed=0)
-    held_out = documents(3, LENGTH, seed=1)
-    measured = measure(held_out, batch_size=3)
-    evaluated = model.evaluate(held_out, batch_size=3, return_dict=True, verbose=0)
-    for name in ("feature_matching_loss", "alignment", "diversity", "best_alignment"):
-        assert measured[f"{name}@2"] == pytest.approx(evaluated[name], rel=1e-5)
-        assert np.isfinite(measured[f"{name}@5"])
-    assert "whitened_feature_matching_loss@5" in measured
-    assert measure(held_out, batch_size=3) == measured
     for length in (2, 5):
         assert measure._models[length].frozen_network is model.frozen_network
+    del measure._models[5]
+    rows = packed().load().arrays
+    measured = measure(rows, batch_size=4)
+    evaluated = evaluate(model, rows)
+    assert set(measured) == {f"{name}@2" for name in FEATURE_MEASURES}
+    for name in FEATURE_MEASURES:
+        assert measured[f"{name}@2"] == pytest.approx(evaluated[name], rel=1e-5)
+    assert measure(rows, batch_size=4) == measured
+
+
+@pytest.mark.slow
+def test_feature_matching_at_several_lengths(model):
+    measure = FeatureMatching(model.causal_lm, rollout_lengths=(2, 8), num_samples=3)
+    measured = measure(documents(4, 24), batch_size=4)
+    assert set(measured) == {f"{n}@{g}" for n in FEATURE_MEASURES for g in (2, 8)}
+    assert np.isfinite(list(measured.values())).all()
+    # Late tokens of a longer rollout have less to go by.
+    assert measured["alignment@8"] != measured["alignment@2"]
 
 
 def test_feature_matching_refuses(model):
@@ -164,25 +198,27 @@ def test_feature_matching_refuses(model):
 
 
 def test_measure_adds_to_the_history(model):
-    held_out = documents(3, LENGTH, seed=1)
+    rows = packed().load().arrays
     seen = []
 
     def measure(of):
-        seen.append(cross_entropy(of, held_out, batch_size=3)["cross_entropy"])
+        seen.append(cross_entropy(of, rows, batch_size=5)["answer_cross_entropy"])
         return {"own": seen[-1]}
 
-    stop = keras.callbacks.EarlyStopping("val_own", patience=9)
+    visible = []
+    later = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: visible.append("val_own" in logs)
+    )
     history = model.fit(
-        documents(4, LENGTH),
+        rows,
         batch_size=4,
         epochs=4,
-        validation_data=held_out,
-        validation_batch_size=3,
-        callbacks=[Measure(measure, every=2), stop],
+        validation_data=rows,
+        callbacks=[Measure(measure, every=2), later],
         verbose=0,
     ).history
     assert history["val_own"] == seen
-    assert len(seen) == 2
+    assert visible == [False, True, False, True]
     # The weights measured are those of the epoch.
     assert seen == pytest.approx(history["val_ce_loss"][1::2], rel=1e-5)
 
@@ -194,13 +230,13 @@ def test_measure_refuses(model):
         Measure(print, every=0)
     callback = Measure(lambda of: {"loss": 1.0}, prefix="")
     with pytest.raises(ValueError, match=r"\['loss'\].*prefix"):
-        model.fit(documents(4, LENGTH), batch_size=4, callbacks=[callback], verbose=0)
+        model.fit(packed().load().arrays, batch_size=4, callbacks=[callback], verbose=0)
 
 
 @pytest.fixture(scope="module")
 def reader():
     """A Llama that reads and writes bytes."""
-    tokenizer = keras_ebft.data.train_byte_pair_tokenizer(["ab"], 261)
+    tokenizer = keras_ebft.data.train_byte_pair_tokenizer(["ab ab"], 262)
     backbone = keras_hub.models.Llama3Backbone(
         vocabulary_size=tokenizer.vocabulary_size(),
         num_layers=1,
@@ -213,6 +249,19 @@ def reader():
         tokenizer, sequence_length=24
     )
     return keras_hub.models.Llama3CausalLM(backbone, preprocessor=preprocessor)
+
+
+def test_a_tokenizer_of_ones_own():
+    texts = ["def f(x):\n    return x\n"] * 2
+    tokenizer = keras_ebft.data.train_byte_pair_tokenizer(texts, 270)
+    assert tokenizer.vocabulary_size() == 270
+    ids = np.array(tokenizer(texts[0]))
+    assert len(ids) < len(texts[0])
+    assert tokenizer.detokenize(ids) == texts[0]
+    with pytest.raises(ValueError, match="at least 262"):
+        keras_ebft.data.train_byte_pair_tokenizer(texts, 261)
+    with pytest.raises(ValueError, match="more text"):
+        keras_ebft.data.train_byte_pair_tokenizer(["a"], 270)
 
 
 def test_completions(reader):

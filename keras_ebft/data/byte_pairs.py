@@ -26,7 +26,8 @@ def train_byte_pair_tokenizer(texts, vocabulary_size):
         `keras_hub.models.Llama3Tokenizer` of at most `vocabulary_size` tokens.
 
     Raises:
-        ValueError: if the vocabulary cannot hold all bytes and special tokens.
+        ValueError: if the vocabulary cannot hold all bytes, special tokens and one
+            pair, or the texts hold no pair.
 
     Example:
     ```python
@@ -36,7 +37,7 @@ def train_byte_pair_tokenizer(texts, vocabulary_size):
     import tokenizers
 
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    smallest = len(alphabet) + len(SPECIAL_TOKENS)
+    smallest = len(alphabet) + len(SPECIAL_TOKENS) + 1
     vocabulary_size = check_int("vocabulary_size", vocabulary_size, smallest)
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
     trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -47,6 +48,11 @@ def train_byte_pair_tokenizer(texts, vocabulary_size):
     )
     trained.train_from_iterator(texts, trainer)
     model = json.loads(trained.to_str())["model"]
+    if not model["merges"]:
+        raise ValueError(
+            "Expected texts with at least one pair of bytes in a word. "
+            "Received: texts without any. Pass more text."
+        )
     vocabulary = dict(model["vocab"])
     for token in SPECIAL_TOKENS:
         vocabulary[token] = len(vocabulary)

@@ -105,7 +105,9 @@ class Sandbox:
                 "Expected a POSIX system, whose limits the sandbox is made of. "
                 f"Received: {sys.platform}. Run the evaluation on Linux."
             )
-        self.wall_seconds = check_number("wall_seconds", wall_seconds, 0.0, True)
+        self.wall_seconds = check_number(
+            "wall_seconds", wall_seconds, 0.0, exclusive=True
+        )
         self.limits = {
             "cpu_seconds": check_int("cpu_seconds", cpu_seconds, 1),
             "memory_bytes": check_int("memory_bytes", memory_bytes, 2**25),
