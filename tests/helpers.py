@@ -110,8 +110,8 @@ def documents(batch, length, vocabulary=VOCABULARY, seed=0):
     return random.integers(0, vocabulary, (batch, length)).astype("int32")
 
 
-def gradients(function, variables):
-    """Gradient of a scalar function of Keras variables, as NumPy arrays."""
+def value_and_gradients(function, variables):
+    """A scalar function of Keras variables: its value and gradient, as NumPy."""
     backend = keras.backend.backend()
     if backend == "jax":
         import jax
@@ -120,14 +120,17 @@ def gradients(function, variables):
             with keras.StatelessScope(state_mapping=list(zip(variables, values))):
                 return function()
 
-        found = jax.jit(jax.grad(stateless))([v.value for v in variables])
-        return [np.array(gradient) for gradient in found]
+        value, found = jax.jit(jax.value_and_grad(stateless))(
+            [v.value for v in variables]
+        )
+        return float(value), [np.array(gradient) for gradient in found]
     if backend == "torch":
         import torch
 
         values = [variable.value for variable in variables]
-        found = torch.autograd.grad(function(), values, allow_unused=True)
-        return [
+        value = function()
+        found = torch.autograd.grad(value, values, allow_unused=True)
+        return float(value.detach()), [
             np.zeros(v.shape) if g is None else g.numpy().copy()
             for v, g in zip(values, found)
         ]
@@ -136,10 +139,15 @@ def gradients(function, variables):
     with tf.GradientTape() as tape:
         value = function()
     found = tape.gradient(value, [variable.value for variable in variables])
-    return [
+    return float(value), [
         np.zeros(v.shape) if g is None else tf.convert_to_tensor(g).numpy()
         for v, g in zip(variables, found)
     ]
+
+
+def gradients(function, variables):
+    """Gradient of a scalar function of Keras variables, as NumPy arrays."""
+    return value_and_gradients(function, variables)[1]
 
 
 def flat(arrays):

@@ -94,6 +94,22 @@ def test_only_their_owners_touch_private_and_backend_modules():
             assert path == PACKAGE / "kernels" / "backend.py"
 
 
+def test_importing_the_library_imports_no_optional_package():
+    """They are imported where they are used; `tfds` builders are such places."""
+    optional = {"tensorflow", "torch", "tensorflow_datasets", "datasets"}
+    optional |= {"matplotlib", "sacrebleu", "tokenizers", "comet", "grain"}
+    for path in MODULES:
+        if path.parent == PACKAGE / "data" / "builders":
+            continue
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                names = [getattr(node, "module", None) or ""]
+            found = {name.split(".")[0] for name in names} & optional
+            assert not found, f"{path} imports {found}"
+
+
 def test_modules_stay_readable():
     for path in MODULES:
         assert len(path.read_text().splitlines()) <= 400, path
