@@ -127,11 +127,8 @@ def pretrained_gemma(texts, arguments):
         return causal_lm
     rows = keras_ebft.data.pack(texts, tokenizer, arguments.length).load()
     print(f"Pre-training on {rows.report}")
-    schedule = keras.optimizers.schedules.CosineDecay(
-        1e-4, arguments.pretrain_steps, warmup_target=3e-3, warmup_steps=20
-    )
     model = keras_ebft.EBFTModel.sft(causal_lm, seed=0)
-    model.compile(keras.optimizers.AdamW(schedule, global_clipnorm=1.0))
+    model.compile(keras.optimizers.AdamW(2e-3, global_clipnorm=1.0))
     needed = arguments.pretrain_steps * 16
     arrays = {name: values[:needed] for name, values in rows.arrays.items()}
     model.fit(arrays, batch_size=16)
