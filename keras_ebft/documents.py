@@ -110,6 +110,7 @@ def take_tokens(values, index):
     """
     if isinstance(index, np.ndarray):
         return ops.take(values, index, axis=1)
+    index = ops.cast(index, "int32")
     batch, length, *rest = values.shape
     row = ops.arange(batch, dtype="int32") * length
     row = ops.reshape(row, (batch, *[1] * (len(index.shape) - 1)))
