@@ -81,7 +81,8 @@ def first_of_segment(segment_ids):
         int32 tensor `[B, T]`.
 
     Example:
-    >>> first_of_segment(ops.convert_to_tensor([[3, 3, 1, 1, 1, 3]])).tolist()
+    >>> starts = first_of_segment(ops.convert_to_tensor([[3, 3, 1, 1, 1, 3]]))
+    >>> ops.convert_to_numpy(starts).tolist()
     [[0, 0, 2, 2, 2, 5]]
     """
     length = segment_ids.shape[1]

@@ -349,6 +349,7 @@ class EBFTModel(Inspection, DocumentTrainer):
     def _check_rows(self, rows):
         if self.objective.needs_rollouts:
             self.sampler.check_rows(rows)
+            self._step.check_positions(rows["token_ids"].shape[1])
 
     def get_config(self):
         """The constructor's arguments, parts serialized as Keras does."""

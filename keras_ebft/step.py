@@ -97,6 +97,23 @@ class EBFTStep:
         state = read_document(self.policy, documents)
         return self.score_documents(state, documents, train=True)
 
+    def check_positions(self, length):
+        """Raises a `ValueError` if rollouts could leave the learned positions.
+
+        Args:
+            length: int, tokens per row.
+        """
+        limit = bridge.maximum_length(self.causal_lm)
+        runs_over = self.stop_token_ids or self.sampler.anchors == "answer_start"
+        reached = length + self.sampler.rollout_length
+        if limit is not None and runs_over and reached > limit:
+            raise ValueError(
+                f"Expected rows and rollouts of at most {limit} tokens together, the "
+                "model's learned positions, because rollouts may run on where a row "
+                f"ends. Received: {length} + {self.sampler.rollout_length}. Use "
+                "shorter rows or a smaller `rollout_length`."
+            )
+
     def blocks(self, documents, anchor_uniform=None):
         """The `Blocks` of documents."""
         return self.sampler.blocks(
