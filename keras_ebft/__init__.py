@@ -2,6 +2,7 @@
 
 from keras_ebft import callbacks, data, evaluation, functional, plots
 from keras_ebft.block_sampler import BlockSampler, ReplaySampler
+from keras_ebft.critic import Critic
 from keras_ebft.features import FeatureNetwork
 from keras_ebft.geometry import BlockGeometry
 from keras_ebft.model import EBFTModel
@@ -17,6 +18,7 @@ __all__ = [
     "BlockGeometry",
     "BlockSampler",
     "CharacteristicFunctionReward",
+    "Critic",
     "EBFTModel",
     "FeatureMatchingReward",
     "FeatureNetwork",

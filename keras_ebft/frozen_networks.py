@@ -1,4 +1,4 @@
-"""The networks that do not learn: feature network and reference model.
+"""Feature network and reference model: the networks beside the policy.
 
 Where both are the model as it was at the start, they are one copy: features are
 tapped on the way to the reference's logits.
@@ -19,12 +19,15 @@ class FrozenNetworks:
         backbone: the policy's backbone.
         needs_features: bool, whether a feature network is made.
         needs_reference: bool, whether a reference model is made.
+        learns: bool, whether a critic trains the feature network.
     """
 
-    def __init__(self, feature_network, backbone, needs_features, needs_reference):
+    def __init__(
+        self, feature_network, backbone, needs_features, needs_reference, learns=False
+    ):
         self.feature_network = feature_network
         self.taps = self.reference = None
-        shared = feature_network.is_initial_model
+        shared = feature_network.is_initial_model and not learns
         if needs_features and needs_reference and shared:
             layers = feature_network.tapped_layers(backbone.num_layers)
             self.num_taps = len(layers)
@@ -36,6 +39,8 @@ class FrozenNetworks:
         if needs_features:
             self.taps = feature_network.freeze(backbone)
             self.num_taps = None
+            if learns:
+                self.taps.model.trainable = True
         if needs_reference:
             self.reference = bridge.frozen_taps(
                 backbone,
