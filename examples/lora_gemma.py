@@ -30,6 +30,14 @@ import sentencepiece
 import keras_ebft
 
 WITHOUT_TESTS = f"{platform.python_version()}-without_tests"
+# Gemma's tokenizers have these whether or not there are images.
+GEMMA_SYMBOLS = (
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<start_of_image>",
+    "<end_of_image>",
+    "<img>",
+)
 PROMPT = "def __init__(self, name):\n"
 
 
@@ -84,7 +92,7 @@ def train_sentence_pieces(texts, vocabulary):
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
         normalization_rule_name="identity",
-        user_defined_symbols=["\n", "    ", "<start_of_turn>", "<end_of_turn>"],
+        user_defined_symbols=["\n", "    ", *GEMMA_SYMBOLS],
         **{"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3},
         **{"pad_piece": "<pad>", "eos_piece": "<eos>", "bos_piece": "<bos>"},
         minloglevel=2,
