@@ -181,14 +181,15 @@ def main():
         arguments.held_out_rows,
     )
 
+    # The frozen network is made here, before there are adapters.
+    model = keras_ebft.EBFTModel(
+        causal_lm, ce_weight=arguments.ce_weight, seed=arguments.seed
+    )
     causal_lm.backbone.enable_lora(arguments.rank)
     trained = sum(
         int(np.prod(variable.shape)) for variable in causal_lm.trainable_variables
     )
     print(f"{trained} of {causal_lm.count_params()} parameters are trained")
-    model = keras_ebft.EBFTModel(
-        causal_lm, ce_weight=arguments.ce_weight, seed=arguments.seed
-    )
     model.compile(
         keras.optimizers.AdamW(
             arguments.learning_rate, beta_2=0.95, weight_decay=0.0, global_clipnorm=1.0

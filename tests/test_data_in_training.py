@@ -212,13 +212,13 @@ def test_measure_adds_to_the_history(model):
     history = model.fit(
         rows,
         batch_size=4,
-        epochs=4,
+        epochs=2,
         validation_data=rows,
         callbacks=[Measure(measure, every=2), later],
         verbose=0,
     ).history
     assert history["val_own"] == seen
-    assert visible == [False, True, False, True]
+    assert visible == [False, True]
     # The weights measured are those of the epoch.
     assert seen == pytest.approx(history["val_ce_loss"][1::2], rel=1e-5)
 
