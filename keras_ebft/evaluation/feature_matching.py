@@ -63,7 +63,7 @@ class FeatureMatching:
                 reward,
                 seed=seed,
             )
-            measuring.compile()
+            measuring.compile(jit_compile=_jit_compile(model))
             frozen = measuring._step.networks.taps
             self._models[length] = measuring
 
@@ -104,6 +104,12 @@ def _parts(model):
         model.sampler if own else BlockSampler(),
         model._step.networks.taps,
     )
+
+
+def _jit_compile(model):
+    """As the model is compiled, so that both round alike and draw the same tokens."""
+    compiled = isinstance(model, EBFTModel) and model.compiled
+    return model.jit_compile if compiled else "auto"
 
 
 class _AlreadyFrozen(FeatureNetwork):

@@ -42,11 +42,15 @@ def cross_entropy(model, x, batch_size=16):
     batch_size = check_int("batch_size", batch_size, 1)
     has_answers = isinstance(x, dict) and "answer_mask" in x
     rows = _documents(x, causal_lm)
-    log_prob = _log_prob(causal_lm, rows, batch_size)
-    predicted = rows["padding_mask"][:, 1:]
-    measured = _mean("", log_prob, predicted)
+    masks = {"": rows["padding_mask"][:, 1:]}
     if has_answers:
-        measured |= _mean("answer_", log_prob, rows["answer_mask"][:, 1:])
+        masks["answer_"] = rows["answer_mask"][:, 1:]
+    for prefix, mask in masks.items():
+        _check_not_empty(prefix, mask)
+    log_prob = _log_prob(causal_lm, rows, batch_size)
+    measured = {}
+    for prefix, mask in masks.items():
+        measured |= _mean(prefix, log_prob, mask)
     return measured
 
 
@@ -84,13 +88,16 @@ def _log_prob(causal_lm, rows, batch_size):
     return np.concatenate(found)
 
 
-def _mean(prefix, log_prob, mask):
-    tokens = int(np.count_nonzero(mask))
-    if not tokens:
+def _check_not_empty(prefix, mask):
+    if not mask.any():
         raise ValueError(
             f"Expected at least one {'answer ' if prefix else ''}token with a token "
             "before it. Received: none. Check the documents."
         )
+
+
+def _mean(prefix, log_prob, mask):
+    tokens = int(np.count_nonzero(mask))
     loss = float(-log_prob[mask].sum() / tokens)
     return {
         f"{prefix}cross_entropy": loss,
