@@ -1,6 +1,6 @@
 """Energy-Based Fine-Tuning of KerasHub language models through `model.fit()`."""
 
-from keras_ebft import functional
+from keras_ebft import callbacks, data, evaluation, functional, plots
 from keras_ebft.block_sampler import BlockSampler, ReplaySampler
 from keras_ebft.critic import Critic
 from keras_ebft.features import FeatureNetwork
@@ -27,5 +27,9 @@ __all__ = [
     "RewardSum",
     "VerifierReward",
     "__version__",
+    "callbacks",
+    "data",
+    "evaluation",
     "functional",
+    "plots",
 ]

@@ -18,6 +18,8 @@ LEVELS = {
     "geometry": 1,
     "documents": 1,
     "pooling": 1,
+    "data": 2,
+    "plots": 2,
     "inner_products": 1,
     "losses": 1,
     "critic": 1,
@@ -41,7 +43,9 @@ LEVELS = {
     "inspection": 7,
     "trainer": 7,
     "model": 8,
-    "__init__": 9,
+    "callbacks": 9,
+    "evaluation": 9,
+    "__init__": 10,
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -77,7 +81,10 @@ def test_only_their_owners_touch_private_and_backend_modules():
         "keras.src": {"inputs"},
         "jax": {"kernels"},
         "torch": {"kernels"},
-        "tensorflow": {"kernels"},
+        "tensorflow": {"data", "kernels"},
+        "tensorflow_datasets": {"data"},
+        "sacrebleu": {"evaluation"},
+        "matplotlib": {"plots"},
     }
     for path in MODULES:
         for name in imported(path):
@@ -86,6 +93,22 @@ def test_only_their_owners_touch_private_and_backend_modules():
                     assert name_of(path) in allowed, f"{path.name} imports {name}"
         if "backend.backend()" in path.read_text():
             assert path == PACKAGE / "kernels" / "backend.py"
+
+
+def test_importing_the_library_imports_no_optional_package():
+    """They are imported where they are used; `tfds` builders are such places."""
+    optional = {"tensorflow", "torch", "tensorflow_datasets", "datasets"}
+    optional |= {"matplotlib", "sacrebleu", "tokenizers", "comet", "grain"}
+    for path in MODULES:
+        if path.parent == PACKAGE / "data" / "builders":
+            continue
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                names = [getattr(node, "module", None) or ""]
+            found = {name.split(".")[0] for name in names} & optional
+            assert not found, f"{path} imports {found}"
 
 
 def test_modules_stay_readable():
@@ -110,6 +133,12 @@ def test_public_names_exist_and_are_documented():
         "losses",
         "rewards",
         "verifier_reward",
+        "data.bin_packing",
+        "data.packing",
+        "data.records",
+        "evaluation.code_checks",
+        "evaluation.sandbox",
+        "evaluation.text_metrics",
     ],
 )
 def test_examples_in_docstrings(name):

@@ -1,0 +1,89 @@
+"""Records with named columns as documents."""
+
+import string
+
+
+def from_records(records, text=None, prompt=None, answer=None):
+    """Texts or pairs made from the columns of records.
+
+    Args:
+        records: sequence or iterable of dicts, such as a `datasets.Dataset` or a
+            `tfds` data source. Bytes are read as UTF-8.
+        text: template of a text, such as `"{text}"`. Column names stand in
+            braces, as for `str.format`; `"{translation[en]}"` looks into a column.
+        prompt: template of a prompt; together with `answer`, in place of `text`.
+        answer: template of an answer.
+
+    Returns:
+        `RecordDocuments`, which `keras_ebft.data.pack` takes; indexable where the
+        records are.
+
+    Raises:
+        ValueError: unless it is either `text` or `prompt` and `answer`. While
+            reading: for a record that lacks a column.
+
+    Example:
+    >>> records = [{"question": "1 + 1 =", "result": 2}]
+    >>> list(from_records(records, prompt="{question} ", answer="{result}"))
+    [('1 + 1 = ', '2')]
+    """
+    pair = (prompt is not None) + (answer is not None)
+    if (text is not None) == bool(pair) or pair == 1:
+        raise ValueError(
+            "Expected either a template `text`, or both `prompt` and `answer`. "
+            f"Received: text={text!r}, prompt={prompt!r}, answer={answer!r}. "
+            'Pass for example text="{text}".'
+        )
+    templates = (text,) if pair == 0 else (prompt, answer)
+    if hasattr(records, "__getitem__") and hasattr(records, "__len__"):
+        return RecordSequence(records, templates)
+    return RecordDocuments(records, templates)
+
+
+class RecordDocuments:
+    """Documents made from records, one from each. Made by `from_records`.
+
+    Attributes:
+        records: the records.
+    """
+
+    def __init__(self, records, templates):
+        self.records = records
+        self._templates = templates
+
+    def __iter__(self):
+        return (self._document(record) for record in self.records)
+
+    def _document(self, record):
+        parts = tuple(_fill(template, record) for template in self._templates)
+        return parts if len(parts) > 1 else parts[0]
+
+
+class RecordSequence(RecordDocuments):
+    """Documents made from records that can be indexed. Made by `from_records`."""
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, index):
+        """Document `index`."""
+        return self._document(self.records[index])
+
+
+def _fill(template, record):
+    record = _decoded(record)
+    try:
+        return template.format_map(record)
+    except (KeyError, IndexError) as error:
+        wanted = [name for _, name, _, _ in string.Formatter().parse(template) if name]
+        raise ValueError(
+            f"Expected records with {', '.join(wanted)}. Received: columns "
+            f"{sorted(record)}; {error} is missing. Change the template "
+            f"{template!r}."
+        ) from error
+
+
+def _decoded(value):
+    if isinstance(value, dict):
+        return {name: _decoded(part) for name, part in value.items()}
+    return value.decode("utf-8") if isinstance(value, bytes) else value

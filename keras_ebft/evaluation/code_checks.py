@@ -1,0 +1,160 @@
+"""pass@k: how often one of k generated programs passes its tests."""
+
+import dataclasses
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+from keras_ebft.evaluation.sandbox import Sandbox
+from keras_ebft.validation import check_instance, check_int
+
+
+def pass_at_k(num_samples, num_correct, k):
+    """Unbiased estimate of the chance that one of k samples passes.
+
+        pass@k = 1 - C(n - c, k) / C(n, k)
+
+    with n samples of which c passed (Chen et al., 2021, arXiv:2107.03374).
+
+    Args:
+        num_samples: int, n.
+        num_correct: int, c.
+        k: int from 1 to n.
+
+    Returns:
+        float in [0, 1].
+
+    Raises:
+        TypeError: for a value that is not an integer.
+        ValueError: for a value out of range.
+
+    Example:
+    >>> pass_at_k(num_samples=4, num_correct=1, k=2)
+    0.5
+    """
+    num_samples = check_int("num_samples", num_samples, 1)
+    num_correct = check_int("num_correct", num_correct, 0)
+    k = check_int("k", k, 1)
+    if num_correct > num_samples or k > num_samples:
+        raise ValueError(
+            "Expected `num_correct` and `k` of at most `num_samples`. Received: "
+            f"num_samples={num_samples}, num_correct={num_correct}, k={k}. Draw more "
+            "samples."
+        )
+    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+@dataclasses.dataclass(frozen=True)
+class CodeProblem:
+    """A beginning of a program, and how to tell whether it was ended well.
+
+    Attributes:
+        prompt: str, source that the completion is appended to.
+        tests: str, source of tests, see `Sandbox.check`.
+        doctests: str, a docstring whose examples are run; instead of `tests`.
+        setup: str, source that is run before the prompt, such as imports.
+        share_objects: bool, see `Sandbox.check`.
+    """
+
+    prompt: str
+    tests: str = ""
+    doctests: str = ""
+    setup: str = ""
+    share_objects: bool = False
+
+    def check(self, completion, sandbox):
+        """Runs the tests on a completion.
+
+        Args:
+            completion: str.
+            sandbox: `Sandbox`.
+
+        Returns:
+            `CheckResult`.
+
+        Raises:
+            ValueError: if there is neither `tests` nor `doctests`.
+        """
+        program = f"{self.setup}\n{self.prompt}{completion}\n"
+        if self.tests:
+            return sandbox.check(program, self.tests, self.share_objects)
+        return sandbox.check_doctests(program, self.doctests, self.share_objects)
+
+
+def check_completions(problems, completions, sandbox=None, workers=None):
+    """Runs all tests on all completions, several at a time.
+
+    Args:
+        problems: list of `CodeProblem`.
+        completions: list of as many lists of strings.
+        sandbox: `Sandbox`, by default one with default limits.
+        workers: int, completions that run at the same time, by default one for
+            each processor.
+
+    Returns:
+        list of lists of `CheckResult`.
+
+    Raises:
+        ValueError: if the lengths differ.
+    """
+    sandbox = Sandbox() if sandbox is None else sandbox
+    sandbox = check_instance("sandbox", sandbox, Sandbox, "Leave it out.")
+    workers = check_int("workers", workers or os.cpu_count() or 1, 1)
+    if len(problems) != len(completions):
+        raise ValueError(
+            "Expected a list of completions for each problem. Received: "
+            f"{len(problems)} problems and {len(completions)} lists."
+        )
+    with ThreadPoolExecutor(workers) as pool:
+        running = [
+            [pool.submit(problem.check, text, sandbox) for text in texts]
+            for problem, texts in zip(problems, completions)
+        ]
+        return [[check.result() for check in checks] for checks in running]
+
+
+def mean_pass_at_k(results, k):
+    """pass@k over several problems.
+
+    Args:
+        results: list of lists of `CheckResult`, from `check_completions`.
+        k: int, at most the number of completions of any problem.
+
+    Returns:
+        float in [0, 1].
+
+    Raises:
+        ValueError: if there is no problem, or `k` is too large.
+    """
+    if not results:
+        raise ValueError("Expected at least one problem. Received: none.")
+    rates = [
+        pass_at_k(len(checks), sum(check.passed for check in checks), k)
+        for checks in results
+    ]
+    return sum(rates) / len(rates)
+
+
+def function_body(completion):
+    r"""The part of a completion that still belongs to the function begun before it.
+
+    Models go on after the end of a function. Everything from the first line on that
+    is neither indented nor empty is cut off.
+
+    Args:
+        completion: str.
+
+    Returns:
+        str.
+
+    Example:
+    >>> function_body("    return 1\n\nprint(2)\n")
+    '    return 1\n\n'
+    """
+    kept = []
+    for line in completion.splitlines(keepends=True):
+        # The completion begins in the middle of a line.
+        if kept and line.strip() and not line[0].isspace():
+            break
+        kept.append(line)
+    return "".join(kept)

@@ -1,0 +1,119 @@
+"""Feature matching on held-out documents, at several rollout lengths."""
+
+from keras_ebft.block_sampler import BlockSampler
+from keras_ebft.evaluation.models import causal_lm_of
+from keras_ebft.features import FeatureNetwork
+from keras_ebft.model import EBFTModel
+from keras_ebft.rewards import FeatureMatchingReward
+from keras_ebft.validation import check_int
+
+MEASURES = (
+    "feature_matching_loss",
+    "alignment",
+    "diversity",
+    "best_alignment",
+)
+
+
+class FeatureMatching:
+    """Feature-matching loss, alignment and diversity against rollout length.
+
+    Made before training, because the frozen network that measures is a copy of
+    the model as it is then; called whenever a value is wanted. Values of any two
+    models of one family compare if the same object measured them, or if both were
+    made from the same weights.
+
+    Args:
+        model: `EBFTModel`, whose frozen network, reward and sampler are used; or a
+            `keras_hub.models.CausalLM`. Where there is no frozen network (a
+            `CausalLM`, supervised fine-tuning), a copy is made now.
+        rollout_lengths: tuple of ints, tokens per rollout.
+        num_samples: int, rollouts per block; by default the sampler's.
+        seed: int, decides the rollouts, the same in every call.
+
+    Raises:
+        TypeError: for another kind of model.
+        ValueError: if there is no length, or one is below 1.
+
+    Example:
+    ```python
+    measure = keras_ebft.evaluation.FeatureMatching(model, rollout_lengths=(2, 8, 32))
+    measure(held_out)["feature_matching_loss@8"]
+    ```
+    """
+
+    def __init__(self, model, rollout_lengths=(8,), num_samples=None, seed=0):
+        if not rollout_lengths:
+            raise ValueError(
+                "Expected at least one of `rollout_lengths`. Received: "
+                f"{rollout_lengths!r}. Pass for example (8,)."
+            )
+        network, reward, sampler, frozen = _parts(model)
+        self._models = {}
+        for length in rollout_lengths:
+            config = {
+                **sampler.get_config(),
+                "rollout_length": check_int("rollout_lengths", length, 1),
+                "num_samples": num_samples or sampler.num_samples,
+            }
+            measuring = EBFTModel(
+                causal_lm_of(model),
+                BlockSampler.from_config(config),
+                network if frozen is None else _AlreadyFrozen(network, frozen),
+                reward,
+                seed=seed,
+            )
+            measuring.compile()
+            frozen = measuring._step.networks.taps
+            self._models[length] = measuring
+
+    def __call__(self, x, batch_size=None):
+        """Measures the model as it is now.
+
+        Args:
+            x: documents of any form `EBFTModel.evaluate` accepts; long enough for
+                a block of the greatest rollout length.
+            batch_size: int, documents per step, for data in memory.
+
+        Returns:
+            dict of floats: `feature_matching_loss@G` (and with whitening
+            `whitened_feature_matching_loss@G`), `alignment@G`, `diversity@G` and
+            `best_alignment@G` (of the best of the n rollouts) for every length G.
+
+        Raises:
+            ValueError: for documents that cannot be used.
+        """
+        measured = {}
+        for length, model in self._models.items():
+            values = model.evaluate(
+                x, batch_size=batch_size, return_dict=True, verbose=0
+            )
+            names = dict.fromkeys((*MEASURES, *model.reward.block_measures))
+            measured |= {f"{name}@{length}": float(values[name]) for name in names}
+        return measured
+
+
+def _parts(model):
+    """Feature network, reward, sampler, and the frozen copy if there is one."""
+    if not isinstance(model, EBFTModel):
+        return FeatureNetwork(), FeatureMatchingReward(), BlockSampler(), None
+    own = type(model.sampler) is BlockSampler
+    return (
+        model.feature_network,
+        model.reward if model.reward.needs_features else FeatureMatchingReward(),
+        model.sampler if own else BlockSampler(),
+        model._step.networks.taps,
+    )
+
+
+class _AlreadyFrozen(FeatureNetwork):
+    """A feature network whose frozen copy exists: one serves all lengths."""
+
+    def __init__(self, network, frozen):
+        # Everything as in `network`, the user's own hidden states included.
+        self.__dict__.update(vars(network))
+        self._frozen = frozen
+
+    def freeze(self, backbone):
+        """The copy that exists."""
+        return self._frozen

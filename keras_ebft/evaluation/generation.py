@@ -1,0 +1,120 @@
+"""Completions of prompts, for metrics of texts."""
+
+import keras_hub
+import numpy as np
+from keras import ops
+
+from keras_ebft.evaluation.models import causal_lm_of
+from keras_ebft.validation import check_int, check_number
+
+
+class TextGenerator:
+    """Completes prompts with a model, in batches of one size.
+
+    Args:
+        model: `EBFTModel` or `keras_hub.models.CausalLM` with a preprocessor. How
+            it is compiled, and its own sampler, are left as they are.
+        max_length: int, tokens of prompt and completion together.
+        num_samples: int, completions per prompt.
+        temperature: float, 0 for the most likely token.
+        batch_size: int, completions per call of the model.
+        seed: int, decides the samples of every call anew.
+
+    Raises:
+        TypeError: for another kind of model or value.
+        ValueError: for a value out of range, several greedy samples, or a model
+            without a preprocessor.
+
+    Example:
+    ```python
+    generate = keras_ebft.evaluation.TextGenerator(model, max_length=256)
+    generate(["def fib(n):"])[0][0]
+    ```
+    """
+
+    def __init__(
+        self,
+        model,
+        max_length,
+        num_samples=1,
+        temperature=0.0,
+        batch_size=16,
+        seed=0,
+    ):
+        self.causal_lm = causal_lm_of(model)
+        if self.causal_lm.preprocessor is None:
+            raise ValueError(
+                "Expected a model with a preprocessor, which reads and writes strings. "
+                "Received: one without. Build the CausalLM with `preprocessor=`."
+            )
+        self.max_length = check_int("max_length", max_length, 2)
+        self.num_samples = check_int("num_samples", num_samples, 1)
+        self.temperature = check_number("temperature", temperature, 0.0)
+        self.batch_size = check_int("batch_size", batch_size, 1)
+        self.seed = check_int("seed", seed, 0)
+        if self.temperature == 0.0 and self.num_samples > 1:
+            raise ValueError(
+                "Expected a temperature above 0 for several samples, which would be "
+                f"equal. Received: num_samples={num_samples}. Raise `temperature`."
+            )
+        self._sampler = _sampler(self.temperature, self.seed)
+        self._sampler_start = [
+            np.array(ops.convert_to_numpy(v)) for v in self._sampler.variables
+        ]
+        self._generate_function = None
+
+    def __call__(self, prompts):
+        """Completes prompts with the weights as they are now.
+
+        Args:
+            prompts: list of strings.
+
+        Returns:
+            list of lists of `num_samples` strings, without the prompts.
+
+        Raises:
+            ValueError: if there is no prompt.
+        """
+        if isinstance(prompts, str) or not len(prompts):
+            raise ValueError(
+                "Expected a list of at least one prompt. Received: "
+                f"{prompts!r}. Pass a list."
+            )
+        texts = [prompt for prompt in prompts for _ in range(self.num_samples)]
+        completions = self._complete(texts)
+        return [
+            completions[start : start + self.num_samples]
+            for start in range(0, len(texts), self.num_samples)
+        ]
+
+    def _complete(self, texts):
+        causal_lm = self.causal_lm
+        kept = {
+            name: getattr(causal_lm, name, None)
+            for name in ("sampler", "generate_function")
+        }
+        for variable, value in zip(self._sampler.variables, self._sampler_start):
+            variable.assign(value)
+        causal_lm.sampler = self._sampler
+        # Compiled in the first call.
+        causal_lm.generate_function = self._generate_function
+        completions = []
+        try:
+            for start in range(0, len(texts), self.batch_size):
+                batch = texts[start : start + self.batch_size]
+                filled = batch + [batch[-1]] * (self.batch_size - len(batch))
+                written = causal_lm.generate(
+                    filled, max_length=self.max_length, strip_prompt=True
+                )
+                completions += written[: len(batch)]
+            self._generate_function = causal_lm.generate_function
+        finally:
+            for name, value in kept.items():
+                setattr(causal_lm, name, value)
+        return completions
+
+
+def _sampler(temperature, seed):
+    if temperature == 0.0:
+        return keras_hub.samplers.GreedySampler()
+    return keras_hub.samplers.RandomSampler(temperature=temperature, seed=seed)

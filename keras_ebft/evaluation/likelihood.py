@@ -1,0 +1,99 @@
+"""How likely a model finds held-out texts."""
+
+import math
+
+import numpy as np
+from keras import ops
+
+from keras_ebft.evaluation.models import causal_lm_of
+from keras_ebft.evaluation.single_documents import single_documents
+from keras_ebft.kernels.backend import compiled, no_gradient
+from keras_ebft.token_rows import to_token_rows
+from keras_ebft.validation import check_int
+
+
+def cross_entropy(model, x, batch_size=16):
+    """Next-token cross-entropy and perplexity of documents, at temperature 1.
+
+    Args:
+        model: `EBFTModel` or `keras_hub.models.CausalLM`.
+        x: documents in memory: strings, int array `[N, T]`, or a dict with
+            `token_ids` and optionally `padding_mask`, `segment_ids` (packed
+            documents are read one by one) and `answer_mask`, such as
+            `PackedRows.arrays`.
+        batch_size: int, documents per forward pass. A pass holds
+            `batch_size * T * vocabulary` float32 logits.
+
+    Returns:
+        dict of floats: `cross_entropy` (nats per token), `perplexity` and `tokens`
+        (how many were predicted); with an `answer_mask` also
+        `answer_cross_entropy`, `answer_perplexity` and `answer_tokens`.
+
+    Raises:
+        TypeError: for token ids that are not integers, or another kind of model.
+        ValueError: for documents that cannot be used, or none with two tokens.
+
+    Example:
+    ```python
+    keras_ebft.evaluation.cross_entropy(model, held_out)["perplexity"]
+    ```
+    """
+    causal_lm = causal_lm_of(model)
+    batch_size = check_int("batch_size", batch_size, 1)
+    has_answers = isinstance(x, dict) and "answer_mask" in x
+    rows = _documents(x, causal_lm)
+    log_prob = _log_prob(causal_lm, rows, batch_size)
+    predicted = rows["padding_mask"][:, 1:]
+    measured = _mean("", log_prob, predicted)
+    if has_answers:
+        measured |= _mean("answer_", log_prob, rows["answer_mask"][:, 1:])
+    return measured
+
+
+def _documents(x, causal_lm):
+    if not isinstance(x, dict) or "token_ids" not in x:
+        # Checks and tokenizes.
+        return single_documents(to_token_rows(x, causal_lm))
+    rows = single_documents(x)
+    plain = {name: rows[name] for name in ("token_ids", "padding_mask")}
+    return {**rows, **to_token_rows(plain, causal_lm)}
+
+
+def _log_prob(causal_lm, rows, batch_size):
+    """Log-probability of every next token, float64 `[N, T - 1]`."""
+
+    def score(token_ids, padding_mask):
+        logits = causal_lm({"token_ids": token_ids, "padding_mask": padding_mask})
+        return -ops.sparse_categorical_crossentropy(
+            token_ids[:, 1:], ops.cast(logits[:, :-1], "float32"), from_logits=True
+        )
+
+    run = compiled(score, lambda: causal_lm.variables)
+    count = len(rows["token_ids"])
+    found = []
+    for start in range(0, count, batch_size):
+        # The last batch starts earlier and overlaps, so that all have one shape.
+        first = max(min(start, count - batch_size), 0)
+        batch = [
+            ops.convert_to_tensor(rows[name][first : first + batch_size])
+            for name in ("token_ids", "padding_mask")
+        ]
+        with no_gradient():
+            scores = ops.convert_to_numpy(run(*batch))
+        found.append(scores[start - first :].astype("float64"))
+    return np.concatenate(found)
+
+
+def _mean(prefix, log_prob, mask):
+    tokens = int(np.count_nonzero(mask))
+    if not tokens:
+        raise ValueError(
+            f"Expected at least one {'answer ' if prefix else ''}token with a token "
+            "before it. Received: none. Check the documents."
+        )
+    loss = float(-log_prob[mask].sum() / tokens)
+    return {
+        f"{prefix}cross_entropy": loss,
+        f"{prefix}perplexity": math.exp(loss),
+        f"{prefix}tokens": tokens,
+    }

@@ -1,0 +1,188 @@
+"""Pictures of training runs and of the geometry. Each returns a matplotlib figure.
+
+Figures are made without `pyplot`: nothing is shown or kept open, and no display is
+needed. In a notebook a figure as the last line of a cell shows itself.
+"""
+
+import numpy as np
+
+from keras_ebft.geometry import BlockGeometry
+from keras_ebft.validation import check_instance
+
+LABELS = {
+    "feature_matching_loss": "feature-matching loss",
+    "whitened_feature_matching_loss": "whitened feature-matching loss",
+    "ce_loss": "cross-entropy (nats/token)",
+}
+
+
+def training_curves(runs, metrics=("feature_matching_loss", "ce_loss")):
+    """One panel per metric, one line per run, training dashed.
+
+    Args:
+        runs: dict from a run's name to its history: a `keras.callbacks.History`,
+            or a dict from metric names to lists of values, one per epoch. Values
+            of `val_<metric>` are drawn solid.
+        metrics: tuple of metric names.
+
+    Returns:
+        `matplotlib.figure.Figure`.
+
+    Raises:
+        ValueError: if there is no run, or no run has one of the metrics.
+
+    Example:
+    ```python
+    figure = keras_ebft.plots.training_curves({"EBFT": ebft, "SFT": sft})
+    figure.savefig("curves.png")
+    ```
+    """
+    histories = {
+        name: getattr(run, "history", run) for name, run in _not_empty("runs", runs)
+    }
+    figure, axes = _figure(len(metrics))
+    for axis, metric in zip(axes, metrics):
+        drawn = 0
+        for number, (name, history) in enumerate(histories.items()):
+            for key, style, suffix in (
+                (metric, "--", ", training"),
+                (f"val_{metric}", "-", ""),
+            ):
+                if key in history:
+                    values = np.asarray(history[key], dtype="float64")
+                    epochs = np.arange(1, len(values) + 1)
+                    colour = f"C{number}"
+                    axis.plot(epochs, values, style, color=colour, label=name + suffix)
+                    drawn += 1
+        if not drawn:
+            raise ValueError(
+                f"Expected a run with {metric!r}. Received: runs with "
+                f"{sorted({key for h in histories.values() for key in h})}."
+            )
+        _finish(axis, "epoch", LABELS.get(metric, metric))
+    return figure
+
+
+def accuracy_plane(points, accuracy_label="accuracy"):
+    """Accuracy against validation cross-entropy, the plane of the paper's Figure 1.
+
+    Better is up and to the left. Several points of one method, such as its
+    checkpoints or seeds, are joined in their order.
+
+    Args:
+        points: dict from a method's name to `(cross-entropy, accuracy)` or a list
+            of such pairs; nats per token, share in [0, 1].
+        accuracy_label: str.
+
+    Returns:
+        `matplotlib.figure.Figure`.
+
+    Raises:
+        ValueError: if there is no point, or one is no pair of numbers.
+    """
+    figure, (axis,) = _figure(1)
+    for name, given in _not_empty("points", points):
+        pairs = np.atleast_2d(np.asarray(given, dtype="float64"))
+        if pairs.ndim != 2 or pairs.shape[1] != 2:
+            raise ValueError(
+                "Expected pairs (cross-entropy, accuracy). Received: an array of "
+                f"shape {pairs.shape} for {name!r}."
+            )
+        axis.plot(pairs[:, 0], pairs[:, 1], "o-", label=name)
+    _finish(axis, "validation cross-entropy (nats/token)", accuracy_label)
+    return figure
+
+
+def rollout_length_curves(losses, label="feature-matching loss"):
+    """Feature-matching loss against rollout length, one line per model.
+
+    Args:
+        losses: dict from a model's name to a dict from rollout length in tokens
+            to loss.
+        label: str, of the vertical axis.
+
+    Returns:
+        `matplotlib.figure.Figure`.
+
+    Raises:
+        ValueError: if there is no model or no length.
+    """
+    figure, (axis,) = _figure(1)
+    for name, by_length in _not_empty("losses", losses):
+        lengths = sorted(length for length, _ in _not_empty(name, by_length))
+        axis.plot(lengths, [by_length[g] for g in lengths], "o-", label=name)
+        axis.set_xticks(lengths)
+    _finish(axis, "rollout length (tokens)", label)
+    return figure
+
+
+def geometry(block_geometry):
+    """Document, anchors and rollouts, and who attends to whom.
+
+    Args:
+        block_geometry: `BlockGeometry`; a short one can be read best.
+
+    Returns:
+        `matplotlib.figure.Figure` with two panels.
+
+    Raises:
+        TypeError: if it is something else.
+    """
+    check_instance(
+        "block_geometry",
+        block_geometry,
+        BlockGeometry,
+        "Pass for example BlockGeometry(32).",
+    )
+    figure, (layout, mask) = _figure(2)
+    _draw_layout(layout, block_geometry)
+    mask.imshow(block_geometry.attention_mask(), cmap="Greys", interpolation="nearest")
+    edge = block_geometry.length - 0.5
+    mask.axhline(edge, color="C0", linewidth=0.8)
+    mask.axvline(edge, color="C0", linewidth=0.8)
+    mask.set(
+        title="attention mask of one sample",
+        xlabel="attended to: document, then blocks",
+        ylabel="token",
+    )
+    return figure
+
+
+def _draw_layout(axis, block_geometry):
+    length, steps = block_geometry.length, block_geometry.rollout_length
+    axis.broken_barh([(0, length)], (-0.4, 0.8), color="0.8", label="document")
+    for block, anchor in enumerate(block_geometry.anchors):
+        seen = axis.broken_barh([(0, anchor)], (block + 0.6, 0.8), color="0.93")
+        rollout = axis.broken_barh([(anchor, steps)], (block + 0.6, 0.8), color="C1")
+        if block == 0:
+            seen.set_label("context of a block")
+            rollout.set_label("rollout")
+        axis.plot([anchor, anchor], [-0.4, block + 1.4], color="C0", linewidth=0.8)
+    axis.plot([], [], color="C0", linewidth=0.8, label="anchor")
+    axis.invert_yaxis()
+    axis.set_yticks(range(block_geometry.num_blocks + 1))
+    axis.set_yticklabels(["text", *range(block_geometry.num_blocks)])
+    axis.set(xlabel="position (tokens)", ylabel="block", title="where blocks stand")
+    axis.figure.legend(loc="outside lower left", ncols=4)
+
+
+def _figure(panels):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * panels, 3.6), layout="constrained")
+    return figure, np.ravel(figure.subplots(1, panels))
+
+
+def _finish(axis, x_label, y_label):
+    axis.set(xlabel=x_label, ylabel=y_label)
+    axis.grid(alpha=0.3)
+    axis.legend()
+
+
+def _not_empty(name, values):
+    if not isinstance(values, dict) or not values:
+        raise ValueError(
+            f"Expected `{name}` to be a dict with at least one entry. Received: "
+            f"{values!r}."
+        )
+    return values.items()

@@ -1,0 +1,88 @@
+"""Every example, small: all of its lines run, and it ends with a table and a plot."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from keras_ebft.data.builders import catalogue_files
+
+ROOT = Path(__file__).parent.parent
+SMALL = ("--layers", "2", "--width", "16", "--batch-size", "2", "--steps", "1")
+SHORT = (*SMALL, "--pretrain-steps", "1", "--held-out-rows", "2", "--length", "48")
+PART = ("--split", "train[:2%]", "--held-out-split", "validation[:5%]")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Prepared data and weights, shared by the examples."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def run(name, folder, *arguments):
+    """What the example prints."""
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *arguments]
+    finished = subprocess.run(
+        [*command, "--output", str(folder)],
+        cwd=ROOT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert (folder / f"{name}.png").stat().st_size > 10_000
+    return finished.stdout
+
+
+@pytest.mark.slow
+def test_unstructured_code(tmp_path, cache):
+    arguments = (*SHORT, *PART, "--cache", str(cache), "--vocabulary", "300")
+    printed = run("unstructured_code", tmp_path, *arguments, "--rollout-lengths", "2")
+    assert "feature-matching loss" in printed
+    assert "fill rate" in printed
+    assert len(list(cache.glob("code_*.weights.h5"))) == 1
+
+
+@pytest.mark.slow
+def test_qa_code(tmp_path, cache):
+    arguments = (*SHORT, "--cache", str(cache), "--vocabulary", "300")
+    arguments += ("--split", "train[:2%]", "--epochs", "1", "--samples", "1")
+    printed = run("qa_code", tmp_path, *arguments, "--problems", "1")
+    assert "1 problems with doctests" in printed
+    assert "pass@1" in printed
+
+
+@pytest.mark.slow
+def test_translation(tmp_path, cache):
+    installed = catalogue_files.installed_languages(catalogue_files.default_folders())
+    if "de" not in installed:
+        pytest.skip("no German message catalogues on this system")
+    arguments = (*SHORT, *PART, "--cache", str(cache), "--vocabulary", "300")
+    arguments += ("--epochs", "1", "--sentences", "2")
+    printed = run("translation", tmp_path, *arguments)
+    assert "BLEU" in printed
+    assert "chrF" in printed
+    assert printed.count("target:") == 2
+
+
+@pytest.mark.slow
+def test_lora_gemma(tmp_path, cache):
+    arguments = (*SHORT, "--cache", str(cache), "--vocabulary", "400", "--epochs", "1")
+    printed = run(
+        "lora_gemma", tmp_path, *arguments, "--folder", str(ROOT / "keras_ebft")
+    )
+    assert "parameters are trained" in printed
+    assert (tmp_path / "adapters.lora.h5").exists()
+
+
+@pytest.mark.slow
+def test_compare_methods(tmp_path):
+    arguments = (*SMALL, "--pretrain-steps", "1", "--length", "64", "--numbers", "4")
+    arguments += ("--problems", "2", "--body-tokens", "3", "--vocabulary", "300")
+    printed = run("compare_methods", tmp_path, *arguments)
+    table = printed[printed.index("held-out") :]
+    for method in ("base", "SFT", "RLVR", "EBFT"):
+        assert f"\n{method} " in table
