@@ -287,12 +287,25 @@ class EBFTModel(Inspection, DocumentTrainer):
             self._training_steps.assign(self._training_steps + 1)
         if not objective.needs_rollouts:
             return self._step.read_only(inputs)
+        trains_documents = objective.trains_documents
         if self._collected is not None:
-            return self._step.score(inputs, self._collected, objective.trains_documents)
-        if training:
-            self._follow_policy()
-        seed = self._training_seed if training else self._evaluation_seed
-        return self._step(inputs, seed, objective.trains_documents)
+            outputs = self._step.score(inputs, self._collected, trains_documents)
+        else:
+            if training:
+                self._follow_policy()
+            seed = self._training_seed if training else self._evaluation_seed
+            outputs = self._step(inputs, seed, trains_documents)
+        return outputs if self.critic is None else self._criticise(outputs)
+
+    def _criticise(self, outputs):
+        """Outputs with the critic's logits in place of features."""
+        features = ("features", "true_features")
+        kept = {name: v for name, v in outputs.items() if name not in features}
+        return {
+            **kept,
+            "critic_logit": self.critic_head(outputs["features"]),
+            "critic_true_logit": self.critic_head(outputs["true_features"]),
+        }
 
     def compute_loss(
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True
@@ -310,13 +323,12 @@ class EBFTModel(Inspection, DocumentTrainer):
         terms = self.objective.terms(outputs)
         if self.critic is None:
             return terms
-        true_logit = self.critic_head(outputs["true_features"])
-        logit = self.critic_head(outputs["features"])
+        logits = outputs["critic_true_logit"], outputs["critic_logit"]
         mask = outputs["reward_mask"]
         return {
             **terms,
-            "critic_loss": critic_loss(true_logit, logit, mask, self.critic.selection),
-            "critic_accuracy": critic_accuracy(true_logit, logit, mask),
+            "critic_loss": critic_loss(*logits, mask, self.critic.selection),
+            "critic_accuracy": critic_accuracy(*logits, mask),
         }
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
