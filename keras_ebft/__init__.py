@@ -2,6 +2,7 @@
 
 from keras_ebft import functional
 from keras_ebft.block_sampler import BlockSampler, ReplaySampler
+from keras_ebft.checkpoints import TrainingCheckpoint
 from keras_ebft.features import FeatureNetwork
 from keras_ebft.geometry import BlockGeometry
 from keras_ebft.model import EBFTModel
@@ -15,6 +16,7 @@ __all__ = [
     "FeatureMatchingReward",
     "FeatureNetwork",
     "ReplaySampler",
+    "TrainingCheckpoint",
     "__version__",
     "functional",
 ]

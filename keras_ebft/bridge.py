@@ -13,6 +13,8 @@ import keras
 import keras_hub
 from keras import ops
 
+from keras_ebft import adapters
+
 TESTED_VERSIONS = ("0.32",)
 
 FAMILIES = (
@@ -51,12 +53,14 @@ class RoutedNetwork:
         model: `keras.Model` that maps a backbone's inputs to hidden states.
         num_layers: int, decoder layers in `model`.
         honours_window: bool, whether reported sliding windows are applied.
+        switched_off: list of layers whose adapters take no part.
     """
 
-    def __init__(self, model, num_layers, honours_window):
+    def __init__(self, model, num_layers, honours_window, switched_off=()):
         self.model = model
         self.num_layers = num_layers
         self.honours_window = honours_window
+        self.switched_off = switched_off
 
     def __call__(self, token_ids, positions, attend, caches=None):
         """Runs the network on independent tokens; `attend` connects them.
@@ -105,7 +109,10 @@ class RoutedNetwork:
 
         tokens = ops.reshape(token_ids, (-1, 1))
         caches = [None] * self.num_layers if caches is None else caches
-        with _attention_route()(routed, ops.reshape(positions, (-1,)), caches):
+        with (
+            adapters.switched_off(self.switched_off),
+            _attention_route()(routed, ops.reshape(positions, (-1,)), caches),
+        ):
             outputs = self.model(
                 {"token_ids": tokens, "padding_mask": ops.ones_like(tokens)}
             )
@@ -180,10 +187,11 @@ def maximum_length(causal_lm):
 
 
 def frozen_taps(backbone, layers):
-    """A frozen copy of the lower part of a backbone, tapped after some layers.
+    """The lower part of a backbone as it is now, tapped after some layers.
 
-    Layers above the last tap are not copied. Later changes of `backbone` leave
-    the copy alone.
+    Layers above the last tap take no part. With adapters the network is the
+    backbone's own weights without them, which training leaves alone; otherwise a
+    frozen copy.
 
     Args:
         backbone: a supported KerasHub backbone.
@@ -192,7 +200,22 @@ def frozen_taps(backbone, layers):
     Returns:
         `RoutedNetwork` whose outputs are a list with one hidden state per tap.
     """
-    config = {**backbone.get_config(), "num_layers": layers[-1]}
+    adapted = adapters.adapted_layers(backbone)
+    if adapted:
+        model = _tapped(backbone, layers)
+        return RoutedNetwork(model, layers[-1], _honours_window(backbone), adapted)
+    model = _tapped(_frozen_copy(backbone, layers[-1]), layers)
+    model.trainable = False
+    return RoutedNetwork(model, layers[-1], _honours_window(backbone))
+
+
+def _tapped(backbone, layers):
+    outputs = [backbone.transformer_layers[index - 1].output for index in layers]
+    return keras.Model(backbone.input, outputs, name="frozen_network")
+
+
+def _frozen_copy(backbone, num_layers):
+    config = {**backbone.get_config(), "num_layers": num_layers}
     if "tie_word_embeddings" in inspect.signature(type(backbone)).parameters:
         # No logits come from the copy: it needs no output projection of its own.
         config["tie_word_embeddings"] = True
@@ -206,10 +229,7 @@ def frozen_taps(backbone, layers):
             layer.embeddings.assign(source.embeddings.numpy())
         else:
             layer.set_weights(source.get_weights())
-    outputs = [copy.transformer_layers[index - 1].output for index in layers]
-    model = keras.Model(copy.input, outputs, name="frozen_network")
-    model.trainable = False
-    return RoutedNetwork(model, layers[-1], _honours_window(backbone))
+    return copy
 
 
 def _honours_window(backbone):

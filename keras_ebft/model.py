@@ -3,8 +3,9 @@
 import keras
 import numpy as np
 
-from keras_ebft import bridge, metrics
+from keras_ebft import adapters, bridge, metrics
 from keras_ebft.block_sampler import BlockSampler
+from keras_ebft.checkpoints import DataPosition, FastForward, TrainingState
 from keras_ebft.features import FeatureNetwork
 from keras_ebft.functional import ESTIMATORS
 from keras_ebft.inputs import as_batch, refuse_targets, split_rows, token_batches
@@ -78,6 +79,7 @@ class EBFTModel(Inspection, keras.Model):
         **kwargs,
     ):
         bridge.check_supported(causal_lm)
+        adapters.freeze_base(causal_lm.backbone)
         super().__init__(**kwargs)
         self.sampler = _part("sampler", sampler, BlockSampler)
         self.feature_network = _part("feature_network", feature_network, FeatureNetwork)
@@ -104,6 +106,9 @@ class EBFTModel(Inspection, keras.Model):
         self._inspection_seed = keras.random.SeedGenerator(self.seed + 2)
         self._evaluation_start = self._evaluation_seed.state.numpy()
         self._trackers = metrics.make_trackers(self.reward.block_measures)
+        self.training_state = TrainingState(
+            self._saved_variables, lambda: self.metrics_variables
+        )
         self.built = True
 
     def train_step(self, *state_and_data):
@@ -224,12 +229,27 @@ class EBFTModel(Inspection, keras.Model):
             auto_scale_loss=auto_scale_loss,
         )
 
+    def compile_from_config(self, config):
+        """Compiles as the saved model was, with an optimizer of its own."""
+        config = keras.saving.deserialize_keras_object(config)
+        self.compile(**config)
+        self.optimizer.build(self.trainable_variables)
+
+    def make_train_function(self, force=False):
+        """Makes the function that trains on one batch, as Keras does."""
+        super().make_train_function(force)
+        if not isinstance(self.train_function, FastForward):
+            self.train_function = FastForward(
+                self.train_function, self.steps_per_execution
+            )
+
     def fit(
         self,
         x=None,
         y=None,
         batch_size=None,
         *,
+        callbacks=None,
         validation_data=None,
         validation_split=0.0,
         validation_batch_size=None,
@@ -244,6 +264,7 @@ class EBFTModel(Inspection, keras.Model):
                 torch `DataLoader` or generator that yields batches of these.
             y: must be `None`; documents are their own targets.
             batch_size: int, documents per step for data in memory (default 16).
+            callbacks: `keras.callbacks.Callback`, a list of them, or `None`.
             validation_data: documents of any accepted form, or `None`.
             validation_split: float in [0, 1), share of in-memory documents, taken
                 from the end, to validate on.
@@ -267,7 +288,19 @@ class EBFTModel(Inspection, keras.Model):
                 validation_data, validation_batch_size or batch_size
             )
         train = self._batches(x, batch_size, shuffle)
-        return super().fit(train, validation_data=validation_data, **kwargs)
+        # Keras would keep the epoch that an earlier `fit` resumed at.
+        self._initial_epoch = None
+        position = DataPosition(
+            self.training_state, train, kwargs.get("steps_per_epoch")
+        )
+        if not isinstance(callbacks, (list, tuple)):
+            callbacks = [] if callbacks is None else [callbacks]
+        return super().fit(
+            train,
+            validation_data=validation_data,
+            callbacks=[position, *callbacks],
+            **kwargs,
+        )
 
     def evaluate(self, x=None, y=None, batch_size=None, **kwargs):
         """Measures on documents, always with the same random numbers.
@@ -290,10 +323,18 @@ class EBFTModel(Inspection, keras.Model):
         return super().evaluate(self._batches(x, batch_size), **kwargs)
 
     def get_config(self):
-        """The constructor's arguments, parts serialized as Keras does."""
+        """The constructor's arguments, parts serialized as Keras does.
+
+        `adapters` is for `from_config` alone: the configuration of a KerasHub
+        backbone leaves out that it has some.
+        """
+        causal_lm = keras.saving.serialize_keras_object(self.causal_lm)
+        # Compiled for `generate` only; KerasHub compiles it again when it is built.
+        causal_lm.pop("compile_config", None)
         return {
             **super().get_config(),
-            "causal_lm": keras.saving.serialize_keras_object(self.causal_lm),
+            "causal_lm": causal_lm,
+            "adapters": adapters.adapter_config(self.causal_lm.backbone),
             "sampler": keras.saving.serialize_keras_object(self.sampler),
             "feature_network": keras.saving.serialize_keras_object(
                 self.feature_network
@@ -315,7 +356,18 @@ class EBFTModel(Inspection, keras.Model):
             else value
             for name, value in config.items()
         }
+        enabled = config.pop("adapters", None)
+        adapters.enable_adapters(config["causal_lm"].backbone, enabled)
         return cls(**config)
+
+    def _saved_variables(self):
+        """What Keras does not save, or not apart from other weights."""
+        return {
+            "training_seed": self._training_seed.state,
+            "evaluation_seed": self._evaluation_seed.state,
+            "inspection_seed": self._inspection_seed.state,
+            **adapters.exact_variables(self.causal_lm.backbone),
+        }
 
     def _batches(self, x, batch_size, shuffle=False):
         return token_batches(

@@ -15,6 +15,8 @@ LEVELS = {
     "validation": 0,
     "configurable": 0,
     "geometry": 1,
+    "adapters": 1,
+    "checkpoints": 1,
     "inner_products": 1,
     "functional": 2,
     "kernels": 2,
