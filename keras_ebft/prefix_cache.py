@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ebft.kernels import strided_attention
+from keras_ebft.kernels import causal_attention, strided_attention
 
 
 class DocumentState(NamedTuple):
@@ -43,8 +43,7 @@ def read_document(network, token_ids):
     )
 
     def attend(query, key, value, cache, **options):
-        as_block = (tensor[:, None, None] for tensor in (query, key, value))
-        return strided_attention(*as_block, **options)[:, 0, 0], (key, value)
+        return causal_attention(query, key, value, **options), (key, value)
 
     outputs, keys_values = network(token_ids, positions, attend)
     return DocumentState(outputs, keys_values)

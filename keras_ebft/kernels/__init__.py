@@ -1,7 +1,8 @@
 """The hot paths, one folder each, and the one file that branches on the backend."""
 
+from keras_ebft.kernels.causal_attention import causal_attention
 from keras_ebft.kernels.linear_logprob import linear_logprob
 from keras_ebft.kernels.linear_sample import linear_sample
 from keras_ebft.kernels.strided_attention import strided_attention
 
-__all__ = ["linear_logprob", "linear_sample", "strided_attention"]
+__all__ = ["causal_attention", "linear_logprob", "linear_sample", "strided_attention"]

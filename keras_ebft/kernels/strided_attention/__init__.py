@@ -12,15 +12,16 @@ def strided_attention(
     anchors=None,
     *,
     scale,
+    starts=None,
     query_offset=0,
     sliding_window=None,
     soft_cap=None,
 ):
-    """Attention of every block to `document[:anchor]` and causally to itself.
+    """Attention of every block to `document[start:anchor]` and causally to itself.
 
-    Query i of block k sits at position `anchors[k] + query_offset + i`. It sees
-    document keys `0 ... anchors[k] - 1` and keys `0 ... query_offset + i` of its
-    own block and sample. Without a document this is plain causal attention.
+    Query i of block k sits at row index `anchors[k] + query_offset + i`. It sees
+    document keys `starts[k] ... anchors[k] - 1` and keys `0 ... query_offset + i`
+    of its own block and sample. Without a document this is plain causal attention.
 
     Args:
         query: float tensor `[B, n, K, Q, H, d]`.
@@ -28,8 +29,11 @@ def strided_attention(
         value: float tensor `[B, n, K, P, Hkv, d]`.
         document_key: float tensor `[B, T, Hkv, d]` or `None`.
         document_value: float tensor `[B, T, Hkv, d]` or `None`.
-        anchors: int32 NumPy array `[K]`, needed with a document.
+        anchors: int32 NumPy array `[K]`, the same for all rows and increasing, or
+            int32 tensor `[B, K]`; needed with a document.
         scale: float, factor on the scores.
+        starts: int32 tensor `[B, K]`, first document key of each block, or `None`
+            for 0.
         query_offset: int or int scalar tensor.
         sliding_window: int or `None`; a key is seen if
             `query position - key position < sliding_window`.
@@ -46,6 +50,7 @@ def strided_attention(
         document_value,
         anchors,
         scale=scale,
+        starts=starts,
         query_offset=query_offset,
         sliding_window=sliding_window,
         soft_cap=soft_cap,

@@ -14,6 +14,7 @@ def strided_attention_reference(
     anchors=None,
     *,
     scale,
+    starts=None,
     query_offset=0,
     sliding_window=None,
     soft_cap=None,
@@ -24,29 +25,66 @@ def strided_attention_reference(
     query_step = query_offset + ops.arange(query.shape[3], dtype="int32")
     key_step = ops.arange(key.shape[3], dtype="int32")
     distance = query_step[:, None] - key_step[None, :]
-    scores = _scores("bnkqhgd,bnkphd->bhgnkqp", grouped, key, **options)
-    scores = _hide(scores, distance, sliding_window)
-    if document_key is None:
-        weights = _softmax(scores, query.dtype)
-        output = ops.einsum("bhgnkqp,bnkphd->bnkqhgd", weights, value)
-        return ops.reshape(output, query.shape)
-
-    document_index = ops.arange(document_key.shape[1], dtype="int32")
-    anchors = ops.convert_to_tensor(anchors, dtype="int32")[:, None, None]
-    to_anchor = anchors - document_index[None, None, :]
-    document_scores = _scores("bnkqhgd,bthd->bhgnkqt", grouped, document_key, **options)
-    document_scores = _hide(
-        document_scores,
-        to_anchor + query_step[None, :, None],
-        sliding_window,
-        visible=to_anchor > 0,
+    own_scores = _scores("bnkqhgd,bnkphd->bhgnkqp", grouped, key, **options)
+    own = _Part(
+        _hide(own_scores, distance, sliding_window), value, "bhgnkqp,bnkphd->bnkqhgd"
     )
-    weights = _softmax(ops.concatenate([document_scores, scores], axis=-1), query.dtype)
-    length = document_key.shape[1]
-    output = ops.einsum(
-        "bhgnkqt,bthd->bnkqhgd", weights[..., :length], document_value
-    ) + ops.einsum("bhgnkqp,bnkphd->bnkqhgd", weights[..., length:], value)
-    return ops.reshape(output, query.shape)
+    if document_key is None:
+        return ops.reshape(_attend([own], query.dtype), query.shape)
+
+    index = ops.arange(document_key.shape[1], dtype="int32")
+    to_anchor = _per_row(anchors)[..., None, None] - index
+    visible = to_anchor > 0
+    if starts is not None:
+        visible = ops.logical_and(visible, index >= _per_row(starts)[..., None, None])
+    scores = _scores("bnkqhgd,bthd->bhgnkqt", grouped, document_key, **options)
+    # [B or 1, K, Q, T] against [B, Hkv, g, n, K, Q, T].
+    distance = to_anchor + query_step[:, None]
+    scores = _hide(
+        scores,
+        distance[:, None, None, None],
+        sliding_window,
+        visible=visible[:, None, None, None],
+    )
+    document = _Part(scores, document_value, "bhgnkqt,bthd->bnkqhgd")
+    return ops.reshape(_attend([document, own], query.dtype), query.shape)
+
+
+class _Part:
+    """Scores against one set of keys, and the values they weigh."""
+
+    def __init__(self, scores, values, equation):
+        self.scores = scores
+        self.values = values
+        self.equation = equation
+
+    def weigh(self, weights, dtype):
+        return ops.einsum(self.equation, ops.cast(weights, dtype), self.values)
+
+
+def _attend(parts, dtype):
+    """Softmax over the keys of all parts together, without joining them.
+
+    Written out, because TensorFlow's fused softmax takes no more than five axes
+    on processors where it runs through oneDNN.
+    """
+    largest = ops.max(parts[0].scores, axis=-1, keepdims=True)
+    for part in parts[1:]:
+        highest = ops.max(part.scores, axis=-1, keepdims=True)
+        largest = ops.maximum(largest, highest)
+    largest = ops.stop_gradient(largest)
+    weights = [ops.exp(part.scores - largest) for part in parts]
+    total = sum(ops.sum(weight, axis=-1, keepdims=True) for weight in weights)
+    outputs = [
+        part.weigh(weight / total, dtype) for part, weight in zip(parts, weights)
+    ]
+    return sum(outputs[1:], start=outputs[0])
+
+
+def _per_row(places):
+    """`[K]` or `[B, K]` integers as a tensor `[1 or B, K]`."""
+    places = ops.convert_to_tensor(places, dtype="int32")
+    return places if len(places.shape) == 2 else places[None]
 
 
 def _group_heads(query, num_kv_heads):
@@ -69,7 +107,3 @@ def _hide(scores, distance, sliding_window, visible=None):
     if visible is not None:
         seen = ops.logical_and(seen, visible)
     return ops.where(seen, scores, HIDDEN_SCORE)
-
-
-def _softmax(scores, dtype):
-    return ops.cast(ops.softmax(scores, axis=-1), dtype)

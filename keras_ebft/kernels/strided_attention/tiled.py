@@ -2,9 +2,11 @@
 
 Blocks near the start of a document see little of it. Attention of a group of
 neighbouring blocks to `document[:last anchor of the group]` does about half the
-work of attention to the whole document with a mask.
+work of attention to the whole document with a mask. Where anchors are only known
+when the step runs, there is nothing to cut.
 """
 
+import numpy as np
 from keras import ops
 
 from keras_ebft.kernels.strided_attention.reference import strided_attention_reference
@@ -23,15 +25,19 @@ def strided_attention_tiled(
     document_key=None,
     document_value=None,
     anchors=None,
+    *,
+    starts=None,
     **options,
 ):
     """See `keras_ebft.kernels.strided_attention`."""
     num_blocks = query.shape[2]
     size = max(-(-num_blocks // MAX_GROUPS), MIN_GROUP_BLOCKS)
-    if document_key is None or num_blocks <= size:
+    known = isinstance(anchors, np.ndarray) and anchors.ndim == 1
+    if document_key is None or not known or num_blocks <= size:
         return strided_attention_reference(
-            query, key, value, document_key, document_value, anchors, **options
-        )
+            query, key, value, document_key, document_value, anchors,
+            starts=starts, **options,
+        )  # fmt: skip
     outputs = []
     for start in range(0, num_blocks, size):
         blocks = slice(start, min(start + size, num_blocks))
@@ -44,6 +50,7 @@ def strided_attention_tiled(
                 document_key[:, :seen],
                 document_value[:, :seen],
                 anchors[blocks],
+                starts=None if starts is None else starts[:, blocks],
                 **options,
             )
         )

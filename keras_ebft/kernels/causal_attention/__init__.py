@@ -1,0 +1,35 @@
+"""Causal attention within the documents of a row."""
+
+from keras_ebft.kernels.causal_attention.reference import causal_attention_reference
+
+
+def causal_attention(
+    query, key, value, *, scale, starts=None, sliding_window=None, soft_cap=None
+):
+    """Causal attention that stays within each document of a row.
+
+    Token i sees tokens `starts[i] ... i`.
+
+    Args:
+        query: float tensor `[B, T, H, d]`.
+        key: float tensor `[B, T, Hkv, d]`; Hkv divides H (grouped queries).
+        value: float tensor `[B, T, Hkv, d]`.
+        scale: float, factor on the scores.
+        starts: int32 tensor `[B, T]`, first token of each token's document, or
+            `None` for 0.
+        sliding_window: int or `None`; a key is seen if
+            `query position - key position < sliding_window`.
+        soft_cap: float or `None`; scores become `cap * tanh(scores / cap)`.
+
+    Returns:
+        float tensor `[B, T, H, d]` in the dtype of `query`.
+    """
+    return causal_attention_reference(
+        query,
+        key,
+        value,
+        scale=scale,
+        starts=starts,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+    )
