@@ -113,8 +113,11 @@ class RoutedNetwork:
             adapters.switched_off(self.switched_off),
             _attention_route()(routed, ops.reshape(positions, (-1,)), caches),
         ):
+            # What is trained and embedded is what was sampled from: no dropout,
+            # which TensorFlow would take from the surrounding train step.
             outputs = self.model(
-                {"token_ids": tokens, "padding_mask": ops.ones_like(tokens)}
+                {"token_ids": tokens, "padding_mask": ops.ones_like(tokens)},
+                training=False,
             )
         if len(updated) != self.num_layers:
             raise ValueError(
