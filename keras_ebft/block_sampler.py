@@ -9,7 +9,7 @@ from keras import ops
 from keras_ebft.configurable import Configurable
 from keras_ebft.geometry import BlockGeometry
 from keras_ebft.kernels import linear_sample
-from keras_ebft.prefix_cache import BlockDecoder
+from keras_ebft.prefix_cache import block_decoder
 from keras_ebft.validation import check_int, check_number
 
 
@@ -106,7 +106,7 @@ class BlockSampler(Configurable):
         hidden = ops.take(document.outputs, geometry.anchors - 1, axis=1)
         hidden = ops.repeat(hidden[:, None], self.num_samples, axis=1)
         steps = self.rollout_length - 1
-        decoder = BlockDecoder(
+        decoder = block_decoder(
             policy, document, geometry.anchors, self.num_samples, steps
         )
 

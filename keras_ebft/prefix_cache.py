@@ -11,7 +11,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_ebft.bridge import RowNetwork
 from keras_ebft.kernels import causal_attention, strided_attention
+from keras_ebft.row_cache import RowDecoder, read_rows
 
 
 class DocumentState(NamedTuple):
@@ -19,7 +21,8 @@ class DocumentState(NamedTuple):
 
     Attributes:
         outputs: the network's outputs, each `[B, T, D]`.
-        keys_values: list with one `(key, value)` per layer, `[B, T, Hkv, d]`.
+        keys_values: list with one `(key, value)` per layer, `[B, T, Hkv, d]`; of a
+            `RowNetwork`, which has none to share, the token ids `[B, T]`.
     """
 
     outputs: Any
@@ -38,6 +41,8 @@ def read_document(network, token_ids):
     Returns:
         `DocumentState`.
     """
+    if isinstance(network, RowNetwork):
+        return DocumentState(network(token_ids), token_ids)
     positions = ops.broadcast_to(
         ops.arange(token_ids.shape[1], dtype="int32")[None, :], token_ids.shape
     )
@@ -66,6 +71,8 @@ def read_blocks(network, document, tokens, anchors):
     Returns:
         The network's outputs, each `[B, n, K, Q, D]`.
     """
+    if isinstance(network, RowNetwork):
+        return read_rows(network, document.keys_values, tokens, anchors)
     steps = np.arange(tokens.shape[-1], dtype="int32")
     positions = ops.broadcast_to(anchors[:, None] + steps, tokens.shape)
 
@@ -74,6 +81,15 @@ def read_blocks(network, document, tokens, anchors):
         return output, None
 
     return network(tokens, positions, attend, document.keys_values)[0]
+
+
+def block_decoder(network, document, anchors, samples, steps):
+    """The decoder that suits a network; arguments as for `BlockDecoder`."""
+    if isinstance(network, RowNetwork):
+        token_ids = document.keys_values
+        shape = (token_ids.shape[0], samples, len(anchors), steps)
+        return RowDecoder(network, token_ids, anchors, shape)
+    return BlockDecoder(network, document, anchors, samples, steps)
 
 
 class BlockDecoder:

@@ -76,7 +76,7 @@ class EBFTStep:
 
     def rollout(self, document, geometry, uniform):
         """`Rollouts` that continue what the policy has read."""
-        head = bridge.output_head(self.causal_lm)
+        head = bridge.output_head(self.causal_lm.backbone)
         document = stop_gradient(document)
         return self.sampler(self.policy, head, document, geometry, uniform)
 
@@ -122,7 +122,7 @@ class EBFTStep:
         return ops.reshape(log_prob, labels.shape)
 
     def _log_prob(self, hidden, labels, temperature):
-        head = bridge.output_head(self.causal_lm)
+        head = bridge.output_head(self.causal_lm.backbone)
         return linear_logprob(
             ops.reshape(hidden, (-1, hidden.shape[-1])),
             head.kernel,

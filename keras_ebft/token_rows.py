@@ -103,7 +103,7 @@ def _check_token_ids(token_ids, causal_lm):
             "Expected token ids of shape [documents, tokens]. Received: shape "
             f"{token_ids.shape}. Add or remove an axis."
         )
-    size = bridge.vocabulary_size(causal_lm)
+    size = bridge.vocabulary_size(causal_lm.backbone)
     if token_ids.size and (token_ids.min() < 0 or token_ids.max() >= size):
         raise ValueError(
             f"Expected token ids from 0 to {size - 1}, the model's vocabulary. "

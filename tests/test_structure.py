@@ -21,6 +21,7 @@ LEVELS = {
     "functional": 2,
     "kernels": 2,
     "bridge": 2,
+    "row_cache": 2,
     "prefix_cache": 3,
     "token_rows": 3,
     "block_sampler": 4,

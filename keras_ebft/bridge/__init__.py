@@ -1,0 +1,32 @@
+"""The one door into KerasHub: networks, output heads, sub-networks.
+
+Block-parallel passes need an attention of their own inside KerasHub's models. How
+a family gives way to it is decided here (`families`) and done here (the routes);
+nothing else in this library imports `keras_hub.src` or knows a family.
+"""
+
+from keras_ebft.bridge.families import FAMILIES, REFUSED
+from keras_ebft.bridge.frozen import copied_variables, frozen_taps, routed_backbone
+from keras_ebft.bridge.models import (
+    OutputHead,
+    check_supported,
+    maximum_length,
+    output_head,
+    vocabulary_size,
+)
+from keras_ebft.bridge.networks import RoutedNetwork, RowNetwork
+
+__all__ = [
+    "FAMILIES",
+    "REFUSED",
+    "OutputHead",
+    "RoutedNetwork",
+    "RowNetwork",
+    "check_supported",
+    "copied_variables",
+    "frozen_taps",
+    "maximum_length",
+    "output_head",
+    "routed_backbone",
+    "vocabulary_size",
+]

@@ -1,0 +1,100 @@
+"""What this library asks of a KerasHub causal language model."""
+
+import logging
+from typing import Any, NamedTuple
+
+import keras_hub
+from keras import ops
+
+from keras_ebft.bridge.families import family_of
+from keras_ebft.bridge.serving_route import check_version
+
+logger = logging.getLogger("keras_ebft")
+
+
+class OutputHead(NamedTuple):
+    """The projection from final hidden states to logits.
+
+    Attributes:
+        kernel: float tensor `[V, D]`.
+        soft_cap: float or `None`, cap on the logits.
+    """
+
+    kernel: Any
+    soft_cap: Any
+
+
+def check_supported(causal_lm):
+    """Checks that a causal language model can be trained by this library.
+
+    Raises:
+        TypeError: if `causal_lm` is not a `keras_hub.models.CausalLM`.
+        ValueError: if its family is not supported, or the installed KerasHub is
+            not a version this library was tested with.
+    """
+    if not isinstance(causal_lm, keras_hub.models.CausalLM):
+        raise TypeError(
+            "Expected `causal_lm` to be a keras_hub.models.CausalLM. Received: "
+            f"{causal_lm!r} (of type {type(causal_lm).__name__}). Pass for example "
+            'keras_hub.models.CausalLM.from_preset("gemma3_1b").'
+        )
+    check_version()
+    check_backbone(causal_lm.backbone)
+    if type(causal_lm).__name__ == "Gemma4AssistantCausalLM":
+        raise ValueError(
+            "Expected a model that reads text by itself. Received: a "
+            "Gemma4AssistantCausalLM, which drafts for another model. Train the "
+            "Gemma4CausalLM it assists."
+        )
+    if getattr(causal_lm, "final_logit_cap", None) is not None:
+        raise ValueError(
+            "Expected the cap on logits in the backbone. Received: a "
+            f"{type(causal_lm).__name__} with final_logit_cap="
+            f"{causal_lm.final_logit_cap} of its own. Set final_logit_soft_cap of "
+            "the Gemma4Backbone instead."
+        )
+
+
+def check_backbone(backbone):
+    """Raises a `ValueError` if a backbone is not of a supported kind."""
+    family = family_of(backbone)
+    if getattr(backbone, "vision_encoder", None) is not None:
+        raise ValueError(
+            "Expected a text-only backbone. Received: a "
+            f"{type(backbone).__name__} with a vision encoder. Use a text preset, "
+            'for example "gemma3_1b".'
+        )
+    if family.route == "rows":
+        logger.warning(
+            "%s offers no way to share a document between blocks: every block is "
+            "run as a sequence of its own, which is right but slow.",
+            type(backbone).__name__,
+        )
+
+
+def output_head(backbone):
+    """The `OutputHead` over a backbone, read at call time."""
+    if not hasattr(backbone.token_embedding, "tie_weights"):
+        # RWKV-7's backbone ends in logits.
+        return OutputHead(ops.transpose(backbone.head.kernel), None)
+    embedding = backbone.token_embedding
+    if embedding.tie_weights:
+        # Reshaping reads the variable: TensorFlow would hand the variable itself
+        # on, which its custom gradients refuse.
+        kernel = ops.reshape(embedding.embeddings, embedding.embeddings.shape)
+    else:
+        kernel = ops.transpose(ops.convert_to_tensor(embedding.reverse_embeddings))
+    return OutputHead(kernel, embedding.logit_soft_cap)
+
+
+def vocabulary_size(backbone):
+    """Number of token ids a backbone knows, V."""
+    return backbone.token_embedding.input_dim
+
+
+def maximum_length(causal_lm):
+    """Tokens that learned position embeddings reach, or `None` for rotary ones."""
+    backbone = causal_lm.backbone
+    if not hasattr(backbone, "position_embedding"):
+        return None
+    return backbone.position_embedding.sequence_length
