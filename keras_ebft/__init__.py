@@ -6,17 +6,26 @@ from keras_ebft.checkpoints import TrainingCheckpoint
 from keras_ebft.features import FeatureNetwork
 from keras_ebft.geometry import BlockGeometry
 from keras_ebft.model import EBFTModel
-from keras_ebft.rewards import FeatureMatchingReward
+from keras_ebft.rewards import (
+    CharacteristicFunctionReward,
+    FeatureMatchingReward,
+    Reward,
+)
+from keras_ebft.verifier_reward import RewardSum, VerifierReward
 from keras_ebft.version import __version__
 
 __all__ = [
     "BlockGeometry",
     "BlockSampler",
+    "CharacteristicFunctionReward",
     "EBFTModel",
     "FeatureMatchingReward",
     "FeatureNetwork",
     "ReplaySampler",
+    "Reward",
+    "RewardSum",
     "TrainingCheckpoint",
+    "VerifierReward",
     "__version__",
     "functional",
 ]

@@ -10,7 +10,25 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_ebft.inner_products import feature_inner_products, whiten
+from keras_ebft.losses import (
+    kl_estimate,
+    policy_loss,
+    probability_ratio,
+    token_weights,
+)
 from keras_ebft.validation import check_choice
+
+__all__ = [
+    "FeatureMatchingRewards",
+    "advantages",
+    "feature_matching_loss",
+    "feature_matching_rewards",
+    "kl_estimate",
+    "policy_loss",
+    "probability_ratio",
+    "rewards_from_inner_products",
+    "token_weights",
+]
 
 ESTIMATORS = ("rloo", "group_norm", "reinforce")
 
@@ -137,14 +155,15 @@ def advantages(
     - `"reinforce"`: no baseline.
 
     Args:
-        alignment: float tensor `[B, n, K]`.
-        diversity: float tensor `[B, n, K]`.
+        alignment: float tensor `[B, n, K]`, or `[B, n, K, G]` for one reward per
+            token.
+        diversity: float tensor of the same shape.
         alignment_weight: float.
         diversity_weight: float.
         estimator: one of `"rloo"`, `"group_norm"`, `"reinforce"`.
 
     Returns:
-        float32 tensor `[B, n, K]`.
+        float32 tensor of the same shape.
 
     Raises:
         ValueError: for an unknown `estimator`.
@@ -167,65 +186,6 @@ def advantages(
     return reward - _leave_one_out_baseline(
         alignment_weight * alignment, diversity_weight * diversity
     )
-
-
-def policy_loss(log_prob, advantage, token_mask):
-    """Policy-gradient loss of each rollout sequence.
-
-        - mean over its counted tokens of exp(logp - stop_gradient(logp)) * A
-
-    A sequence is one sample of one document: the K*G tokens of its blocks. The
-    ratio is 1 in value; its gradient is that of `logp`.
-
-    Args:
-        log_prob: float tensor `[B, n, K, G]`, with gradient.
-        advantage: float tensor `[B, n, K]`.
-        token_mask: float tensor `[B, n, K, G]`, 1 where a token counts.
-
-    Returns:
-        float32 tensor `[B, n]`, 0 for a sequence with no counted token.
-    """
-    log_prob = ops.convert_to_tensor(log_prob)
-    advantage = ops.convert_to_tensor(advantage)
-    ratio = ops.exp(log_prob - ops.stop_gradient(log_prob))
-    per_token = -ratio * ops.stop_gradient(advantage)[..., None]
-    return masked_mean(per_token, token_mask, axis=(-2, -1))
-
-
-def mean_over_live(per_sequence, token_mask):
-    """Mean of `[B, n]` values over sequences that have a counted token.
-
-    Args:
-        per_sequence: float tensor `[B, n]`.
-        token_mask: float tensor `[B, n, K, G]`.
-
-    Returns:
-        float32 scalar.
-    """
-    token_mask = ops.convert_to_tensor(token_mask)
-    live = ops.cast(ops.any(token_mask > 0, axis=(-2, -1)), "float32")
-    return masked_mean(per_sequence, live)
-
-
-def masked_mean(values, mask, axis=None):
-    """Mean of `values` where `mask` is 1; 0 where nothing is counted.
-
-    Masked values are replaced before the sum, so that a NaN or infinity under
-    the mask reaches neither the result nor its gradient.
-
-    Args:
-        values: float tensor.
-        mask: float tensor of 0 and 1 that broadcasts to `values`.
-        axis: int, tuple of ints or `None` for all axes.
-
-    Returns:
-        float32 tensor without `axis`.
-    """
-    values = ops.convert_to_tensor(values)
-    mask = ops.broadcast_to(ops.convert_to_tensor(mask), values.shape)
-    kept = ops.where(mask > 0, values, ops.zeros_like(values))
-    count = ops.sum(mask, axis=axis)
-    return ops.sum(kept, axis=axis) / ops.maximum(count, 1.0)
 
 
 def _leave_one_out_baseline(alignment, diversity):

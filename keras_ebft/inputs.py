@@ -13,7 +13,13 @@ from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 from keras.src.trainers.data_adapters.data_adapter_utils import get_torch_dataloader
 from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
 
-from keras_ebft.token_rows import check_row_fits, to_token_rows
+from keras_ebft.token_rows import (
+    DTYPES,
+    FILLING,
+    check_row_fits,
+    check_same_keys,
+    to_token_rows,
+)
 from keras_ebft.validation import check_int, check_number
 
 DEFAULT_BATCH_SIZE = 16
@@ -63,14 +69,14 @@ class TokenBatches(DataAdapter):
         source: `PyDataset` or iterable of batches of anything
             `to_token_rows` reads, or of tuples `(batch,)`.
         causal_lm: the model the batches are for.
-        check_length: function of the document length, raises if it is too short.
+        check_rows: function of a dict of rows, raises if they cannot be used.
 
     Raises:
         ValueError: if there is no batch, if a batch is larger than the first or
             brings targets.
     """
 
-    def __init__(self, source, causal_lm, check_length):
+    def __init__(self, source, causal_lm, check_rows):
         self.causal_lm = causal_lm
         self.source = source
         self.keras_adapter = None
@@ -79,8 +85,11 @@ class TokenBatches(DataAdapter):
         self._unread = None
         self._batches_to_skip = 0
         first = self._read(self._first())
-        check_length(first["token_ids"].shape[1])
+        check_rows(first)
         self.shape = first["token_ids"].shape
+        self.signature = {
+            name: (values.shape, values.dtype) for name, values in first.items()
+        }
 
     def _first(self):
         if self.keras_adapter is not None:
@@ -108,10 +117,14 @@ class TokenBatches(DataAdapter):
         return to_token_rows(batch, self.causal_lm, trim=False)
 
     def _fill(self, rows):
-        batch, length = rows["token_ids"].shape
-        check_row_fits((batch, length), self.shape)
-        missing = ((0, self.shape[0] - batch), (0, self.shape[1] - length))
-        return {name: np.pad(values, missing) for name, values in rows.items()}
+        check_same_keys(rows, self.signature)
+        filled = {}
+        for name, (shape, _) in self.signature.items():
+            values = rows[name]
+            check_row_fits(values.shape, shape)
+            missing = [(0, most - own) for most, own in zip(shape, values.shape)]
+            filled[name] = np.pad(values, missing, constant_values=FILLING[name])
+        return filled
 
     def get_numpy_iterator(self):
         """One epoch of batches of arrays."""
@@ -133,8 +146,7 @@ class TokenBatches(DataAdapter):
         from keras.src.utils.module_utils import tensorflow as tf
 
         signature = {
-            "token_ids": tf.TensorSpec(self.shape, "int32"),
-            "padding_mask": tf.TensorSpec(self.shape, "bool"),
+            name: tf.TensorSpec(*spec) for name, spec in self.signature.items()
         }
         dataset = tf.data.Dataset.from_generator(
             self.get_numpy_iterator, output_signature=signature
@@ -196,13 +208,13 @@ class TokenBatches(DataAdapter):
             self.keras_adapter.on_epoch_end()
 
 
-def token_batches(x, causal_lm, check_length, batch_size, shuffle, seed):
+def token_batches(x, causal_lm, check_rows, batch_size, shuffle, seed):
     """`TokenBatches` of anything `fit` accepts.
 
     Args:
         x: documents in memory or a stream of batches of them.
         causal_lm: the model the documents are for.
-        check_length: function of the document length, raises if it is too short.
+        check_rows: function of a dict of rows, raises if they cannot be used.
         batch_size: int, or `None` for the default; only for data in memory.
         shuffle: bool, for data in memory.
         seed: int, decides the order of shuffled documents.
@@ -227,7 +239,7 @@ def token_batches(x, causal_lm, check_length, batch_size, shuffle, seed):
             f"Expected no `batch_size` for a {type(x).__name__}, which yields whole "
             f"batches itself. Received: batch_size={batch_size}. Leave it out."
         )
-    return TokenBatches(x, causal_lm, check_length)
+    return TokenBatches(x, causal_lm, check_rows)
 
 
 def split_rows(x, causal_lm, validation_split):
@@ -270,16 +282,24 @@ def as_batch(data):
             token ids `[B, T]` or a dict, perhaps in a tuple.
 
     Returns:
-        dict of `token_ids` and `padding_mask`.
+        dict of tensors: `token_ids`, `padding_mask` and what else was given.
     """
     if isinstance(data, (tuple, list)):
         data = data[0]
     if not isinstance(data, dict):
         data = {"token_ids": data}
-    token_ids = ops.cast(data["token_ids"], "int32")
-    mask = data.get("padding_mask")
-    mask = ops.ones_like(token_ids) if mask is None else mask
-    return {"token_ids": token_ids, "padding_mask": ops.cast(mask, "bool")}
+    batch = {
+        name: ops.cast(data[name], dtype)
+        for name, dtype in DTYPES.items()
+        if data.get(name) is not None
+    }
+    if "padding_mask" not in batch:
+        batch["padding_mask"] = (
+            batch["segment_ids"] > 0
+            if "segment_ids" in batch
+            else ops.ones(batch["token_ids"].shape, dtype="bool")
+        )
+    return batch
 
 
 def refuse_targets(**given):

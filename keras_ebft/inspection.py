@@ -3,7 +3,8 @@
 import numpy as np
 from keras import ops
 
-from keras_ebft import metrics
+from keras_ebft.documents import read_documents
+from keras_ebft.draws import draw_numbers
 from keras_ebft.kernels.backend import compiled, no_gradient
 from keras_ebft.prefix_cache import read_document
 from keras_ebft.token_rows import to_token_rows
@@ -16,7 +17,8 @@ class Inspection:
 
     `x` is documents in memory, of any form `fit` accepts. `rollouts` is what
     `rollout` returned, or an int array `[B, n, K, G]`. All raise what `fit`
-    raises for unusable documents, and `ValueError` for rollouts of a wrong shape.
+    raises for unusable documents, and `ValueError` for rollouts of a wrong shape
+    or, with random anchors, without their anchors.
     """
 
     def rollout(self, x, seed=None):
@@ -28,7 +30,8 @@ class Inspection:
 
         Returns:
             dict of `token_ids` int32 and `log_prob` float32 `[B, n, K, G]`, in
-            nats at the sampling temperature.
+            nats at the sampling temperature; `mask` bool `[B, n, K, G]`, tokens
+            that count; and `anchors` int32 `[B, K]`, -1 for dead blocks.
 
         Example:
         ```python
@@ -36,12 +39,11 @@ class Inspection:
         model.rewards(texts, rollouts)["reward"]
         ```
         """
-        token_ids = self._in_memory(x)[0]["token_ids"]
+        batch = self._in_memory(x)
         seed = self._inspection_seed if seed is None else seed
         with no_gradient():
-            uniform = self._step.draw_uniform(token_ids, seed)
-            rollout_ids, log_prob = self._compiled["rollout"](token_ids, uniform)
-        return {"token_ids": rollout_ids, "log_prob": log_prob}
+            uniforms = draw_numbers(self.sampler, read_documents(batch), seed)
+            return self._compiled["rollout"](batch, uniforms)
 
     def score(self, x, rollouts):
         """Log-probabilities of rollouts and documents, with gradient.
@@ -51,11 +53,14 @@ class Inspection:
             rollouts: rollouts of these documents.
 
         Returns:
-            dict of `log_prob` `[B, n, K, G]`, at the sampling temperature, and
-            `document_log_prob` `[B, T - 1]`, at temperature 1; float32, nats.
+            dict of `log_prob` and `entropy` `[B, n, K, G]`, at the sampling
+            temperature, and `document_log_prob` `[B, T - 1]`, at temperature 1;
+            float32, nats.
         """
-        batch, rollout_ids = self._with_rollouts(x, rollouts)
-        return self._scores(batch, rollout_ids)
+        scores = self._compiled["score"](*self._with_rollouts(x, rollouts))
+        return {
+            name: scores[name] for name in ("log_prob", "entropy", "document_log_prob")
+        }
 
     def features(self, x, rollouts):
         """Features of rollouts and of the true continuations.
@@ -65,11 +70,12 @@ class Inspection:
             rollouts: rollouts of these documents.
 
         Returns:
-            `(generated, target)`: float32 `[B, n, K, F, D]` and `[B, K, F, D]`.
+            `(generated, target)`: float32 `[B, n, K, F, D]` and `[B, K, F, D]`;
+            with `"token"` pooling `[B, n, K, G, F, D]` and `[B, K, G, F, D]`.
         """
-        batch, rollout_ids = self._with_rollouts(x, rollouts)
+        self._refuse_without_rollouts()
         with no_gradient():
-            return self._compiled["features"](batch["token_ids"], rollout_ids)
+            return self._compiled["features"](*self._with_rollouts(x, rollouts))
 
     def rewards(self, x, rollouts):
         """Rewards and advantages of rollouts.
@@ -80,50 +86,60 @@ class Inspection:
 
         Returns:
             dict of float32 `[B, n, K]`: `alignment`, `diversity`, `reward` and
-            `advantage`, 0 in dead blocks.
+            `advantage`, 0 in dead blocks; `[B, n, K, G]` with `"token"` pooling.
         """
-        rewards = self._rewards(*self._with_rollouts(x, rollouts))
+        rewards = self._judge(*self._with_rollouts(x, rollouts))
         return {name: rewards[name] for name in REWARD_NAMES}
 
     def _losses_of(self, x, rollouts):
         batch, rollout_ids = self._with_rollouts(x, rollouts)
-        outputs = {
-            **self._scores(batch, rollout_ids),
-            **self._rewards(batch, rollout_ids),
-            "document_mask": ops.cast(batch["padding_mask"][:, 1:], "float32"),
-        }
-        terms = metrics.loss_terms(outputs)
-        return {**terms, "loss": self.compute_loss(y_pred=outputs)}
+        outputs = self._compiled["score"](batch, rollout_ids)
+        if self.objective.needs_rollouts:
+            outputs |= self._judge(batch, rollout_ids)
+        else:
+            outputs = {n: v for n, v in outputs.items() if n.startswith("document")}
+        terms = self.objective.terms(outputs)
+        return {**terms, "loss": self.objective.loss(terms, self._training_steps)}
 
-    def _scores(self, batch, rollout_ids):
-        scores = self._compiled["score"](batch["token_ids"], rollout_ids)
-        return {"log_prob": scores[0], "document_log_prob": scores[1]}
-
-    def _rewards(self, batch, rollout_ids):
+    def _judge(self, batch, rollout_ids):
+        self._refuse_without_rollouts()
         with no_gradient():
-            return self._compiled["rewards"](
-                batch["token_ids"], batch["padding_mask"], rollout_ids
+            return self._compiled["judge"](batch, rollout_ids)
+
+    def _refuse_without_rollouts(self):
+        if not self.objective.needs_rollouts:
+            raise ValueError(
+                "Expected a model that learns from rollouts, and so has a feature "
+                "network. Received: one whose only weight is `ce_weight`. Build an "
+                "EBFTModel with `policy_weight` on the same CausalLM."
             )
 
     def _in_memory(self, x):
         rows = to_token_rows(x, self.causal_lm)
-        geometry = self.sampler.geometry(rows["token_ids"].shape[1])
-        rows = {name: ops.convert_to_tensor(value) for name, value in rows.items()}
-        return rows, geometry
+        self.sampler.check_rows(rows)
+        return {name: ops.convert_to_tensor(value) for name, value in rows.items()}
 
     def _with_rollouts(self, x, rollouts):
-        batch, geometry = self._in_memory(x)
-        token_ids = rollouts["token_ids"] if isinstance(rollouts, dict) else rollouts
-        shape = tuple(np.shape(token_ids))
+        batch = self._in_memory(x)
+        given = rollouts if isinstance(rollouts, dict) else {"token_ids": rollouts}
+        if "anchors" in given:
+            batch["anchors"] = ops.convert_to_tensor(given["anchors"], dtype="int32")
+        if self.sampler.draws_anchors and "anchors" not in batch:
+            raise ValueError(
+                "Expected the anchors of rollouts that stand at random places. "
+                "Received: token ids alone. Pass what `rollout` returned."
+            )
+        shape = tuple(np.shape(given["token_ids"]))
         documents = batch["token_ids"].shape[0]
-        fits = (documents, geometry.num_blocks, geometry.rollout_length)
+        blocks = self.sampler.num_blocks(read_documents(batch))
+        fits = (documents, blocks, self.sampler.rollout_length)
         if len(shape) != 4 or (shape[0], *shape[2:]) != fits:
             raise ValueError(
                 "Expected rollouts of shape [B, n, K, G] = "
                 f"[{documents}, n, {fits[1]}, {fits[2]}] for these documents and "
                 f"this sampler. Received: shape {shape}."
             )
-        return batch, ops.convert_to_tensor(token_ids, dtype="int32")
+        return batch, ops.convert_to_tensor(given["token_ids"], dtype="int32")
 
 
 def compile_parts(step, variables):
@@ -137,30 +153,38 @@ def compile_parts(step, variables):
         dict of functions.
     """
 
-    def rollout(token_ids, uniform):
-        geometry = step.sampler.geometry(token_ids.shape[1])
-        document = read_document(step.policy, token_ids)
-        rollout_ids, log_prob = step.rollout(document, geometry, uniform)
+    def rollout(batch, uniforms):
+        documents = read_documents(batch)
+        uniform, anchor_uniform = uniforms
+        state = read_document(step.policy, documents)
+        blocks = step.blocks(documents, anchor_uniform)
+        rollout_ids, log_prob = step.rollout(state, blocks, uniform)
         if log_prob is None:
-            log_prob, _ = step.score_rollouts(document, rollout_ids, geometry)
-        return rollout_ids, log_prob
+            log_prob = step.score_rollouts(state, blocks, rollout_ids)["log_prob"]
+        return {
+            "token_ids": rollout_ids,
+            "log_prob": log_prob,
+            "mask": step.token_mask(blocks, rollout_ids),
+            "anchors": step.absolute_anchors(blocks),
+        }
 
-    def score(token_ids, rollout_ids):
-        geometry = step.sampler.geometry(token_ids.shape[1])
-        document = read_document(step.policy, token_ids)
-        log_prob, _ = step.score_rollouts(document, rollout_ids, geometry)
-        return log_prob, step.score_document(document, token_ids)
+    def score(batch, rollout_ids):
+        documents = read_documents(batch)
+        state = read_document(step.policy, documents)
+        return {
+            **step.score_rollouts(state, step.blocks(documents), rollout_ids),
+            **step.score_documents(state, documents, train=True),
+        }
 
-    def features(token_ids, rollout_ids):
-        geometry = step.sampler.geometry(token_ids.shape[1])
-        return step.features(token_ids, rollout_ids, geometry)
+    def features(batch, rollout_ids):
+        documents = read_documents(batch)
+        return step.features(documents, step.blocks(documents), rollout_ids)
 
-    def rewards(token_ids, padding_mask, rollout_ids):
-        geometry = step.sampler.geometry(token_ids.shape[1])
-        found = step.features(token_ids, rollout_ids, geometry)
-        return step.rewards(found, padding_mask, geometry)
+    def judge(batch, rollout_ids):
+        documents = read_documents(batch)
+        return step.judge(documents, step.blocks(documents), rollout_ids)
 
-    parts = (rollout, score, features, rewards)
+    parts = (rollout, score, features, judge)
     return {part.__name__: compiled(part, variables) for part in parts}
 
 
@@ -183,6 +207,7 @@ class CallableLosses(list):
             rollouts: what `rollout` returned, or int array `[B, n, K, G]`.
 
         Returns:
-            dict of float32 scalars: `policy_loss`, `ce_loss`, `loss`.
+            dict of float32 scalars: the terms, such as `policy_loss`, `ce_loss`
+            and `entropy`, and their weighted sum `loss`.
         """
         return self._of_rollouts(x, rollouts)

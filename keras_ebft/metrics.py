@@ -3,10 +3,22 @@
 import keras
 from keras import ops
 
-from keras_ebft.functional import masked_mean, mean_over_live, policy_loss
+from keras_ebft.masking import masked_mean
 
 # Rewards closer together than this count as the same.
 SAME_REWARD = 1e-6
+REWARD_MEASURES = (
+    "alignment",
+    "diversity",
+    "reward",
+    "best_alignment",
+    "best_reward",
+    "advantage_std",
+    "zero_std_fraction",
+    "policy_loss",
+    "entropy",
+)
+DOCUMENT_MEASURES = ("ce_loss", "perplexity")
 
 
 class Perplexity(keras.metrics.Mean):
@@ -17,73 +29,55 @@ class Perplexity(keras.metrics.Mean):
         return ops.exp(super().result())
 
 
-def make_trackers(block_measures):
+def make_trackers(names):
     """One Keras metric per measured quantity.
 
     Args:
-        block_measures: names of the reward's own measures per block.
+        names: names of the quantities.
 
     Returns:
         dict of `keras.metrics.Metric` by name.
     """
-    names = (
-        *block_measures,
-        "alignment",
-        "diversity",
-        "reward",
-        "best_alignment",
-        "best_reward",
-        "advantage_std",
-        "zero_std_fraction",
-        "policy_loss",
-        "ce_loss",
-        "entropy",
-    )
-    trackers = {name: keras.metrics.Mean(name=name) for name in names}
-    return {**trackers, "perplexity": Perplexity(name="perplexity")}
-
-
-def token_mask(outputs):
-    """1 for every generated token of a live block, `[B, n, K, G]` float32."""
-    mask = outputs["block_mask"][:, None, :, None]
-    return ops.broadcast_to(mask, outputs["log_prob"].shape)
-
-
-def loss_terms(outputs):
-    """The terms of the loss, before their weights.
-
-    Args:
-        outputs: dict from `EBFTModel.call`.
-
-    Returns:
-        dict of float32 scalars: `policy_loss`, `ce_loss`.
-    """
-    mask = token_mask(outputs)
-    per_sequence = policy_loss(outputs["log_prob"], outputs["advantage"], mask)
     return {
-        "policy_loss": mean_over_live(per_sequence, mask),
-        "ce_loss": masked_mean(-outputs["document_log_prob"], outputs["document_mask"]),
+        name: Perplexity(name=name)
+        if name == "perplexity"
+        else keras.metrics.Mean(name=name)
+        for name in names
     }
 
 
-def measure(outputs, block_measures):
-    """Every quantity of one step, with its weight in an average over steps.
+def measure_documents(outputs, terms):
+    """What is measured of the documents, with its weight in an average over steps.
 
     Args:
         outputs: dict from `EBFTModel.call`.
+        terms: dict of loss terms.
+
+    Returns:
+        dict of `(value, weight)` float32 scalars by metric name.
+    """
+    weighted = (terms["ce_loss"], ops.sum(outputs["document_mask"]))
+    return dict.fromkeys(DOCUMENT_MEASURES, weighted)
+
+
+def measure_rollouts(outputs, terms, block_measures):
+    """What is measured of the rollouts, with its weight in an average over steps.
+
+    Args:
+        outputs: dict from `EBFTModel.call`.
+        terms: dict of loss terms.
         block_measures: names of the reward's own measures per block.
 
     Returns:
         dict of `(value, weight)` float32 scalars by metric name; weights are
-        counts of live blocks or of document tokens.
+        counts of live blocks (live tokens, where every token has a reward).
     """
-    block_mask = outputs["block_mask"]
-    live = ops.sum(block_mask)
-    tokens = ops.sum(outputs["document_mask"])
-    terms = loss_terms(outputs)
+    mask = outputs["reward_mask"]
+    # A block (or token) counts if any of its samples does.
+    block_mask = ops.max(mask, axis=1)
 
     def over_samples(values):
-        return masked_mean(values, block_mask[:, None, :])
+        return masked_mean(values, mask)
 
     def over_blocks(values):
         return masked_mean(values, block_mask)
@@ -100,9 +94,9 @@ def measure(outputs, block_measures):
         "best_reward": over_blocks(ops.max(reward, axis=1)),
         "advantage_std": ops.sqrt(over_samples(ops.square(centred))),
         "zero_std_fraction": over_blocks(ops.cast(spread < SAME_REWARD, "float32")),
-        "policy_loss": terms["policy_loss"],
-        "entropy": masked_mean(outputs["entropy"], token_mask(outputs)),
     }
-    weighted = {name: (value, live) for name, value in measured.items()}
-    weighted["ce_loss"] = weighted["perplexity"] = (terms["ce_loss"], tokens)
-    return weighted
+    for name in ("policy_loss", "entropy", "kl"):
+        if name in terms:
+            measured[name] = terms[name]
+    live = ops.sum(block_mask)
+    return {name: (value, live) for name, value in measured.items()}

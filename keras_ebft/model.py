@@ -2,28 +2,26 @@
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_ebft import adapters, bridge, metrics
 from keras_ebft.block_sampler import BlockSampler
-from keras_ebft.checkpoints import DataPosition, FastForward, TrainingState
+from keras_ebft.checkpoints import TrainingState
 from keras_ebft.features import FeatureNetwork
+from keras_ebft.frozen_networks import FrozenNetworks, refuse_shared_paths
 from keras_ebft.functional import ESTIMATORS
-from keras_ebft.inputs import as_batch, refuse_targets, split_rows, token_batches
+from keras_ebft.inputs import as_batch
 from keras_ebft.inspection import CallableLosses, Inspection, compile_parts
-from keras_ebft.kernels.backend import no_gradient, resolve_jit_compile
-from keras_ebft.rewards import FeatureMatchingReward
+from keras_ebft.kernels.backend import no_gradient, run_in_state
+from keras_ebft.objective import WEIGHTS, Objective, check_combination
+from keras_ebft.rewards import FeatureMatchingReward, Reward
 from keras_ebft.step import EBFTStep
-from keras_ebft.validation import (
-    check_choice,
-    check_instance,
-    check_int,
-    check_number,
-    check_some_weight,
-)
+from keras_ebft.trainer import DocumentTrainer
+from keras_ebft.validation import check_choice, check_instance, check_int
 
 
 @keras.saving.register_keras_serializable("keras_ebft")
-class EBFTModel(Inspection, keras.Model):
+class EBFTModel(Inspection, DocumentTrainer):
     """Fine-tunes a KerasHub causal language model with EBFT through `fit`.
 
     For every block of a document the model samples `n` short rollouts, a frozen
@@ -33,19 +31,37 @@ class EBFTModel(Inspection, keras.Model):
         L_FM = E_c | E_{yhat ~ p(.|c)} phi(c, yhat) - phi(c, y) |^2
 
     (Jelassi et al., 2026, arXiv:2603.12248). The training loss is
-    `policy_weight * L_PG + ce_weight * L_CE`; see `keras_ebft.functional`.
-    The trained weights are those of `causal_lm` itself.
+
+        L = policy_weight L_PG + ce_weight L_CE + kl_weight L_KL - entropy_weight H
+
+    see `keras_ebft.losses`. The trained weights are those of `causal_lm` itself.
+
+    Weights are floats or `keras.optimizers.schedules.LearningRateSchedule`s, which
+    get the number of training steps so far.
 
     Args:
         causal_lm: `keras_hub.models.CausalLM` of a supported family.
         sampler: `BlockSampler`, by default with the paper's settings for code.
         feature_network: `FeatureNetwork`. The frozen copy is made here, from the
             weights `causal_lm` has now.
-        reward: `FeatureMatchingReward`.
+        reward: `FeatureMatchingReward` by default, or another `Reward`:
+            `CharacteristicFunctionReward`, `VerifierReward`, `RewardSum` or one's
+            own.
         advantage: `"rloo"`, `"group_norm"` or `"reinforce"`.
-        policy_weight: float, weight of the policy-gradient loss.
-        ce_weight: float, weight of the documents' next-token cross-entropy (the
-            paper's gamma: 0, 0.03 or 0.1).
+        policy_weight: weight of the policy-gradient loss.
+        ce_weight: weight of the documents' next-token cross-entropy (the paper's
+            gamma: 0, 0.03 or 0.1).
+        kl_weight: weight of the estimated KL divergence of the policy from the
+            model as it is now, over generated tokens. Anything but 0 also
+            measures `kl`.
+        kl_estimator: `"k1"`, `"k2"` or `"k3"`, see `keras_ebft.functional`.
+        entropy_weight: weight of the entropy bonus at generated tokens.
+        policy_loss: `"token"`, a probability ratio for every token, or
+            `"sequence"`, one for every rollout (GSPO, arXiv:2507.18071).
+        updates_per_rollout: int, optimizer steps per batch of rollouts. With more
+            than one, documents are read anew in each.
+        clip_range: float or `(low, high)`, how far ratios may leave 1 before they
+            are clipped (PPO); needs `updates_per_rollout` above 1.
         seed: int or `None`. Decides rollouts and the order of documents: the
             same seed on the same backend gives the same training. Evaluation
             draws from a generator of its own, restarted by every `evaluate`.
@@ -53,8 +69,9 @@ class EBFTModel(Inspection, keras.Model):
 
     Raises:
         TypeError: if a part is of the wrong type.
-        ValueError: if a value is out of range or unknown, the backbone's family
-            is not supported, or a tapped layer lies outside the network.
+        ValueError: if a value is out of range or unknown, settings do not go
+            together, the backbone's family is not supported, or a tapped layer
+            lies outside the network.
 
     Example:
     ```python
@@ -75,6 +92,12 @@ class EBFTModel(Inspection, keras.Model):
         advantage="rloo",
         policy_weight=1.0,
         ce_weight=0.0,
+        kl_weight=0.0,
+        kl_estimator="k2",
+        entropy_weight=0.0,
+        policy_loss="token",
+        updates_per_rollout=1,
+        clip_range=None,
         seed=None,
         **kwargs,
     ):
@@ -83,33 +106,88 @@ class EBFTModel(Inspection, keras.Model):
         super().__init__(**kwargs)
         self.sampler = _part("sampler", sampler, BlockSampler)
         self.feature_network = _part("feature_network", feature_network, FeatureNetwork)
-        self.reward = _part("reward", reward, FeatureMatchingReward)
+        self.reward = _part("reward", reward, Reward, FeatureMatchingReward)
         self.advantage = check_choice("advantage", advantage, ESTIMATORS)
-        _check_samples(advantage, self.sampler.num_samples)
-        self.policy_weight = check_number("policy_weight", policy_weight, 0.0)
-        self.ce_weight = check_number("ce_weight", ce_weight, 0.0)
-        check_some_weight(policy_weight=self.policy_weight, ce_weight=self.ce_weight)
+        self.objective = Objective(
+            policy_weight,
+            ce_weight,
+            kl_weight,
+            entropy_weight,
+            kl_estimator,
+            policy_loss,
+            updates_per_rollout,
+            clip_range,
+        )
+        check_combination(
+            self.objective, self.sampler, self.feature_network, self.reward, advantage
+        )
         if seed is None:
             seed = int(np.random.randint(2**31 - 3))
         self.seed = check_int("seed", seed, 0)
 
         self.causal_lm = causal_lm
-        self._step = EBFTStep(
-            causal_lm, self.sampler, self.feature_network, self.reward, advantage
-        )
-        self.frozen_network = self._step.frozen.model
-        self._compiled = compile_parts(
-            self._step, lambda: [*causal_lm.variables, *self.frozen_network.variables]
-        )
+        self._build_step()
         self._training_seed = keras.random.SeedGenerator(self.seed)
         self._evaluation_seed = keras.random.SeedGenerator(self.seed + 1)
         self._inspection_seed = keras.random.SeedGenerator(self.seed + 2)
         self._evaluation_start = self._evaluation_seed.state.numpy()
-        self._trackers = metrics.make_trackers(self.reward.block_measures)
+        self._training_steps = self.add_weight(
+            name="training_steps",
+            shape=(),
+            initializer="zeros",
+            dtype="int32",
+            trainable=False,
+        )
+        self._trackers = metrics.make_trackers(self._measured_names())
+        self._collected = None
         self.training_state = TrainingState(
             self._saved_variables, lambda: self.metrics_variables
         )
         self.built = True
+
+    @classmethod
+    def sft(cls, causal_lm, seed=None, **kwargs):
+        """Plain supervised fine-tuning: next-token cross-entropy, no rollouts.
+
+        The gradient is that of `causal_lm.fit` on the same tokens; packed
+        documents and answer masks are honoured. Feature-matching loss is not
+        measured: build an `EBFTModel` on the same `causal_lm` and `evaluate` it.
+
+        Args:
+            causal_lm: `keras_hub.models.CausalLM` of a supported family.
+            seed: int or `None`, decides the order of documents.
+            **kwargs: further arguments of the constructor.
+        """
+        return cls(causal_lm, policy_weight=0.0, ce_weight=1.0, seed=seed, **kwargs)
+
+    def _build_step(self):
+        """The step, its frozen networks, and its parts compiled."""
+        rollouts = self.objective.needs_rollouts
+        networks = FrozenNetworks(
+            self.feature_network,
+            self.causal_lm.backbone,
+            needs_features=rollouts and self.reward.needs_features,
+            needs_reference=self.objective.needs_reference,
+        )
+        refuse_shared_paths(networks, self.causal_lm)
+        self.frozen_networks = networks.models
+        self.reward.prepare(self.causal_lm)
+        self._step = EBFTStep(
+            self.causal_lm, self.sampler, networks, self.reward, self.advantage
+        )
+        self._compiled = compile_parts(
+            self._step,
+            lambda: [
+                *self.causal_lm.variables,
+                *(v for model in networks.models for v in model.variables),
+            ],
+        )
+
+    @property
+    def frozen_network(self):
+        """The `keras.Model` that features come from; `None` if there is none."""
+        taps = self._step.networks.taps
+        return None if taps is None else taps.model
 
     def train_step(self, *state_and_data):
         """One update of the policy on one batch of documents, on every backend.
@@ -117,11 +195,14 @@ class EBFTModel(Inspection, keras.Model):
         1. `call`: the policy reads the documents once; every block and sample
            continues them token by token (`BlockSampler`); the frozen network
            embeds rollouts and truth (`FeatureNetwork`); rewards and advantages
-           come from their inner products (`FeatureMatchingReward`); the policy
-           scores the sampled tokens against the same reading, with gradient.
-        2. `compute_loss`: `policy_weight * L_PG + ce_weight * L_CE`.
+           come from their inner products (`Reward`); the policy scores the
+           sampled tokens against the same reading, with gradient.
+        2. `compute_loss`: the weighted sum of `keras_ebft.losses`.
         3. Keras' own trainer: gradients, clipping, the optimizer's update.
         4. `compute_metrics`: every quantity of the step into its running mean.
+
+        With several updates per rollout, sampling and rewards come first, and 1
+        to 4 score the same rollouts again each time.
 
         Args:
             *state_and_data: what the backend's trainer hands in: the batch, on
@@ -131,7 +212,31 @@ class EBFTModel(Inspection, keras.Model):
             dict of logs, on JAX together with the new state.
         """
         *state, data = state_and_data
-        return super().train_step(*state, as_batch(data))
+        batch = as_batch(data)
+        if not self._repeats_updates:
+            return super().train_step(*state, batch)
+        self._collected, state = run_in_state(self, state, lambda: self._collect(batch))
+        try:
+            for _ in range(self.objective.updates_per_rollout):
+                result = super().train_step(*state, batch)
+                state = [result[1]] if state else state
+        finally:
+            self._collected = None
+        return result
+
+    def _collect(self, batch):
+        self._follow_policy()
+        return self._step.collect(batch, self._training_seed)
+
+    def _follow_policy(self):
+        if self.feature_network.ema_decay is not None:
+            with no_gradient():
+                self._step.networks.follow(self.causal_lm.backbone)
+
+    @property
+    def _repeats_updates(self):
+        objective = self.objective
+        return objective.updates_per_rollout > 1 and objective.needs_rollouts
 
     def test_step(self, *state_and_data):
         """`train_step` without gradients and update."""
@@ -144,183 +249,79 @@ class EBFTModel(Inspection, keras.Model):
 
         Args:
             inputs: dict of `token_ids` int32 `[B, T]` and `padding_mask` bool
-                `[B, T]`, padded on the right.
+                `[B, T]`, padded on the right; optionally `segment_ids` int32 and
+                `answer_mask` bool `[B, T]`, `anchors` int32 `[B, K]`.
             training: bool, which random generator is drawn from.
 
         Returns:
-            dict: `token_ids`, `log_prob`, `entropy` `[B, n, K, G]`; `alignment`,
-            `diversity`, `reward`, `advantage` `[B, n, K]`, 0 in dead blocks; the
-            reward's measures and `block_mask` `[B, K]`; `document_log_prob` and
-            `document_mask` `[B, T - 1]`.
+            dict: `token_ids`, `log_prob`, `entropy`, `token_mask` `[B, n, K, G]`;
+            `alignment`, `diversity`, `reward`, `advantage`, `reward_mask`
+            `[B, n, K]`, 0 in dead blocks (`[B, n, K, G]` with `"token"` pooling);
+            the reward's own measures `[B, K]`; `ref_log_prob` `[B, n, K, G]` with
+            a reference; `document_log_prob` and `document_mask` `[B, T - 1]`.
         """
-        return self._step(
-            inputs["token_ids"],
-            inputs["padding_mask"],
-            seed=self._training_seed if training else self._evaluation_seed,
-            train_documents=self.ce_weight > 0.0,
-        )
+        objective = self.objective
+        if training:
+            self._training_steps.assign(self._training_steps + 1)
+        if not objective.needs_rollouts:
+            return self._step.read_only(inputs)
+        if self._collected is not None:
+            return self._step.score(inputs, self._collected, objective.trains_documents)
+        if training:
+            self._follow_policy()
+        seed = self._training_seed if training else self._evaluation_seed
+        return self._step(inputs, seed, objective.trains_documents)
 
     def compute_loss(
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True
     ):
         """The weighted loss of what `call` returned; a float32 scalar."""
-        terms = metrics.loss_terms(y_pred)
-        loss = self.policy_weight * terms["policy_loss"]
-        if self.ce_weight:
-            loss = loss + self.ce_weight * terms["ce_loss"]
+        # `call` has counted this step already; schedules start at 0.
+        step = ops.maximum(self._training_steps - 1, 0)
+        loss = self.objective.loss(self.objective.terms(y_pred), step)
         return sum(self.losses, start=loss)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         """Adds one step to the running means; returns their values."""
         with no_gradient():
-            measured = metrics.measure(y_pred, self.reward.block_measures)
+            terms = self.objective.terms(y_pred)
+            measured = metrics.measure_documents(y_pred, terms)
+            if "reward" in y_pred:
+                measured |= metrics.measure_rollouts(
+                    y_pred, terms, self.reward.block_measures
+                )
             for name, (value, weight) in measured.items():
                 self._trackers[name].update_state(value, sample_weight=weight)
         return self.get_metrics_result()
+
+    def _measured_names(self):
+        if not self.objective.needs_rollouts:
+            return metrics.DOCUMENT_MEASURES
+        names = (*self.reward.block_measures, *metrics.REWARD_MEASURES)
+        kl = ("kl",) if self.objective.needs_reference else ()
+        return (*names, *kl, *metrics.DOCUMENT_MEASURES)
+
+    @property
+    def _runs_python(self):
+        return self.objective.needs_rollouts and self.reward.runs_python
+
+    def _check_rows(self, rows):
+        if self.objective.needs_rollouts:
+            self.sampler.check_rows(rows)
 
     @property
     def losses(self):
         """Layer losses (a list); called with `(x, rollouts)`, a dict of scalars."""
         return CallableLosses(super().losses, self._losses_of)
 
-    def compile(
-        self,
-        optimizer=None,
-        *,
-        run_eagerly=False,
-        jit_compile="auto",
-        steps_per_execution=1,
-        auto_scale_loss=True,
-        **unsupported,
-    ):
-        """Configures training.
-
-        Args:
-            optimizer: any Keras optimizer or its name. By default the paper's:
-                AdamW at 1e-6, betas 0.9 and 0.95, no decay, global clip norm 1.
-            run_eagerly: bool, run step by step, for debugging.
-            jit_compile: bool or `"auto"`: compiled on JAX and TensorFlow, eager
-                on PyTorch.
-            steps_per_execution: int, steps per compiled call (not on PyTorch).
-            auto_scale_loss: bool, scale the loss under `mixed_float16`.
-            **unsupported: losses and metrics of other models, refused.
-
-        Raises:
-            ValueError: for losses or metrics, which EBFT brings itself.
-        """
-        given = sorted(name for name, value in unsupported.items() if value)
-        if given:
-            raise ValueError(
-                "Expected no losses or metrics: EBFTModel computes its own from "
-                f"`policy_weight` and `ce_weight`. Received: {', '.join(given)}. "
-                "Leave them out of compile()."
-            )
-        if optimizer is None:
-            optimizer = keras.optimizers.AdamW(
-                1e-6, beta_2=0.95, weight_decay=0.0, global_clipnorm=1.0
-            )
-        if run_eagerly and jit_compile == "auto":
-            jit_compile = False
-        super().compile(
-            optimizer=optimizer,
-            run_eagerly=run_eagerly,
-            jit_compile=resolve_jit_compile(jit_compile),
-            steps_per_execution=steps_per_execution,
-            auto_scale_loss=auto_scale_loss,
-        )
-
-    def compile_from_config(self, config):
-        """Compiles as the saved model was, with an optimizer of its own."""
-        config = keras.saving.deserialize_keras_object(config)
-        self.compile(**config)
-        self.optimizer.build(self.trainable_variables)
-
-    def make_train_function(self, force=False):
-        """Makes the function that trains on one batch, as Keras does."""
-        super().make_train_function(force)
-        if not isinstance(self.train_function, FastForward):
-            self.train_function = FastForward(
-                self.train_function, self.steps_per_execution
-            )
-
-    def fit(
-        self,
-        x=None,
-        y=None,
-        batch_size=None,
-        *,
-        callbacks=None,
-        validation_data=None,
-        validation_split=0.0,
-        validation_batch_size=None,
-        shuffle=True,
-        **kwargs,
-    ):
-        """Fine-tunes on documents.
-
-        Args:
-            x: list of strings; integer array `[N, T]`; dict with `token_ids` and
-                optionally `padding_mask`; or a `tf.data.Dataset`, `PyDataset`,
-                torch `DataLoader` or generator that yields batches of these.
-            y: must be `None`; documents are their own targets.
-            batch_size: int, documents per step for data in memory (default 16).
-            callbacks: `keras.callbacks.Callback`, a list of them, or `None`.
-            validation_data: documents of any accepted form, or `None`.
-            validation_split: float in [0, 1), share of in-memory documents, taken
-                from the end, to validate on.
-            validation_batch_size: int, by default `batch_size`.
-            shuffle: bool, reorder in-memory documents every epoch.
-            **kwargs: further arguments of `keras.Model.fit`.
-
-        Returns:
-            `keras.callbacks.History`.
-
-        Raises:
-            TypeError: for token ids that are not integers.
-            ValueError: for documents too short to hold a block, and whatever
-                else is wrong with them; the message says what to do.
-        """
-        refuse_targets(y=y, **kwargs)
-        if validation_split and validation_data is None:
-            x, validation_data = split_rows(x, self.causal_lm, validation_split)
-        if validation_data is not None:
-            validation_data = self._batches(
-                validation_data, validation_batch_size or batch_size
-            )
-        train = self._batches(x, batch_size, shuffle)
-        # Keras would keep the epoch that an earlier `fit` resumed at.
-        self._initial_epoch = None
-        position = DataPosition(
-            self.training_state, train, kwargs.get("steps_per_epoch")
-        )
-        if not isinstance(callbacks, (list, tuple)):
-            callbacks = [] if callbacks is None else [callbacks]
-        return super().fit(
-            train,
-            validation_data=validation_data,
-            callbacks=[position, *callbacks],
-            **kwargs,
-        )
-
-    def evaluate(self, x=None, y=None, batch_size=None, **kwargs):
-        """Measures on documents, always with the same random numbers.
-
-        Args:
-            x: documents of any form `fit` accepts.
-            y: must be `None`.
-            batch_size: int, documents per step for data in memory (default 16).
-            **kwargs: further arguments of `keras.Model.evaluate`.
-
-        Returns:
-            list of metric values, or a dict with `return_dict=True`.
-
-        Raises:
-            TypeError: for token ids that are not integers.
-            ValueError: for anything else wrong with the documents.
-        """
-        refuse_targets(y=y, **kwargs)
-        self._evaluation_seed.state.assign(self._evaluation_start.copy())
-        return super().evaluate(self._batches(x, batch_size), **kwargs)
+    def _saved_variables(self):
+        """What Keras does not save, or not apart from other weights."""
+        return {
+            "training_seed": self._training_seed.state,
+            "evaluation_seed": self._evaluation_seed.state,
+            "inspection_seed": self._inspection_seed.state,
+            **adapters.exact_variables(self.causal_lm.backbone),
+        }
 
     def get_config(self):
         """The constructor's arguments, parts serialized as Keras does.
@@ -341,15 +342,14 @@ class EBFTModel(Inspection, keras.Model):
             ),
             "reward": keras.saving.serialize_keras_object(self.reward),
             "advantage": self.advantage,
-            "policy_weight": self.policy_weight,
-            "ce_weight": self.ce_weight,
+            **self.objective.get_config(),
             "seed": self.seed,
         }
 
     @classmethod
     def from_config(cls, config):
         """Builds the model from what `get_config` returned."""
-        parts = ("causal_lm", "sampler", "feature_network", "reward")
+        parts = ("causal_lm", "sampler", "feature_network", "reward", *WEIGHTS)
         config = {
             name: keras.saving.deserialize_keras_object(value)
             if name in parts and isinstance(value, dict)
@@ -360,38 +360,11 @@ class EBFTModel(Inspection, keras.Model):
         adapters.enable_adapters(config["causal_lm"].backbone, enabled)
         return cls(**config)
 
-    def _saved_variables(self):
-        """What Keras does not save, or not apart from other weights."""
-        return {
-            "training_seed": self._training_seed.state,
-            "evaluation_seed": self._evaluation_seed.state,
-            "inspection_seed": self._inspection_seed.state,
-            **adapters.exact_variables(self.causal_lm.backbone),
-        }
 
-    def _batches(self, x, batch_size, shuffle=False):
-        return token_batches(
-            x,
-            self.causal_lm,
-            check_length=self.sampler.geometry,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            seed=self.seed,
-        )
-
-
-def _part(name, value, expected):
+def _part(name, value, expected, default=None):
+    default = default or expected
     if value is None:
-        return expected()
+        return default()
     return check_instance(
-        name, value, expected, f"Pass a keras_ebft.{expected.__name__} or None."
+        name, value, expected, f"Pass a keras_ebft.{default.__name__} or None."
     )
-
-
-def _check_samples(advantage, num_samples):
-    if advantage == "group_norm" and num_samples == 1:
-        raise ValueError(
-            'Expected num_samples of at least 2 with advantage="group_norm", which '
-            "compares the rollouts of one block. Received: num_samples=1. Use more "
-            'samples or advantage="reinforce".'
-        )

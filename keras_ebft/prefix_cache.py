@@ -8,12 +8,11 @@ through `strided_attention`, all at once (`read_blocks`) or one step at a time
 from typing import Any, NamedTuple
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_ebft.bridge import RowNetwork
 from keras_ebft.kernels import causal_attention, strided_attention
-from keras_ebft.row_cache import RowDecoder, read_rows
+from keras_ebft.row_cache import RowDecoder, check_one_document_per_row, read_rows
 
 
 class DocumentState(NamedTuple):
@@ -29,28 +28,27 @@ class DocumentState(NamedTuple):
     keys_values: Any
 
 
-def read_document(network, token_ids):
+def read_document(network, documents):
     """Runs a network causally over documents.
 
-    Documents must be padded on the right: no real token then sees padding.
+    Rows must be padded on the right: no real token then sees padding.
 
     Args:
         network: `RoutedNetwork`.
-        token_ids: int32 tensor `[B, T]`.
+        documents: `Documents`.
 
     Returns:
         `DocumentState`.
     """
     if isinstance(network, RowNetwork):
-        return DocumentState(network(token_ids), token_ids)
-    positions = ops.broadcast_to(
-        ops.arange(token_ids.shape[1], dtype="int32")[None, :], token_ids.shape
-    )
+        check_one_document_per_row(network, documents)
+        return DocumentState(network(documents.token_ids), documents.token_ids)
 
     def attend(query, key, value, cache, **options):
-        return causal_attention(query, key, value, **options), (key, value)
+        output = causal_attention(query, key, value, starts=documents.starts, **options)
+        return output, (key, value)
 
-    outputs, keys_values = network(token_ids, positions, attend)
+    outputs, keys_values = network(documents.token_ids, documents.positions, attend)
     return DocumentState(outputs, keys_values)
 
 
@@ -59,37 +57,37 @@ def stop_gradient(document):
     return DocumentState(*keras.tree.map_structure(ops.stop_gradient, tuple(document)))
 
 
-def read_blocks(network, document, tokens, anchors):
+def read_blocks(network, document, tokens, blocks):
     """Runs a network over all generated tokens of all blocks and samples.
 
     Args:
         network: the `RoutedNetwork` that read the document.
         document: `DocumentState`.
         tokens: int32 tensor `[B, n, K, Q]`, the first Q tokens of each block.
-        anchors: int32 NumPy array `[K]`.
+        blocks: `Blocks`.
 
     Returns:
         The network's outputs, each `[B, n, K, Q, D]`.
     """
     if isinstance(network, RowNetwork):
-        return read_rows(network, document.keys_values, tokens, anchors)
-    steps = np.arange(tokens.shape[-1], dtype="int32")
-    positions = ops.broadcast_to(anchors[:, None] + steps, tokens.shape)
+        return read_rows(network, document.keys_values, tokens, blocks.anchors)
 
     def attend(query, key, value, cache, **options):
-        output = strided_attention(query, key, value, *cache, anchors, **options)
+        output = strided_attention(
+            query, key, value, *cache, blocks.anchors, starts=blocks.starts, **options
+        )
         return output, None
 
+    positions = blocks.positions(tuple(tokens.shape))
     return network(tokens, positions, attend, document.keys_values)[0]
 
 
-def block_decoder(network, document, anchors, samples, steps):
+def block_decoder(network, document, blocks, shape, steps):
     """The decoder that suits a network; arguments as for `BlockDecoder`."""
     if isinstance(network, RowNetwork):
-        token_ids = document.keys_values
-        shape = (token_ids.shape[0], samples, len(anchors), steps)
-        return RowDecoder(network, token_ids, anchors, shape)
-    return BlockDecoder(network, document, anchors, samples, steps)
+        rows = (*shape, steps)
+        return RowDecoder(network, document.keys_values, blocks.anchors, rows)
+    return BlockDecoder(network, document, blocks, shape, steps)
 
 
 class BlockDecoder:
@@ -98,16 +96,16 @@ class BlockDecoder:
     Args:
         network: the `RoutedNetwork` that read the document.
         document: `DocumentState`.
-        anchors: int32 NumPy array `[K]`.
-        samples: int, n.
+        blocks: `Blocks`.
+        shape: `(B, n, K)`.
         steps: int, tokens that will be read per block, P.
     """
 
-    def __init__(self, network, document, anchors, samples, steps):
+    def __init__(self, network, document, blocks, shape, steps):
         self.network = network
         self.document = document
-        self.anchors = anchors
-        self.samples = samples
+        self.blocks = blocks
+        self.shape = shape
         self.steps = steps
 
     def empty_caches(self):
@@ -131,21 +129,29 @@ class BlockDecoder:
             own_key = _write(own_key, key, step)
             own_value = _write(own_value, value, step)
             output = strided_attention(
-                query, own_key, own_value, *prefix, self.anchors,
-                query_offset=step, **options,
-            )  # fmt: skip
+                query,
+                own_key,
+                own_value,
+                *prefix,
+                self.blocks.anchors,
+                starts=self.blocks.starts,
+                query_offset=step,
+                **options,
+            )
             return output, (own_key, own_value)
 
-        tokens = tokens[..., None]
-        positions = ops.broadcast_to(self.anchors[:, None], tokens.shape) + step
+        positions = self.blocks.positions((*self.shape, 1)) + step
         outputs, caches = self.network(
-            tokens, positions, attend, list(zip(caches, self.document.keys_values))
+            tokens[..., None],
+            positions,
+            attend,
+            list(zip(caches, self.document.keys_values)),
         )
         return keras.tree.map_structure(lambda out: out[..., 0, :], outputs), caches
 
     def _empty(self, document_key):
-        batch, _, heads, width = document_key.shape
-        shape = (batch, self.samples, len(self.anchors), self.steps, heads, width)
+        *_, heads, width = document_key.shape
+        shape = (*self.shape, self.steps, heads, width)
         return ops.zeros(shape, dtype=document_key.dtype)
 
 

@@ -9,6 +9,22 @@ import numpy as np
 from keras import ops
 
 
+def check_one_document_per_row(network, documents):
+    """Raises a `ValueError` for packed documents.
+
+    Args:
+        network: `RowNetwork`, which would let them see each other.
+        documents: `Documents`.
+    """
+    if documents.starts is not None:
+        raise ValueError(
+            "Expected one document per row for a "
+            f"{type(network.backbone).__name__}, whose attention cannot be kept "
+            "within a document. Received: segment_ids. Leave them out and pad each "
+            "document to a row of its own."
+        )
+
+
 def read_rows(network, token_ids, tokens, anchors):
     """Runs a network over all generated tokens of all blocks and samples.
 

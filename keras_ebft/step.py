@@ -1,12 +1,15 @@
 """The algorithm of one step, on tensors: documents in, everything measured out."""
 
-import keras
 from keras import ops
 
 from keras_ebft import bridge
+from keras_ebft.block_sampler import Rollouts, before_stop
+from keras_ebft.documents import read_documents, take_tokens
+from keras_ebft.draws import draw_numbers
 from keras_ebft.kernels import linear_logprob
 from keras_ebft.kernels.backend import no_gradient
 from keras_ebft.prefix_cache import read_blocks, read_document, stop_gradient
+from keras_ebft.verifier_reward import RolloutBatch
 
 
 class EBFTStep:
@@ -15,122 +18,208 @@ class EBFTStep:
     Args:
         causal_lm: supported `keras_hub.models.CausalLM`, the policy.
         sampler: `BlockSampler`.
-        feature_network: `FeatureNetwork`; frozen here.
-        reward: `FeatureMatchingReward`.
+        networks: `FrozenNetworks`.
+        reward: `Reward`.
         estimator: name of the advantage estimator.
     """
 
-    def __init__(self, causal_lm, sampler, feature_network, reward, estimator):
+    def __init__(self, causal_lm, sampler, networks, reward, estimator):
         self.causal_lm = causal_lm
         self.sampler = sampler
-        self.feature_network = feature_network
+        self.networks = networks
         self.reward = reward
         self.estimator = estimator
         self.policy = bridge.routed_backbone(causal_lm.backbone)
-        self.frozen = feature_network.freeze(causal_lm.backbone)
+        self.stop_token_ids = _resolve_stop_token_ids(sampler, causal_lm)
 
-    def __call__(self, token_ids, padding_mask, seed, train_documents):
-        """Runs the step up to the loss.
+    def __call__(self, inputs, seed, train_documents):
+        """Samples, rewards and scores, with one reading of the documents.
 
         Args:
-            token_ids: int32 tensor `[B, T]`.
-            padding_mask: bool tensor `[B, T]`, padded on the right.
+            inputs: dict of tensors; see `EBFTModel.call`.
             seed: int or `keras.random.SeedGenerator`.
             train_documents: bool, whether `document_log_prob` has a gradient.
 
         Returns:
             dict; see `EBFTModel.call`.
         """
-        geometry = self.sampler.geometry(token_ids.shape[1])
-        document = read_document(self.policy, token_ids)
+        documents = read_documents(inputs)
+        state = read_document(self.policy, documents)
         with no_gradient():
-            uniform = self.draw_uniform(token_ids, seed)
-            rollouts = self.rollout(document, geometry, uniform)
-            features = self.features(token_ids, rollouts.token_ids, geometry)
-            rewards = self.rewards(features, padding_mask, geometry)
-            if not train_documents:
-                scores = self.score_document(stop_gradient(document), token_ids)
-        if train_documents:
-            scores = self.score_document(document, token_ids)
-        log_prob, entropy = self.score_rollouts(document, rollouts.token_ids, geometry)
+            uniform, anchor_uniform = draw_numbers(self.sampler, documents, seed)
+            blocks = self.blocks(documents, anchor_uniform)
+            rollouts = self.rollout(state, blocks, uniform)
+            rewarded = self.judge(documents, blocks, rollouts.token_ids)
         return {
             "token_ids": rollouts.token_ids,
-            "log_prob": log_prob,
-            "entropy": entropy,
-            **rewards,
-            "document_log_prob": scores,
-            "document_mask": ops.cast(padding_mask[:, 1:], "float32"),
+            **self.score_rollouts(state, blocks, rollouts.token_ids),
+            **rewarded,
+            **self.score_documents(state, documents, train_documents),
         }
 
-    def draw_uniform(self, token_ids, seed):
-        """All random numbers of a step, `[B, n, K, G]` uniform in [0, 1).
+    def collect(self, inputs, seed):
+        """Rollouts, rewards and the log-probabilities they were sampled with.
 
-        Drawn at once, because a generator cannot be advanced inside a compiled
-        loop.
+        For several updates per rollout: what `score` needs besides `inputs`.
         """
-        batch, length = token_ids.shape
-        geometry = self.sampler.geometry(length)
-        samples = self.sampler.num_samples
-        shape = (batch, samples, geometry.num_blocks, geometry.rollout_length)
-        return keras.random.uniform(shape, dtype="float32", seed=seed)
+        documents = read_documents(inputs)
+        with no_gradient():
+            state = read_document(self.policy, documents)
+            uniform, anchor_uniform = draw_numbers(self.sampler, documents, seed)
+            blocks = self.blocks(documents, anchor_uniform)
+            rollouts = self.rollout(state, blocks, uniform)
+            scores = self.score_rollouts(state, blocks, rollouts.token_ids)
+            return {
+                "token_ids": rollouts.token_ids,
+                "anchors": self.absolute_anchors(blocks),
+                "old_log_prob": scores["log_prob"],
+                **self.judge(documents, blocks, rollouts.token_ids),
+            }
 
-    def rollout(self, document, geometry, uniform):
+    def score(self, inputs, collected, train_documents):
+        """Scores what `collect` returned under the policy as it is now."""
+        documents = read_documents({**inputs, "anchors": collected["anchors"]})
+        state = read_document(self.policy, documents)
+        blocks = self.blocks(documents)
+        return {
+            **collected,
+            **self.score_rollouts(state, blocks, collected["token_ids"]),
+            **self.score_documents(state, documents, train_documents),
+        }
+
+    def read_only(self, inputs):
+        """The documents' scores alone, where nothing is learned from rollouts."""
+        documents = read_documents(inputs)
+        state = read_document(self.policy, documents)
+        return self.score_documents(state, documents, train=True)
+
+    def blocks(self, documents, anchor_uniform=None):
+        """The `Blocks` of documents."""
+        return self.sampler.blocks(
+            documents, anchor_uniform, stops=bool(self.stop_token_ids)
+        )
+
+    @staticmethod
+    def absolute_anchors(blocks):
+        """Anchors as an int32 tensor `[B, K]`, -1 for dead blocks."""
+        anchors = ops.cast(ops.convert_to_tensor(blocks.anchors), "int32")
+        return ops.where(blocks.live, anchors, -1)
+
+    def rollout(self, state, blocks, uniform):
         """`Rollouts` that continue what the policy has read."""
         head = bridge.output_head(self.causal_lm.backbone)
-        document = stop_gradient(document)
-        return self.sampler(self.policy, head, document, geometry, uniform)
+        state = stop_gradient(state)
+        rollouts = self.sampler(self.policy, head, state, blocks, uniform)
+        if not self.stop_token_ids:
+            return rollouts
+        alive = before_stop(rollouts.token_ids, self.stop_token_ids)
+        # What comes after the end says nothing more than that.
+        stopped = ops.where(alive, rollouts.token_ids, self.stop_token_ids[0])
+        return Rollouts(stopped, rollouts.log_prob)
 
-    def features(self, token_ids, rollout_ids, geometry):
-        """`(generated, target)` features of rollouts and true continuations."""
-        return self.feature_network(self.frozen, token_ids, rollout_ids, geometry)
+    def token_mask(self, blocks, rollout_ids):
+        """Generated tokens that count, bool `[B, n, K, G]`."""
+        alive = before_stop(rollout_ids, self.stop_token_ids)
+        return ops.logical_and(blocks.counted[:, None], alive)
 
-    def rewards(self, features, padding_mask, geometry):
-        """Rewards, advantages and the mask of live blocks.
-
-        A block is live if its whole window is real text. Dead blocks get 0.
-        """
-        rewards = self.reward(*features)
+    def judge(self, documents, blocks, rollout_ids):
+        """Rewards, advantages and masks of rollouts, 0 where nothing counts."""
+        alive = before_stop(rollout_ids, self.stop_token_ids)
+        token_mask = self.token_mask(blocks, rollout_ids)
+        outputs = self.networks.outputs(documents, rollout_ids, blocks)
+        generated = target = None
+        if self.reward.needs_features:
+            generated, target = self.networks.features(
+                outputs, blocks, token_mask, alive
+            )
+        batch = RolloutBatch(documents, blocks, rollout_ids, alive)
+        rewards = self.reward(generated, target, batch)
         rewards["advantage"] = self.reward.advantages(rewards, self.estimator)
-        ends = ops.take(padding_mask, geometry.positions[:, -1], axis=1)
-        rewards = {
-            name: _where_live(ends if value.ndim == 2 else ends[:, None, :], value)
-            for name, value in rewards.items()
-        }
-        return {**rewards, "block_mask": ops.cast(ends, "float32")}
+        judged = _where_live(rewards, blocks, token_mask)
+        judged["token_mask"] = ops.cast(token_mask, "float32")
+        if blocks.starts is not None:
+            judged["block_starts"] = blocks.starts
+        if self.networks.has_reference:
+            hidden = self.networks.reference_hidden(outputs, blocks)
+            judged["ref_log_prob"], _ = self._log_prob(
+                hidden,
+                rollout_ids,
+                self.sampler.scoring_temperature,
+                self.networks.reference_head(),
+            )
+        return judged
 
-    def score_rollouts(self, document, rollout_ids, geometry):
+    def features(self, documents, blocks, rollout_ids):
+        """`(generated, target)` features of rollouts and true continuations."""
+        alive = before_stop(rollout_ids, self.stop_token_ids)
+        token_mask = self.token_mask(blocks, rollout_ids)
+        outputs = self.networks.outputs(documents, rollout_ids, blocks)
+        return self.networks.features(outputs, blocks, token_mask, alive)
+
+    def score_rollouts(self, state, blocks, rollout_ids):
         """Log-probability and entropy `[B, n, K, G]` at the sampling temperature.
 
         A token is predicted from the position before it: the first of a block
         from the document, so the last generated token is never read.
         """
-        shape = tuple(rollout_ids.shape)
-        before = ops.take(document.outputs, geometry.anchors - 1, axis=1)
-        hidden = ops.repeat(before[:, None, :, None, :], shape[1], axis=1)
-        if shape[-1] > 1:
-            read = read_blocks(
-                self.policy, document, rollout_ids[..., :-1], geometry.anchors
-            )
+        before = take_tokens(state.outputs, blocks.anchors - 1)
+        samples, steps = rollout_ids.shape[1], rollout_ids.shape[-1]
+        hidden = ops.repeat(before[:, None, :, None, :], samples, axis=1)
+        if steps > 1:
+            read = read_blocks(self.policy, state, rollout_ids[..., :-1], blocks)
             hidden = ops.concatenate([hidden, read], axis=-2)
-        scores = self._log_prob(hidden, rollout_ids, self.sampler.temperature)
-        return tuple(ops.reshape(score, shape) for score in scores)
+        log_prob, entropy = self._log_prob(
+            hidden, rollout_ids, self.sampler.scoring_temperature
+        )
+        return {"log_prob": log_prob, "entropy": entropy}
 
-    def score_document(self, document, token_ids):
+    def score_documents(self, state, documents, train):
         """Log-probability `[B, T - 1]` of every next token, temperature 1."""
-        labels = token_ids[:, 1:]
-        log_prob, _ = self._log_prob(document.outputs[:, :-1], labels, 1.0)
-        return ops.reshape(log_prob, labels.shape)
+        labels = documents.token_ids[:, 1:]
+        if train:
+            log_prob, _ = self._log_prob(state.outputs[:, :-1], labels, 1.0)
+        else:
+            with no_gradient():
+                outputs = stop_gradient(state).outputs
+                log_prob, _ = self._log_prob(outputs[:, :-1], labels, 1.0)
+        return {
+            "document_log_prob": log_prob,
+            "document_mask": ops.cast(documents.next_token_mask, "float32"),
+        }
 
-    def _log_prob(self, hidden, labels, temperature):
-        head = bridge.output_head(self.causal_lm.backbone)
-        return linear_logprob(
+    def _log_prob(self, hidden, labels, temperature, head=None):
+        head = head or bridge.output_head(self.causal_lm.backbone)
+        scores = linear_logprob(
             ops.reshape(hidden, (-1, hidden.shape[-1])),
             head.kernel,
             ops.reshape(labels, (-1,)),
             temperature=temperature,
             soft_cap=head.soft_cap,
         )
+        return tuple(ops.reshape(score, labels.shape) for score in scores)
 
 
-def _where_live(live, values):
-    return ops.where(live, values, ops.zeros_like(values))
+def _where_live(rewards, blocks, token_mask):
+    """Rewards with 0 in what does not count, and the mask that says so."""
+    shape = rewards["reward"].shape
+    if len(shape) == 4:
+        counts = ops.logical_and(token_mask, blocks.true_counted[:, None])
+    else:
+        counts = ops.broadcast_to(blocks.live[:, None], shape)
+    measured = ops.any(counts, axis=1)
+
+    def keep(value):
+        # What has no sample axis is a measure of the block.
+        mask = counts if len(value.shape) == len(shape) else measured
+        return ops.where(mask, value, ops.zeros_like(value))
+
+    kept = {name: keep(value) for name, value in rewards.items()}
+    return {**kept, "reward_mask": ops.cast(counts, "float32")}
+
+
+def _resolve_stop_token_ids(sampler, causal_lm):
+    if sampler.stop_token_ids != "auto":
+        return sampler.stop_token_ids or ()
+    if sampler.anchors == "answer_start":
+        return bridge.end_token_ids(causal_lm)
+    return ()

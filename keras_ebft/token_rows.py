@@ -4,7 +4,21 @@ import numpy as np
 
 from keras_ebft import bridge
 
-KEYS = ("token_ids", "padding_mask")
+# What a row may consist of, and what fills up rows and batches.
+DTYPES = {
+    "token_ids": "int32",
+    "padding_mask": "bool",
+    "segment_ids": "int32",
+    "answer_mask": "bool",
+    "anchors": "int32",
+}
+FILLING = {
+    "token_ids": 0,
+    "padding_mask": False,
+    "segment_ids": 0,
+    "answer_mask": False,
+    "anchors": -1,
+}
 
 
 def to_token_rows(x, causal_lm, trim=True):
@@ -12,15 +26,19 @@ def to_token_rows(x, causal_lm, trim=True):
 
     Args:
         x: list or array of strings; an integer array `[N, T]` of token ids; or a
-            dict with `token_ids` and optionally `padding_mask`, both `[N, T]`,
-            padded on the right.
+            dict with `token_ids` and optionally, all `[N, T]`: `padding_mask`,
+            padded on the right (by default everything is real, or what has a
+            segment above 0); `segment_ids`, integers that tell apart the
+            documents packed in a row; `answer_mask`, which tokens are answers;
+            and `anchors` `[N, K]`, where blocks stand, -1 for none.
         causal_lm: the `CausalLM` the documents are for; its preprocessor reads
             strings.
         trim: bool, whether rows of strings end with the longest document rather
             than at the preprocessor's `sequence_length`.
 
     Returns:
-        dict of `token_ids` int32 `[N, T]` and `padding_mask` bool `[N, T]`.
+        dict of `token_ids` int32 `[N, T]`, `padding_mask` bool `[N, T]` and what
+        else was given: `segment_ids` int32, `answer_mask` bool, `anchors` int32.
 
     Raises:
         TypeError: for token ids that are not integers.
@@ -37,9 +55,9 @@ def to_token_rows(x, causal_lm, trim=True):
         else:
             rows = _from_dict({"token_ids": values})
     _check_token_ids(rows["token_ids"], causal_lm)
-    rows["token_ids"] = rows["token_ids"].astype("int32")
-    _check_padding_mask(rows)
-    return rows
+    _check_masks(rows)
+    _check_anchors(rows)
+    return {name: values.astype(DTYPES[name]) for name, values in rows.items()}
 
 
 def check_row_fits(shape, fixed_shape):
@@ -52,17 +70,33 @@ def check_row_fits(shape, fixed_shape):
         )
 
 
+def check_same_keys(rows, expected):
+    """Raises a `ValueError` if a batch has other entries than the first one."""
+    if set(rows) != set(expected):
+        raise ValueError(
+            f"Expected every batch to have the entries of the first, "
+            f"{sorted(expected)}. Received: {sorted(rows)}. Give all or none."
+        )
+
+
 def _from_dict(x):
-    unknown = sorted(set(x) - set(KEYS))
+    unknown = sorted(set(x) - set(DTYPES))
     if unknown or "token_ids" not in x:
         raise ValueError(
-            f"Expected a dict with 'token_ids' and optionally 'padding_mask'. "
+            "Expected a dict with 'token_ids' and optionally "
+            f"{', '.join(repr(name) for name in list(DTYPES)[1:])}. "
             f"Received: keys {sorted(x)}. Leave other entries out."
         )
-    token_ids = _to_numpy(x["token_ids"])
-    mask = x.get("padding_mask")
-    mask = np.ones(token_ids.shape) if mask is None else _to_numpy(mask)
-    return {"token_ids": token_ids, "padding_mask": mask.astype(bool)}
+    rows = {name: _to_numpy(x[name]) for name in DTYPES if x.get(name) is not None}
+    if "padding_mask" not in rows:
+        # Segment 0 is what packing leaves empty.
+        rows["padding_mask"] = (
+            rows["segment_ids"] > 0
+            if "segment_ids" in rows
+            else np.ones(rows["token_ids"].shape, dtype=bool)
+        )
+    rows["padding_mask"] = rows["padding_mask"].astype(bool)
+    return rows
 
 
 def _from_strings(texts, causal_lm, trim):
@@ -118,18 +152,55 @@ def _check_token_ids(token_ids, causal_lm):
         )
 
 
-def _check_padding_mask(rows):
+def _check_masks(rows):
+    expected = rows["token_ids"].shape
+    for name in ("padding_mask", "segment_ids", "answer_mask"):
+        if name in rows and rows[name].shape != expected:
+            raise ValueError(
+                f"Expected `{name}` of the shape of `token_ids`, {expected}. "
+                f"Received: {rows[name].shape}."
+            )
+    if "segment_ids" in rows:
+        _check_integers("segment_ids", rows["segment_ids"])
     mask = rows["padding_mask"]
-    if mask.shape != rows["token_ids"].shape:
-        raise ValueError(
-            f"Expected `padding_mask` of the shape of `token_ids`, "
-            f"{rows['token_ids'].shape}. Received: {mask.shape}."
-        )
     if (mask[:, 1:] & ~mask[:, :-1]).any():
         raise ValueError(
             "Expected documents padded on the right: a `padding_mask` of ones and "
             "then zeros in each row. Received: a row with a zero before a one. Move "
             "the padding to the end."
+        )
+    answers = rows.get("answer_mask")
+    if answers is not None and not np.isin(answers, (0, 1)).all():
+        raise ValueError(
+            "Expected `answer_mask` of zeros and ones. Received: values from "
+            f"{answers.min()} to {answers.max()}."
+        )
+
+
+def _check_anchors(rows):
+    anchors = rows.get("anchors")
+    if anchors is None:
+        return
+    _check_integers("anchors", anchors)
+    documents, length = rows["token_ids"].shape
+    if anchors.ndim != 2 or anchors.shape[0] != documents or not anchors.shape[1]:
+        raise ValueError(
+            f"Expected `anchors` of shape [documents, blocks] = [{documents}, K]. "
+            f"Received: shape {list(anchors.shape)}."
+        )
+    outside = (anchors != -1) & ((anchors < 1) | (anchors >= length))
+    if outside.any():
+        raise ValueError(
+            f"Expected `anchors` from 1 to {length - 1}, how many tokens a block sees, "
+            f"or -1 for none. Received: {anchors[outside][0]}."
+        )
+
+
+def _check_integers(name, values):
+    if values.dtype.kind not in "iu":
+        raise TypeError(
+            f"Expected `{name}` to be integers. Received: an array of dtype "
+            f"{values.dtype}. Convert them with .astype('int32')."
         )
 
 

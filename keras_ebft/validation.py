@@ -5,6 +5,7 @@ Every helper takes the argument's name first, so that the error names it.
 
 import numbers
 
+import keras
 import numpy as np
 
 
@@ -29,12 +30,33 @@ def check_int(name, value, minimum):
     return int(value)
 
 
-def check_number(name, value, minimum, exclusive=False):
-    """Returns `value` as a finite `float` of at least (or above) `minimum`.
+def check_bool(name, value):
+    """Returns `value` if it is a boolean.
+
+    Raises:
+        TypeError: if it is not.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(
+            f"Expected `{name}` to be True or False. Received: {name}={value!r} (of "
+            f"type {type(value).__name__})."
+        )
+    return bool(value)
+
+
+def check_number(name, value, minimum, maximum=np.inf, exclusive=False):
+    """Returns `value` as a finite `float` in a range.
+
+    Args:
+        name: the argument's name.
+        value: what was received.
+        minimum: float, smallest value.
+        maximum: float, largest value.
+        exclusive: bool, whether `minimum` itself is refused.
 
     Raises:
         TypeError: if `value` is not a real number.
-        ValueError: if `value` is not finite or too small.
+        ValueError: if `value` is not finite or out of range.
     """
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         raise TypeError(
@@ -42,13 +64,32 @@ def check_number(name, value, minimum, exclusive=False):
             f"(of type {type(value).__name__}). Pass a float."
         )
     too_small = value <= minimum if exclusive else value < minimum
-    if not np.isfinite(value) or too_small:
+    if not np.isfinite(value) or too_small or value > maximum:
         bound = f"greater than {minimum}" if exclusive else f"at least {minimum}"
+        if np.isfinite(maximum):
+            bound += f" and at most {maximum}"
         raise ValueError(
             f"Expected `{name}` to be finite and {bound}. "
             f"Received: {name}={value}. Pass a value in that range."
         )
     return float(value)
+
+
+def check_stop_token_ids(value):
+    """Returns stop tokens as a tuple of ints; `"auto"` and `None` pass through.
+
+    Raises:
+        TypeError: if `value` is neither, nor a list or tuple of ints.
+        ValueError: if a token id is negative.
+    """
+    if value is None or value == "auto":
+        return value
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(
+            'Expected `stop_token_ids` to be "auto", None or a tuple of token ids. '
+            f"Received: stop_token_ids={value!r} (of type {type(value).__name__})."
+        )
+    return tuple(check_int("stop_token_ids", token, 0) for token in value)
 
 
 def check_choice(name, value, choices):
@@ -65,18 +106,55 @@ def check_choice(name, value, choices):
     return value
 
 
+def check_weight(name, value):
+    """Returns a weight of the loss: a float that is not negative, or a schedule.
+
+    Raises:
+        TypeError: if `value` is neither a number nor a
+            `keras.optimizers.schedules.LearningRateSchedule`.
+        ValueError: if it is negative or not finite.
+    """
+    if isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
+        return value
+    return check_number(name, value, 0.0)
+
+
+def check_clip_range(value):
+    """Returns a clip range as `(low, high)`, or `None`.
+
+    Raises:
+        TypeError: if `value` is neither `None`, a number nor a pair of numbers.
+        ValueError: if a number is negative, or `low` above 1.
+    """
+    if value is None:
+        return None
+    pair = value if isinstance(value, (list, tuple)) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(
+            "Expected `clip_range` to be a float or (low, high). Received: "
+            f"clip_range={value!r}. Pass for example clip_range=0.2."
+        )
+    low = check_number("clip_range", pair[0], 0.0, 1.0)
+    return low, check_number("clip_range", pair[1], 0.0)
+
+
 def check_some_weight(**weights):
     """Checks that at least one of the named weights is not zero.
 
     Raises:
         ValueError: if all are zero, because nothing would be trained.
     """
-    if all(weight == 0.0 for weight in weights.values()):
+    if all(is_zero(weight) for weight in weights.values()):
         received = ", ".join(f"{name}={value}" for name, value in weights.items())
         raise ValueError(
             "Expected at least one weight to be non-zero, or nothing is trained. "
             f"Received: {received}. Set one of them to a positive value."
         )
+
+
+def is_zero(weight):
+    """Whether a weight is the number 0; a schedule is not."""
+    return isinstance(weight, float) and weight == 0.0
 
 
 def check_instance(name, value, expected, remedy):

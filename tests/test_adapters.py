@@ -141,6 +141,12 @@ def test_a_base_that_would_train_is_refused():
         build(causal_lm)
 
 
+def test_a_feature_network_that_follows_is_refused():
+    network = keras_ebft.FeatureNetwork(layers=(1,), ema_decay=0.9)
+    with pytest.raises(ValueError, match=r"ema_decay=0\.9.*LlamaBackbone.*adapters"):
+        keras_ebft.EBFTModel(adapted("Llama"), SAMPLER, network)
+
+
 def test_adapters_on_embeddings_are_refused():
     causal_lm = llama(num_layers=1)
     causal_lm.backbone.enable_lora(2, target_layer_names=["token_embedding"])

@@ -166,7 +166,7 @@ def adapter(model, x, batch_size=None, shuffle=False):
     return token_batches(
         x,
         model.causal_lm,
-        model.sampler.geometry,
+        model.sampler.check_rows,
         batch_size=batch_size,
         shuffle=shuffle,
         seed=0,
@@ -303,7 +303,7 @@ def test_configurations_rebuild_every_part():
         {k: v for k, v in config.items() if k != "trainable"}
     )
     assert twin.get_config()["reward"] == config["reward"]
-    assert (twin.advantage, twin.policy_weight, twin.ce_weight, twin.seed) == (
+    assert (twin.advantage, *list(twin.objective.weights.values())[:2], twin.seed) == (
         "reinforce",
         0.7,
         0.2,

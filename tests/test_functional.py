@@ -160,16 +160,6 @@ def test_group_norm_of_equal_rewards_is_zero():
     compare(advantage, column(0, 0, 0))
 
 
-def test_policy_loss_by_hand():
-    log_prob = np.log(np.array([[[[0.5, 0.25], [0.1, 0.1]]]], dtype="float32"))
-    advantage = np.array([[[2.0, np.nan]]], dtype="float32")
-    mask = np.array([[[[1, 1], [0, 0]]]], dtype="float32")
-    loss = functional.policy_loss(log_prob, advantage, mask)
-    compare(loss, [[-2.0]])
-    compare(functional.mean_over_live(loss, mask), -2.0)
-    compare(functional.mean_over_live(loss, 0 * mask), 0.0)
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [

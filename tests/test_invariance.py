@@ -6,6 +6,8 @@ from helpers import documents, flat, gradients, llama, to_numpy
 from keras import ops
 
 import keras_ebft
+from keras_ebft.documents import read_documents
+from keras_ebft.inputs import as_batch
 from keras_ebft.kernels.backend import compiled
 from keras_ebft.prefix_cache import read_document
 
@@ -47,26 +49,30 @@ def rollouts_of(model, prompt, seed=5):
 def test_sampled_tokens_equal_one_block_at_a_time(model):
     prompt = documents(1, LENGTH)
     uniform = np.random.default_rng(1).random((1, 2, 4, 3)).astype("float32")
-    step = model._step
-    geometry = model.sampler.geometry(LENGTH)
-    assert geometry.num_blocks == 4
-    token_ids = _sample(step, prompt, geometry, uniform)
+    anchors = np.array([[4, 8, 12, 16]], dtype="int32")
+    np.testing.assert_array_equal(model.sampler.geometry(LENGTH).anchors, anchors[0])
+    token_ids = _sample(model._step, prompt, anchors, uniform)
     for block in (0, 1, 3):
-        anchor = geometry.anchors[block]
-        alone = keras_ebft.BlockGeometry(anchor + 3, anchor, 3, 1)
+        anchor = anchors[0, block]
         row = prompt[:, : anchor + 3].copy()
         row[:, anchor:] = 0
-        one = _sample(step, row, alone, uniform[:, :, block : block + 1])
+        one = _sample(
+            model._step, row, anchors[:, [block]], uniform[:, :, block : block + 1]
+        )
         np.testing.assert_array_equal(one[:, :, 0], token_ids[:, :, block])
 
 
-def _sample(step, prompt, geometry, uniform):
-    def rollout(token_ids, uniform):
-        document = read_document(step.policy, token_ids)
-        return step.rollout(document, geometry, uniform).token_ids
+def _sample(step, prompt, anchors, uniform):
+    def rollout(token_ids, anchors, uniform):
+        batch = as_batch({"token_ids": token_ids, "anchors": anchors})
+        read = read_documents(batch)
+        state = read_document(step.policy, read)
+        return step.rollout(state, step.blocks(read), uniform).token_ids
 
     run = compiled(rollout, lambda: step.causal_lm.variables)
-    return to_numpy(run(ops.convert_to_tensor(prompt), ops.convert_to_tensor(uniform)))
+    return to_numpy(
+        run(*(ops.convert_to_tensor(v) for v in (prompt, anchors, uniform)))
+    )
 
 
 def test_tokens_after_an_anchor_change_nothing_in_its_rollouts(model):

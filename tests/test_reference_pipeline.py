@@ -12,6 +12,9 @@ MODES = {
     "concat": {"mode": "concat"},
     "stack": {"mode": "stack"},
     "layer_3": {"layers": (3,)},
+    "last_only": {"mode": "last"},
+    "mean": {"mode": "mean"},
+    "middle": {"mode": "middle"},
 }
 
 
@@ -21,6 +24,9 @@ MODES = {
         ("concat", "last_token"),
         ("stack", "concat"),
         ("layer_3", "mean_pooling"),
+        ("last_only", "last_token"),
+        ("mean", "concat"),
+        ("middle", "mean_pooling"),
     ],
 )
 def test_features_and_rewards(pipeline, mode, pooling):

@@ -63,11 +63,13 @@ def expected_estimate(model, samples):
     assert np.exp(log_prob).sum() == pytest.approx(1.0, abs=1e-5)
     weight = np.exp(log_prob[tuples].sum(axis=1)).astype("float32")
     mask = np.ones(rollouts.shape, dtype="float32")
+    # What the loss of each tuple alone would give its tokens, times its probability.
+    weights = ops.convert_to_tensor(mask * weight[:, None, None, None] / (2 * samples))
 
     def loss():
         log_prob = model.score(documents, rollouts)["log_prob"]
-        loss = functional.policy_loss(log_prob, advantage, ops.convert_to_tensor(mask))
-        return ops.sum(ops.convert_to_tensor(weight)[:, None] * loss) / samples
+        ratio = functional.probability_ratio(log_prob, None, mask)
+        return functional.policy_loss(ratio, advantage, weights)
 
     # The loss averages over the 2 tokens of a rollout.
     return 2.0 * flat(gradients(loss, model.trainable_variables))

@@ -36,8 +36,7 @@ CONSTRUCTORS = [
     (keras_ebft.BlockSampler, {"context_length": 0}, ValueError, "at least 1"),
     (keras_ebft.BlockSampler, {"num_samples": 0}, ValueError, "num_samples=0"),
     (keras_ebft.BlockSampler, {"num_samples": True}, TypeError, "bool"),
-    (keras_ebft.BlockSampler, {"temperature": -0.5}, ValueError, "greater than 0"),
-    (keras_ebft.BlockSampler, {"temperature": 0.0}, ValueError, "greater than 0"),
+    (keras_ebft.BlockSampler, {"temperature": -0.5}, ValueError, "at least 0"),
     (keras_ebft.BlockSampler, {"temperature": float("nan")}, ValueError, "finite"),
     (keras_ebft.BlockSampler, {"temperature": "hot"}, TypeError, "'hot'.*str"),
     (keras_ebft.ReplaySampler, {"token_ids": TOKENS + 0.5}, TypeError, "float64"),
@@ -74,25 +73,122 @@ CONSTRUCTORS = [
         "nothing is trained",
     ),
     (keras_ebft.FeatureMatchingReward, {"whitening": "pca"}, ValueError, "'pca'"),
+    (keras_ebft.BlockSampler, {"top_p": 0.0}, ValueError, "greater than 0"),
+    (keras_ebft.BlockSampler, {"top_p": 1.5}, ValueError, "at most 1"),
+    (keras_ebft.BlockSampler, {"top_k": 0}, ValueError, "top_k=0"),
+    (keras_ebft.BlockSampler, {"anchors": "end"}, ValueError, "answer_start.*'end'"),
+    (keras_ebft.BlockSampler, {"anchors": "random"}, ValueError, "num_anchors=32"),
+    (keras_ebft.BlockSampler, {"num_anchors": 3}, ValueError, "num_anchors=3"),
+    (
+        keras_ebft.BlockSampler,
+        {"anchors": "random", "num_anchors": 0},
+        ValueError,
+        "num_anchors=0",
+    ),
+    (keras_ebft.BlockSampler, {"stop_token_ids": 3}, TypeError, "auto.*int"),
+    (keras_ebft.BlockSampler, {"stop_token_ids": (-1,)}, ValueError, "=-1"),
+    (
+        keras_ebft.FeatureNetwork,
+        {"mode": "last", "layers": (1,)},
+        ValueError,
+        "no `layers` with mode='last'",
+    ),
+    (keras_ebft.FeatureNetwork, {"network": "bert"}, TypeError, "callable.*'bert'"),
+    (keras_ebft.FeatureNetwork, {"ema_decay": 1.0}, ValueError, "ema_decay=1.0"),
+    (
+        keras_ebft.FeatureNetwork,
+        {"network": max, "ema_decay": 0.9},
+        ValueError,
+        "no policy to follow",
+    ),
+    (keras_ebft.FeatureNetwork, {"network": max, "mode": "stack"}, ValueError, "stack"),
+    (
+        keras_ebft.CharacteristicFunctionReward,
+        {"num_frequencies": 0},
+        ValueError,
+        "num_frequencies=0",
+    ),
+    (
+        keras_ebft.CharacteristicFunctionReward,
+        {"bandwidth": 0.0},
+        ValueError,
+        "bandwidth=0.0",
+    ),
+    (keras_ebft.CharacteristicFunctionReward, {"seed": -1}, ValueError, "seed=-1"),
+    (
+        keras_ebft.CharacteristicFunctionReward,
+        {"whitening": "x", "alignment_weight": 1.0, "diversity_weight": 1.0},
+        ValueError,
+        "'x'",
+    ),
+    (keras_ebft.VerifierReward, {"fn": "f"}, TypeError, "prompts.*'f'"),
+    (keras_ebft.VerifierReward, {"fn": max, "decode": 1}, TypeError, "decode=1"),
+    (keras_ebft.RewardSum, {"rewards": []}, ValueError, "non-empty"),
+    (keras_ebft.RewardSum, {"rewards": ["x"]}, TypeError, "Reward.*'x'"),
+    (
+        keras_ebft.RewardSum,
+        {"rewards": [keras_ebft.FeatureMatchingReward()], "weights": [1.0, 2.0]},
+        ValueError,
+        "2 weights",
+    ),
+    (
+        keras_ebft.RewardSum,
+        {"rewards": [keras_ebft.FeatureMatchingReward()], "weights": [0.0]},
+        ValueError,
+        "nothing is trained",
+    ),
 ]
+
+ONE_SAMPLE = keras_ebft.BlockSampler(num_samples=1)
+TOKENS_APART = keras_ebft.FeatureNetwork(pooling="token")
 
 MODEL_OPTIONS = [
     ({"sampler": {"rollout_length": 8}}, TypeError, "BlockSampler.*dict"),
     ({"feature_network": (0.5,)}, TypeError, "FeatureNetwork.*tuple"),
-    ({"reward": "feature"}, TypeError, "FeatureMatchingReward.*str"),
+    ({"reward": "feature"}, TypeError, "Reward.*str.*FeatureMatchingReward"),
     ({"advantage": "gae"}, ValueError, "rloo.*'gae'"),
     ({"policy_weight": -1}, ValueError, "policy_weight=-1"),
     ({"ce_weight": "big"}, TypeError, "ce_weight='big'"),
     ({"policy_weight": 0.0, "ce_weight": 0.0}, ValueError, "nothing is trained"),
     ({"seed": -3}, ValueError, "seed=-3"),
     ({"seed": 1.5}, TypeError, "seed=1.5"),
+    ({"sampler": ONE_SAMPLE}, ValueError, "'rloo'.*num_samples=1"),
+    (
+        {"advantage": "group_norm", "sampler": ONE_SAMPLE},
+        ValueError,
+        "'group_norm'.*num_samples=1",
+    ),
+    (
+        {"advantage": "reinforce", "sampler": ONE_SAMPLE},
+        ValueError,
+        "num_samples=1 and diversity_weight=1.0",
+    ),
+    (
+        {"feature_network": TOKENS_APART, "policy_loss": "sequence"},
+        ValueError,
+        'pooling="token"',
+    ),
+    ({"policy_loss": "ppo"}, ValueError, "token.*'ppo'"),
+    ({"kl_weight": -0.1}, ValueError, "kl_weight=-0.1"),
+    ({"kl_estimator": "k0"}, ValueError, "k1.*'k0'"),
+    ({"entropy_weight": "high"}, TypeError, "entropy_weight='high'"),
+    ({"updates_per_rollout": 0}, ValueError, "updates_per_rollout=0"),
+    ({"clip_range": 0.2}, ValueError, "updates_per_rollout=1"),
+    ({"updates_per_rollout": 2, "clip_range": (1, 2, 3)}, ValueError, "low, high"),
+    ({"updates_per_rollout": 2, "clip_range": 1.5}, ValueError, "at most 1"),
+    ({"reward": keras_ebft.VerifierReward(max)}, ValueError, "decode=False"),
     (
         {
-            "advantage": "group_norm",
-            "sampler": keras_ebft.BlockSampler(num_samples=1),
+            "reward": keras_ebft.VerifierReward(max, decode=False),
+            "feature_network": keras_ebft.FeatureNetwork(ema_decay=0.9),
         },
         ValueError,
-        "num_samples=1",
+        "looks at no features",
+    ),
+    (
+        {"sampler": keras_ebft.BlockSampler(anchors="answer_start")},
+        ValueError,
+        "stop_token_ids",
     ),
     (
         {"feature_network": keras_ebft.FeatureNetwork(layers=(9,))},
@@ -109,9 +205,13 @@ DOCUMENTS = [
     (np.full((2, 40), -1), ValueError, "-1 to -1"),
     ({"tokens": documents(2, 40)}, ValueError, "'tokens'"),
     (
-        {"token_ids": documents(2, 40), "segment_ids": documents(2, 40)},
+        {
+            "token_ids": documents(2, 40),
+            "padding_mask": np.ones((2, 40)),
+            "segment_ids": documents(2, 39),
+        },
         ValueError,
-        "segment_ids",
+        "segment_ids.*Received: \\(2, 39\\)",
     ),
     (
         {"token_ids": documents(2, 40), "padding_mask": np.ones((2, 39))},
@@ -122,6 +222,31 @@ DOCUMENTS = [
         {"token_ids": documents(2, 40), "padding_mask": np.eye(2, 40)},
         ValueError,
         "right",
+    ),
+    (
+        {"token_ids": documents(2, 40), "answer_mask": np.full((2, 40), 3)},
+        ValueError,
+        "3 to 3",
+    ),
+    (
+        {"token_ids": documents(2, 40), "segment_ids": np.zeros((2, 40))},
+        TypeError,
+        "segment_ids.*float64",
+    ),
+    (
+        {"token_ids": documents(2, 40), "anchors": np.zeros((2, 3))},
+        TypeError,
+        "anchors.*float64",
+    ),
+    (
+        {"token_ids": documents(2, 40), "anchors": np.full((2, 3), 40)},
+        ValueError,
+        "1 to 39.*Received: 40",
+    ),
+    (
+        {"token_ids": documents(2, 40), "anchors": np.full((1, 3), 9)},
+        ValueError,
+        "\\[2, K\\].*\\[1, 3\\]",
     ),
     (documents(2, 15), ValueError, "8 \\+ 8 = 16.*length=15"),
     (documents(0, 40), ValueError, "at least one document"),
@@ -204,7 +329,7 @@ def test_stream_errors(model):
     growing = (rows[:, :length] for length in (30, 40))
     with pytest.raises(ValueError, match=r"\[4, 30\].*\[4, 40\]"):
         batches = token_batches(
-            growing, model.causal_lm, model.sampler.geometry, None, False, 0
+            growing, model.causal_lm, model.sampler.check_rows, None, False, 0
         )
         list(batches.get_numpy_iterator())
 

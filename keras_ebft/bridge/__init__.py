@@ -9,9 +9,12 @@ from keras_ebft.bridge.families import FAMILIES, REFUSED
 from keras_ebft.bridge.frozen import copied_variables, frozen_taps, routed_backbone
 from keras_ebft.bridge.models import (
     OutputHead,
+    check_feature_backbone,
     check_supported,
+    end_token_ids,
     maximum_length,
     output_head,
+    tokenizer,
     vocabulary_size,
 )
 from keras_ebft.bridge.networks import RoutedNetwork, RowNetwork
@@ -22,11 +25,14 @@ __all__ = [
     "OutputHead",
     "RoutedNetwork",
     "RowNetwork",
+    "check_feature_backbone",
     "check_supported",
     "copied_variables",
+    "end_token_ids",
     "frozen_taps",
     "maximum_length",
     "output_head",
     "routed_backbone",
+    "tokenizer",
     "vocabulary_size",
 ]

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import keras_hub
 from keras import ops
 
+from keras_ebft import adapters
 from keras_ebft.bridge.families import family_of
 from keras_ebft.bridge.serving_route import check_version
 
@@ -70,6 +71,47 @@ def check_backbone(backbone):
             "run as a sequence of its own, which is right but slow.",
             type(backbone).__name__,
         )
+
+
+def check_feature_backbone(backbone, policy):
+    """Raises a `ValueError` unless a backbone can read the policy's tokens."""
+    check_backbone(backbone)
+    sizes = vocabulary_size(backbone), vocabulary_size(policy)
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            "Expected the feature network's backbone to share the policy's tokenizer, "
+            f"of {sizes[1]} tokens. Received: a {type(backbone).__name__} of "
+            f"{sizes[0]} tokens. Use a backbone trained with the same tokenizer."
+        )
+    if adapters.adapted_layers(backbone):
+        raise ValueError(
+            "Expected a feature network without adapters. Received: a "
+            f"{type(backbone).__name__} with adapters. Merge them: save it with "
+            "save_to_preset() and load that."
+        )
+
+
+def tokenizer(causal_lm):
+    """The tokenizer of a causal language model, `None` without a preprocessor."""
+    return getattr(causal_lm.preprocessor, "tokenizer", None)
+
+
+def end_token_ids(causal_lm):
+    """Token ids that end a text, as KerasHub's `generate` takes them.
+
+    Raises:
+        ValueError: if the model has no preprocessor to know them.
+    """
+    known = tokenizer(causal_lm)
+    if known is None:
+        raise ValueError(
+            'Expected a CausalLM with a preprocessor for stop_token_ids="auto". '
+            "Received: one without. Pass stop_token_ids=(your end token's id,), or "
+            "None for rollouts that never stop."
+        )
+    names = ("end_token_id", "end_token2_id")
+    found = [getattr(known, name, None) for name in names]
+    return tuple(int(token) for token in found if token is not None)
 
 
 def output_head(backbone):

@@ -3,6 +3,7 @@
 import contextlib
 
 import keras
+import numpy as np
 
 
 def no_gradient():
@@ -18,13 +19,28 @@ def no_gradient():
     return contextlib.nullcontext()
 
 
-def resolve_jit_compile(jit_compile):
+def resolve_jit_compile(jit_compile, runs_python=False):
     """What `jit_compile="auto"` means here: compiled on JAX and TensorFlow.
 
     Keras' own "auto" leaves TensorFlow on CPU uncompiled.
+
+    Args:
+        jit_compile: bool or `"auto"`.
+        runs_python: bool, whether the step calls Python (`call_python`), which
+            XLA allows on JAX only.
+
+    Raises:
+        ValueError: where a compiled step cannot call Python.
     """
+    callable_from = ("jax",) if runs_python else ("jax", "tensorflow")
     if jit_compile == "auto":
-        return keras.backend.backend() != "torch"
+        return keras.backend.backend() in callable_from
+    if jit_compile and runs_python and keras.backend.backend() == "tensorflow":
+        raise ValueError(
+            "Expected no XLA compilation on TensorFlow with a reward that runs "
+            "Python code, which XLA cannot call. Received: jit_compile=True. Use "
+            'jit_compile="auto" or False.'
+        )
     return jit_compile
 
 
@@ -54,3 +70,58 @@ def compiled(function, variables):
         return stateless([variable.value for variable in variables()], *tensors)
 
     return call
+
+
+def call_python(function, shape, *tensors):
+    """Calls a Python function of arrays from within a step, compiled or not.
+
+    Args:
+        function: takes NumPy arrays, returns a float32 array of `shape`; may have
+            effects of its own, and is called once per step.
+        shape: tuple of ints.
+        *tensors: its arguments; no gradient flows through.
+
+    Returns:
+        float32 tensor of `shape`.
+    """
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+        from jax.experimental import io_callback
+
+        result = jax.ShapeDtypeStruct(shape, "float32")
+        return io_callback(
+            lambda *arrays: function(*(np.asarray(array) for array in arrays)),
+            result,
+            *tensors,
+        )
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        result = tf.numpy_function(function, tensors, tf.float32)
+        return tf.ensure_shape(result, shape)
+    arrays = [keras.ops.convert_to_numpy(tensor) for tensor in tensors]
+    return keras.ops.convert_to_tensor(function(*arrays))
+
+
+def run_in_state(model, state, function):
+    """Runs a function that may assign non-trainable variables of a model.
+
+    Args:
+        model: `keras.Model`.
+        state: what a train step gets before its batch: on JAX a list with the
+            values of all variables, elsewhere empty.
+        function: function without arguments.
+
+    Returns:
+        `(value, state)`: what the function returned and the new state.
+    """
+    if not state:
+        return function(), state
+    (trainable, non_trainable, *others) = state[0]
+    variables = [*model.trainable_variables, *model.non_trainable_variables]
+    mapping = list(zip(variables, [*trainable, *non_trainable]))
+    with keras.StatelessScope(state_mapping=mapping) as scope:
+        value = function()
+    updated = [scope.get_current_value(v) for v in model.non_trainable_variables]
+    return value, [(trainable, updated, *others)]

@@ -3,23 +3,38 @@
 from keras_ebft.kernels.linear_sample.chunked import linear_sample_chunked
 
 
-def linear_sample(hidden, head, uniform, *, temperature=1.0, soft_cap=None):
+def linear_sample(
+    hidden, head, uniform, *, temperature=1.0, top_k=None, top_p=1.0, soft_cap=None
+):
     """Samples one token per row by inverting the cumulative distribution.
 
     The token is the first whose cumulative probability under
     `softmax(cap(hidden head^T) / temperature)` exceeds `uniform`: one random
-    number decides one token, whatever the batch around it.
+    number decides one token, whatever the batch around it. With `top_k` only the
+    k likeliest tokens take part (and those as likely as the last of them), with
+    `top_p` the fewest that hold this share of the mass (of the k, where both are
+    given). Temperature 0 takes the likeliest.
 
     Args:
         hidden: float tensor `[R, D]`, final hidden states.
         head: float tensor `[V, D]`, the output projection.
         uniform: float32 tensor `[R]`, uniform in [0, 1).
-        temperature: float, above 0.
+        temperature: float, not negative.
+        top_k: int or `None`.
+        top_p: float in (0, 1].
         soft_cap: float or `None`.
 
     Returns:
-        `(token_ids, log_prob)`: int32 `[R]` and float32 `[R]`, in nats.
+        `(token_ids, log_prob)`: int32 `[R]` and float32 `[R]`, in nats: the
+        log-probability under the whole distribution, not the truncated one; at
+        temperature 1 where `temperature` is 0.
     """
     return linear_sample_chunked(
-        hidden, head, uniform, temperature=temperature, soft_cap=soft_cap
+        hidden,
+        head,
+        uniform,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        soft_cap=soft_cap,
     )

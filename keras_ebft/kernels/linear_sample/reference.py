@@ -36,14 +36,39 @@ def invert_cumulative(weights, uniform):
     return group * GROUP + _first_above(token_end, rest)
 
 
-def linear_sample_reference(hidden, head, uniform, *, temperature=1.0, soft_cap=None):
+def linear_sample_reference(
+    hidden, head, uniform, *, temperature=1.0, top_k=None, top_p=1.0, soft_cap=None
+):
     """See `keras_ebft.kernels.linear_sample`."""
-    logits = scaled_logits(hidden, head, temperature=temperature, soft_cap=soft_cap)
+    # Greedy tokens are reported under the untempered distribution.
+    logits = scaled_logits(
+        hidden, head, temperature=temperature or 1.0, soft_cap=soft_cap
+    )
     logits = logits - ops.max(logits, axis=-1, keepdims=True)
     weights = ops.exp(logits)
-    token_ids = invert_cumulative(weights, uniform)
     normaliser = ops.log(ops.sum(weights, axis=-1))
+    if temperature == 0.0:
+        token_ids = ops.cast(ops.argmax(logits, axis=-1), "int32")
+    else:
+        kept = _truncate(weights, top_k, top_p)
+        token_ids = invert_cumulative(kept, uniform)
     return token_ids, _take(logits, token_ids) - normaliser
+
+
+def _truncate(weights, top_k, top_p):
+    """Zero for all but the `top_k` largest and the nucleus of mass `top_p`."""
+    if top_k is None and top_p == 1.0:
+        return weights
+    size = weights.shape[-1]
+    largest, _ = ops.top_k(weights, size if top_k is None else min(top_k, size))
+    if top_p < 1.0:
+        mass = ops.cumsum(largest, axis=-1)
+        # A token stays if the ones before it have not reached the mass yet.
+        before = mass - largest
+        inside = before < top_p * mass[:, -1:]
+        largest = ops.where(inside, largest, largest[:, :1])
+    smallest = ops.min(largest, axis=-1, keepdims=True)
+    return ops.where(weights >= smallest, weights, ops.zeros_like(weights))
 
 
 _BELOW_ONE = 1.0 - 1e-6

@@ -1,0 +1,35 @@
+"""The random numbers of a step.
+
+All are drawn before anything is sampled, because a generator cannot be advanced
+inside a compiled loop.
+"""
+
+import keras
+
+
+def draw_numbers(sampler, documents, seed):
+    """What decides rollouts, and random anchors.
+
+    Args:
+        sampler: `BlockSampler`.
+        documents: `Documents`.
+        seed: int or `keras.random.SeedGenerator`.
+
+    Returns:
+        `(uniform, anchor_uniform)`, float32 in [0, 1): `[B, n, K, G]`, and `[B, T]`
+        or `None` where anchors are not random.
+    """
+    batch, length = documents.token_ids.shape
+    shape = (
+        batch,
+        sampler.num_samples,
+        sampler.num_blocks(documents),
+        sampler.rollout_length,
+    )
+    uniform = keras.random.uniform(shape, dtype="float32", seed=seed)
+    if not sampler.draws_anchors or documents.anchors is not None:
+        return uniform, None
+    if isinstance(seed, int):
+        # An int would draw the same numbers again.
+        seed = seed + 1
+    return uniform, keras.random.uniform((batch, length), dtype="float32", seed=seed)

@@ -1,0 +1,127 @@
+"""The networks that do not learn: feature network and reference model.
+
+Where both are the model as it was at the start, they are one copy: features are
+tapped on the way to the reference's logits.
+"""
+
+from keras import ops
+
+from keras_ebft import bridge
+from keras_ebft.documents import take_tokens
+from keras_ebft.prefix_cache import read_blocks, read_document
+
+
+class FrozenNetworks:
+    """Feature network and reference model of one policy.
+
+    Args:
+        feature_network: `FeatureNetwork`.
+        backbone: the policy's backbone.
+        needs_features: bool, whether a feature network is made.
+        needs_reference: bool, whether a reference model is made.
+    """
+
+    def __init__(self, feature_network, backbone, needs_features, needs_reference):
+        self.feature_network = feature_network
+        self.taps = self.reference = None
+        shared = feature_network.is_initial_model
+        if needs_features and needs_reference and shared:
+            layers = feature_network.tapped_layers(backbone.num_layers)
+            self.num_taps = len(layers)
+            layers = sorted({*layers, backbone.num_layers})
+            self.taps = self.reference = bridge.frozen_taps(
+                backbone, layers, with_head=True
+            )
+            return
+        if needs_features:
+            self.taps = feature_network.freeze(backbone)
+            self.num_taps = None
+        if needs_reference:
+            self.reference = bridge.frozen_taps(
+                backbone,
+                [backbone.num_layers],
+                with_head=True,
+                name="reference_network",
+            )
+
+    @property
+    def has_reference(self):
+        """Whether there is a reference model."""
+        return self.reference is not None
+
+    @property
+    def models(self):
+        """The Keras models, each once, that hold frozen variables."""
+        networks = {id(n): n for n in (self.taps, self.reference) if n is not None}
+        return [n.model for n in networks.values() if n.model is not None]
+
+    def outputs(self, documents, rollout_ids, blocks):
+        """What the networks say about documents and rollouts.
+
+        Returns:
+            dict from network to `(document outputs, rollout outputs)`, lists of
+            `[B, T, D]` and `[B, n, K, G, D]`.
+        """
+        found = {}
+        for network in (self.taps, self.reference):
+            if network is None or id(network) in found:
+                continue
+            state = read_document(network, documents)
+            generated = read_blocks(network, state, rollout_ids, blocks)
+            found[id(network)] = (_as_list(state.outputs), _as_list(generated))
+        return found
+
+    def features(self, outputs, blocks, token_mask, alive):
+        """`(generated, target)` features; see `FeatureNetwork.__call__`."""
+        document, generated = outputs[id(self.taps)]
+        return self.feature_network(
+            document[: self.num_taps],
+            generated[: self.num_taps],
+            blocks,
+            token_mask,
+            alive,
+        )
+
+    def reference_hidden(self, outputs, blocks):
+        """Final hidden states that predict each generated token, `[B, n, K, G, D]`."""
+        document, generated = outputs[id(self.reference)]
+        before = take_tokens(document[-1], blocks.anchors - 1)
+        samples = generated[-1].shape[1]
+        first = ops.repeat(before[:, None, :, None, :], samples, axis=1)
+        return ops.concatenate([first, generated[-1][..., :-1, :]], axis=-2)
+
+    def reference_head(self):
+        """`OutputHead` of the reference model."""
+        return bridge.output_head(self.reference.backbone)
+
+    def follow(self, backbone):
+        """Moves the feature network towards the policy (`ema_decay`)."""
+        decay = self.feature_network.ema_decay
+        pairs = bridge.copied_variables(self.taps.model, backbone)
+        for frozen, trained in pairs:
+            old, new = ops.convert_to_tensor(frozen), ops.convert_to_tensor(trained)
+            frozen.assign(decay * old + (1.0 - decay) * ops.cast(new, old.dtype))
+
+
+def _as_list(outputs):
+    return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
+
+
+def refuse_shared_paths(networks, causal_lm):
+    """Raises a `ValueError` if two networks' variables have the same path.
+
+    Keras finds a PyTorch parameter by its variable's path: of two with one path
+    only one would be kept.
+    """
+    trained = {variable.path for variable in causal_lm.variables}
+    own = {id(variable) for variable in causal_lm.variables}
+    for model in networks.models:
+        frozen = [v for v in model.variables if id(v) not in own]
+        shared = sorted(trained & {variable.path for variable in frozen})
+        if shared:
+            raise ValueError(
+                "Expected the feature network's variables to have paths of their own. "
+                f"Received: {len(shared)} paths that the policy has too, such as "
+                f"{shared[0]!r}. Build the network within keras.name_scope("
+                '"feature_network").'
+            )

@@ -1,0 +1,38 @@
+"""Sums and means of what counts."""
+
+from keras import ops
+
+
+def masked_mean(values, mask, axis=None):
+    """Mean of `values` where `mask` is 1; 0 where nothing is counted.
+
+    Masked values are replaced before the sum, so that a NaN or infinity under
+    the mask reaches neither the result nor its gradient.
+
+    Args:
+        values: float tensor.
+        mask: float tensor of 0 and 1 that broadcasts to `values`.
+        axis: int, tuple of ints or `None` for all axes.
+
+    Returns:
+        float32 tensor without `axis`.
+    """
+    values = ops.convert_to_tensor(values)
+    mask = ops.broadcast_to(ops.convert_to_tensor(mask), values.shape)
+    kept = ops.where(mask > 0, values, ops.zeros_like(values))
+    count = ops.sum(mask, axis=axis)
+    return ops.sum(kept, axis=axis) / ops.maximum(count, 1.0)
+
+
+def weighted_sum(values, weights):
+    """Sum of `weights * values`; what has no weight is not even looked at.
+
+    Args:
+        values: float32 tensor; may be infinite or NaN where the weight is 0.
+        weights: float32 tensor of the same shape.
+
+    Returns:
+        float32 scalar.
+    """
+    counted = ops.where(weights > 0, values, ops.zeros_like(values))
+    return ops.sum(weights * counted)

@@ -1,0 +1,46 @@
+"""Per-token features of a block pooled into what is matched."""
+
+from keras import ops
+
+POOLINGS = ("last_token", "mean", "concat", "token")
+
+
+def pool(tokens, counted, exists, pooling):
+    """Pools over the tokens of each block.
+
+    - `"last_token"`: the last token that counts.
+    - `"mean"`: sum of the tokens that count over the number of tokens there are:
+      as in the authors' code, tokens outside the answer count as zero vectors.
+    - `"concat"`: all tokens, zero where they do not count.
+    - `"token"`: every token by itself, zero where it does not count.
+
+    Args:
+        tokens: float32 tensor `[..., G, F, D]`.
+        counted: bool tensor `[..., G]`.
+        exists: bool tensor `[..., G]`.
+        pooling: one of the above.
+
+    Returns:
+        float32 tensor `[..., F, D]`, `[..., F, G * D]` with `"concat"` or
+        `[..., G, F, D]` with `"token"`; 0 where no token counts.
+    """
+    if pooling == "last_token":
+        return _last(tokens, counted)
+    tokens = ops.where(counted[..., None, None], tokens, ops.zeros_like(tokens))
+    if pooling == "token":
+        return tokens
+    if pooling == "mean":
+        total = ops.sum(ops.cast(exists, "float32"), axis=-1)[..., None, None]
+        return ops.sum(tokens, axis=-3) / ops.maximum(total, 1.0)
+    *lead, steps, features, width = tokens.shape
+    tokens = ops.swapaxes(tokens, -3, -2)
+    return ops.reshape(tokens, (*lead, features, steps * width))
+
+
+def _last(tokens, counted):
+    step = ops.arange(1, counted.shape[-1] + 1, dtype="int32")
+    last = ops.max(ops.where(counted, step, 0), axis=-1)
+    # One token of each block is kept, all others become zero.
+    is_last = ops.logical_and(step == last[..., None], counted)
+    kept = ops.where(is_last[..., None, None], tokens, ops.zeros_like(tokens))
+    return ops.sum(kept, axis=-3)

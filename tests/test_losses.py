@@ -1,0 +1,107 @@
+"""The terms of the loss against hand-computed numbers and the authors' code."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import gradients, to_numpy
+from keras import Variable, ops
+
+from keras_ebft import functional
+
+LOG_PROB = np.log(np.array([[[[0.5, 0.25], [0.1, 0.2]]]], dtype="float32"))
+OLD = np.log(np.array([[[[0.25, 0.25], [0.4, 0.1]]]], dtype="float32"))
+MASK = np.array([[[[1, 1], [0, 1]]]], dtype="float32")
+
+
+def compare(found, expected, **tolerance):
+    tolerance = tolerance or {"atol": 1e-6}
+    np.testing.assert_allclose(to_numpy(found), expected, **tolerance)
+
+
+def test_tokens_are_averaged_within_sequences_first():
+    mask = np.zeros((2, 2, 2, 2), dtype="float32")
+    mask[0, 0] = [[1, 1], [1, 0]]
+    mask[1, 1, 0, 1] = 1
+    expected = np.zeros_like(mask)
+    expected[0, 0] = [[1 / 6, 1 / 6], [1 / 6, 0]]
+    expected[1, 1, 0, 1] = 1 / 2
+    compare(functional.token_weights(mask), expected)
+    compare(functional.token_weights(0 * mask), 0 * mask)
+
+
+def test_documents_of_one_row_are_sequences_of_their_own():
+    mask = np.array([[[[1, 1], [1, 1], [1, 0]]]], dtype="float32")
+    starts = ops.convert_to_tensor(np.array([[0, 0, 9]], dtype="int32"))
+    expected = [[[[1 / 8, 1 / 8], [1 / 8, 1 / 8], [1 / 2, 0]]]]
+    compare(functional.token_weights(mask, starts), expected)
+
+
+def test_ratio_of_tokens_and_of_rollouts():
+    compare(functional.probability_ratio(LOG_PROB, None, MASK), np.ones((1, 1, 2, 2)))
+    ratio = functional.probability_ratio(LOG_PROB, OLD, MASK)
+    compare(ratio, [[[[2.0, 1.0], [0.25, 2.0]]]])
+    ratio = functional.probability_ratio(LOG_PROB, OLD, MASK, "sequence")
+    # The second rollout counts its last token only.
+    compare(ratio, [[[[2.0**0.5, 2.0**0.5], [2.0, 2.0]]]])
+
+
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+def test_gradient_of_the_ratio(kind):
+    """d ratio_t / d logp_s, contracted with numbers that tell tokens apart."""
+    weight = np.array([[[[3.0, 1.0], [7.0, 2.0]]]], dtype="float32")
+    log_prob = Variable(LOG_PROB)
+    (gradient,) = gradients(
+        lambda: ops.sum(
+            ops.multiply(
+                functional.probability_ratio(log_prob.value, None, MASK, kind), weight
+            )
+        ),
+        [log_prob],
+    )
+    expected = {
+        "token": weight,
+        "sequence": np.array([[[[2.0, 2.0], [0.0, 9.0]]]]),
+    }[kind]
+    np.testing.assert_allclose(gradient, expected, atol=1e-6)
+
+
+def test_policy_loss_by_hand():
+    weights = MASK / 3
+    ratio = np.array([[[[2.0, 0.5], [9.0, 2.0]]]], dtype="float32")
+    advantage = np.array([[[2.0, -1.0]]], dtype="float32")
+    loss = functional.policy_loss(ratio, advantage, weights)
+    compare(loss, -(4.0 + 1.0 - 2.0) / 3)
+    # Good news is not pushed beyond the range, bad news is not believed less.
+    clipped = functional.policy_loss(ratio, advantage, weights, clip_range=(0.2, 0.3))
+    compare(clipped, -(2.6 + 1.0 - 2.0) / 3)
+    per_token = np.array([[[[1.0, 2.0], [np.nan, 3.0]]]], dtype="float32")
+    compare(functional.policy_loss(ratio, per_token, weights), -(2.0 + 1.0 + 6.0) / 3)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_estimators_of_the_authors(estimator):
+    vectors = np.load(Path(__file__).parent / "data" / "kl.npz")
+    found = functional.kl_estimate(vectors["logp"], vectors["base"], estimator)
+    np.testing.assert_allclose(to_numpy(found), vectors[estimator], rtol=0, atol=1e-5)
+
+
+def test_kl_estimates_are_clipped():
+    far = np.float32([-30.0, 30.0])
+    compare(functional.kl_estimate(far, 0 * far, "k1"), [-10.0, 10.0])
+    compare(functional.kl_estimate(far, 0 * far, "k2"), [10.0, 10.0])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: functional.kl_estimate(OLD, OLD, "k4"), r"kl_estimator.*k1.*'k4'"),
+        (
+            lambda: functional.probability_ratio(OLD, OLD, MASK, "block"),
+            r"policy_loss.*sequence.*'block'",
+        ),
+    ],
+)
+def test_unknown_names(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
