@@ -3,6 +3,7 @@
 from keras_ebft import functional
 from keras_ebft.block_sampler import BlockSampler, ReplaySampler
 from keras_ebft.checkpoints import TrainingCheckpoint
+from keras_ebft.export import export_to_hugging_face
 from keras_ebft.features import FeatureNetwork
 from keras_ebft.geometry import BlockGeometry
 from keras_ebft.model import EBFTModel
@@ -27,5 +28,6 @@ __all__ = [
     "TrainingCheckpoint",
     "VerifierReward",
     "__version__",
+    "export_to_hugging_face",
     "functional",
 ]

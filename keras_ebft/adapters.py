@@ -14,7 +14,7 @@ ADAPTER_VARIABLES = ("lora_kernel_a", "lora_kernel_b")
 
 def adapted_layers(backbone):
     """The layers of a backbone that have adapters, in a fixed order."""
-    return [layer for layer in _layers(backbone) if getattr(layer, "lora_rank", None)]
+    return [layer for layer in layers_of(backbone) if getattr(layer, "lora_rank", None)]
 
 
 def freeze_base(backbone):
@@ -72,6 +72,28 @@ def switched_off(layers):
             layer.lora_enabled = True
 
 
+@contextlib.contextmanager
+def merged(backbone):
+    """Context in which kernels hold their adapters and nothing is adapted.
+
+    For what reads kernels as they are. Afterwards base and adapters are apart
+    again, bit for bit.
+
+    Args:
+        backbone: KerasHub backbone, not quantized.
+    """
+    layers = adapted_layers(backbone)
+    bases = [layer._kernel.numpy() for layer in layers]
+    for layer in layers:
+        layer._kernel.assign(layer.kernel)
+    try:
+        with switched_off(layers):
+            yield
+    finally:
+        for layer, base in zip(layers, bases):
+            layer._kernel.assign(base)
+
+
 def exact_variables(backbone):
     """Base and adapters as they are, by name.
 
@@ -121,7 +143,7 @@ def _check_enable_lora_found_layers(backbone):
     candidates = sorted(
         {
             layer.name
-            for layer in _layers(backbone)
+            for layer in layers_of(backbone)
             if hasattr(layer, "enable_lora") and hasattr(layer, "kernel")
         }
     )
@@ -134,7 +156,8 @@ def _check_enable_lora_found_layers(backbone):
     )
 
 
-def _layers(backbone):
+def layers_of(backbone):
+    """All layers within a backbone, at any depth, in a fixed order."""
     # Keras has no public way to all layers within layers; KerasHub's own
     # `enable_lora` goes the same way.
     return backbone._flatten_layers(include_self=False)

@@ -3,6 +3,7 @@
 import functools
 from pathlib import Path
 
+import helpers
 import keras_hub
 import numpy as np
 import pytest
@@ -50,6 +51,11 @@ class Pipeline:
 @pytest.fixture(scope="session", params=["llama", "gpt2"])
 def pipeline(request):
     return Pipeline(request.param)
+
+
+@pytest.fixture(scope="module")
+def byte_llama():
+    return helpers.byte_llama()
 
 
 @pytest.fixture(scope="session")

@@ -1,47 +1,16 @@
 """Documents as strings, through the causal language model's own preprocessor."""
 
-import keras_hub
 import numpy as np
 import pytest
-import tokenizers
 from helpers import QUICK, llama, to_numpy
 
 import keras_ebft
 from keras_ebft.token_rows import to_token_rows
 
-SPECIAL = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-)
-
 
 @pytest.fixture(scope="module")
-def causal_lm():
-    """A Llama that reads bytes."""
-    alphabet = [
-        *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-        "ab",
-        *SPECIAL,
-    ]
-    tokenizer = keras_hub.models.Llama3Tokenizer(
-        vocabulary={token: index for index, token in enumerate(alphabet)},
-        merges=["a b"],
-    )
-    backbone = keras_hub.models.Llama3Backbone(
-        vocabulary_size=len(alphabet),
-        num_layers=1,
-        num_query_heads=2,
-        num_key_value_heads=1,
-        hidden_dim=8,
-        intermediate_dim=8,
-    )
-    preprocessor = keras_hub.models.Llama3CausalLMPreprocessor(
-        tokenizer, sequence_length=24
-    )
-    return keras_hub.models.Llama3CausalLM(backbone, preprocessor=preprocessor)
+def causal_lm(byte_llama):
+    return byte_llama
 
 
 TEXTS = ["def f(x): return", "abab", "a much longer text that has to be cut somewhere"]

@@ -32,6 +32,7 @@ LEVELS = {
     "token_rows": 4,
     "block_sampler": 5,
     "features": 4,
+    "export": 4,
     "rewards": 5,
     "metrics": 4,
     "objective": 4,

@@ -7,6 +7,11 @@ nothing else in this library imports `keras_hub.src` or knows a family.
 
 from keras_ebft.bridge.families import FAMILIES, REFUSED
 from keras_ebft.bridge.frozen import copied_variables, frozen_taps, routed_backbone
+from keras_ebft.bridge.hugging_face import (
+    BY_KERAS_HUB,
+    export_tokenizer,
+    hugging_face_model,
+)
 from keras_ebft.bridge.models import (
     OutputHead,
     check_feature_backbone,
@@ -20,6 +25,7 @@ from keras_ebft.bridge.models import (
 from keras_ebft.bridge.networks import RoutedNetwork, RowNetwork
 
 __all__ = [
+    "BY_KERAS_HUB",
     "FAMILIES",
     "REFUSED",
     "OutputHead",
@@ -29,7 +35,9 @@ __all__ = [
     "check_supported",
     "copied_variables",
     "end_token_ids",
+    "export_tokenizer",
     "frozen_taps",
+    "hugging_face_model",
     "maximum_length",
     "output_head",
     "routed_backbone",
