@@ -8,7 +8,7 @@ class CallableNetwork:
     """A callable whose attention is supplied, on documents and on rollouts.
 
     Args:
-        function: callable `(token_ids, positions, attend)` that returns per-token
+        function: callable `(token_ids, positions, attend=...)` that returns per-token
             features `[..., D]` or `[..., F, D]`; see `FeatureNetwork`.
     """
 
@@ -46,7 +46,9 @@ class CallableNetwork:
             updated.append(cache)
             return output
 
-        features = ops.convert_to_tensor(self.function(token_ids, positions, routed))
+        features = ops.convert_to_tensor(
+            self.function(token_ids, positions, attend=routed)
+        )
         if caches is not None and len(updated) != len(caches):
             raise ValueError(
                 "Expected the feature network to call `attend` as often over "

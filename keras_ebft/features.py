@@ -58,7 +58,7 @@ class FeatureNetwork(Configurable):
         network: where hidden states come from. `None`: a frozen copy of the
             policy, made when the `EBFTModel` is built. A KerasHub backbone of a
             supported family with the policy's vocabulary: frozen, tapped like the
-            copy. Or any callable `network(token_ids, positions, attend)` that
+            copy. Or any callable `network(token_ids, positions, attend=...)` that
             returns per-token features `[..., D]` or `[..., F, D]` for
             int32 `token_ids` and `positions` `[...]`. It runs twice per step, on
             documents and on rollouts, and reaches other tokens only through

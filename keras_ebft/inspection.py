@@ -88,21 +88,23 @@ class Inspection:
             dict of float32 `[B, n, K]`: `alignment`, `diversity`, `reward` and
             `advantage`, 0 in dead blocks; `[B, n, K, G]` with `"token"` pooling.
         """
+        self._refuse_without_rollouts()
         rewards = self._judge(*self._with_rollouts(x, rollouts))
         return {name: rewards[name] for name in REWARD_NAMES}
 
     def _losses_of(self, x, rollouts):
-        batch, rollout_ids = self._with_rollouts(x, rollouts)
-        outputs = self._compiled["score"](batch, rollout_ids)
         if self.objective.needs_rollouts:
-            outputs |= self._judge(batch, rollout_ids)
+            batch, rollout_ids = self._with_rollouts(x, rollouts)
+            outputs = {
+                **self._compiled["score"](batch, rollout_ids),
+                **self._judge(batch, rollout_ids),
+            }
         else:
-            outputs = {n: v for n, v in outputs.items() if n.startswith("document")}
+            outputs = self._compiled["read_only"](self._in_memory(x))
         terms = self.objective.terms(outputs)
         return {**terms, "loss": self.objective.loss(terms, self._training_steps)}
 
     def _judge(self, batch, rollout_ids):
-        self._refuse_without_rollouts()
         with no_gradient():
             return self._compiled["judge"](batch, rollout_ids)
 
@@ -116,7 +118,7 @@ class Inspection:
 
     def _in_memory(self, x):
         rows = to_token_rows(x, self.causal_lm)
-        self.sampler.check_rows(rows)
+        self._check_rows(rows)
         return {name: ops.convert_to_tensor(value) for name, value in rows.items()}
 
     def _with_rollouts(self, x, rollouts):
@@ -184,7 +186,10 @@ def compile_parts(step, variables):
         documents = read_documents(batch)
         return step.judge(documents, step.blocks(documents), rollout_ids)
 
-    parts = (rollout, score, features, judge)
+    def read_only(batch):
+        return step.read_only(batch)
+
+    parts = (rollout, score, features, judge, read_only)
     return {part.__name__: compiled(part, variables) for part in parts}
 
 
@@ -204,7 +209,8 @@ class CallableLosses(list):
 
         Args:
             x: documents in memory.
-            rollouts: what `rollout` returned, or int array `[B, n, K, G]`.
+            rollouts: what `rollout` returned, or int array `[B, n, K, G]`; not
+                looked at by a model that learns from documents alone.
 
         Returns:
             dict of float32 scalars: the terms, such as `policy_loss`, `ce_loss`

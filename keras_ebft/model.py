@@ -103,6 +103,8 @@ class EBFTModel(Inspection, DocumentTrainer):
     ):
         bridge.check_supported(causal_lm)
         adapters.freeze_base(causal_lm.backbone)
+        # Not the global policy: the backbone's own decides on loss scaling.
+        kwargs.setdefault("dtype", bridge.dtype_policy_name(causal_lm.backbone))
         super().__init__(**kwargs)
         self.sampler = _part("sampler", sampler, BlockSampler)
         self.feature_network = _part("feature_network", feature_network, FeatureNetwork)

@@ -221,48 +221,14 @@ def family(name, **changes):
     return randomise(causal_lm_class(backbone=backbone, preprocessor=None))
 
 
-SPECIAL_TOKENS = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-)
-
-
-def byte_llama():
-    """A Llama 3 that reads bytes, with a preprocessor for rows of 24 tokens."""
-    import tokenizers
-
-    alphabet = [
-        *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-        "ab",
-        *SPECIAL_TOKENS,
-    ]
-    tokenizer = models.Llama3Tokenizer(
-        vocabulary={token: index for index, token in enumerate(alphabet)},
-        merges=["a b"],
-    )
-    backbone = models.Llama3Backbone(
-        vocabulary_size=len(alphabet),
-        num_layers=1,
-        num_query_heads=2,
-        num_key_value_heads=1,
-        hidden_dim=8,
-        intermediate_dim=8,
-    )
-    preprocessor = models.Llama3CausalLMPreprocessor(tokenizer, sequence_length=24)
-    return models.Llama3CausalLM(backbone, preprocessor=preprocessor)
-
-
 def documents(batch, length, vocabulary=VOCABULARY, seed=0):
     """Random token ids `[batch, length]`."""
     random = np.random.default_rng(seed)
     return random.integers(0, vocabulary, (batch, length)).astype("int32")
 
 
-def gradients(function, variables):
-    """Gradient of a scalar function of Keras variables, as NumPy arrays."""
+def value_and_gradients(function, variables):
+    """A scalar function of Keras variables: its value and gradient, as NumPy."""
     backend = keras.backend.backend()
     if backend == "jax":
         import jax
@@ -271,15 +237,18 @@ def gradients(function, variables):
             with keras.StatelessScope(state_mapping=list(zip(variables, values))):
                 return function()
 
-        found = jax.jit(jax.grad(stateless))([v.value for v in variables])
-        return [np.array(gradient) for gradient in found]
+        value, found = jax.jit(jax.value_and_grad(stateless))(
+            [v.value for v in variables]
+        )
+        return float(value), [np.array(gradient) for gradient in found]
     if backend == "torch":
         import torch
 
         values = [variable.value for variable in variables]
-        found = torch.autograd.grad(function(), values, allow_unused=True)
-        return [
-            np.zeros(v.shape) if g is None else g.numpy().copy()
+        value = function()
+        found = torch.autograd.grad(value, values, allow_unused=True)
+        return float(value.detach()), [
+            np.zeros(v.shape) if g is None else g.float().numpy().copy()
             for v, g in zip(values, found)
         ]
     import tensorflow as tf
@@ -287,10 +256,15 @@ def gradients(function, variables):
     with tf.GradientTape() as tape:
         value = function()
     found = tape.gradient(value, [variable.value for variable in variables])
-    return [
+    return float(value), [
         np.zeros(v.shape) if g is None else tf.convert_to_tensor(g).numpy()
         for v, g in zip(variables, found)
     ]
+
+
+def gradients(function, variables):
+    """Gradient of a scalar function of Keras variables, as NumPy arrays."""
+    return value_and_gradients(function, variables)[1]
 
 
 def flat(arrays):

@@ -84,22 +84,22 @@ def test_an_exported_model_loads_back_equal(name, adapted, tmp_path):
     assert (np.abs(expected - base).max() > 1e-2) == adapted
 
 
-def test_a_folder_with_a_tokenizer_is_a_whole_preset(tmp_path, byte_llama, caplog):
-    keras_ebft.export_to_hugging_face(byte_llama, tmp_path)
+def test_a_folder_with_a_tokenizer_is_a_whole_preset(tmp_path, byte_lm, caplog):
+    keras_ebft.export_to_hugging_face(byte_lm, tmp_path)
     loaded = keras_hub.models.CausalLM.from_preset(str(tmp_path))
-    tokenizers = byte_llama.preprocessor.tokenizer, loaded.preprocessor.tokenizer
+    tokenizers = byte_lm.preprocessor.tokenizer, loaded.preprocessor.tokenizer
     first, second = (to_numpy(tokenizer("abab, x")) for tokenizer in tokenizers)
     np.testing.assert_array_equal(first, second)
     assert not caplog.records
 
 
-def test_a_tokenizer_that_has_no_layout_is_reported(tmp_path, byte_llama, caplog):
+def test_a_tokenizer_that_has_no_layout_is_reported(tmp_path, byte_lm, caplog):
     tokenizer = keras_hub.tokenizers.ByteTokenizer()
     assert type(tokenizer).__name__ == "ByteTokenizer"
-    byte_llama = keras_hub.models.Llama3CausalLM(
-        byte_llama.backbone, preprocessor=Preprocessor(tokenizer)
+    byte_lm = keras_hub.models.Llama3CausalLM(
+        byte_lm.backbone, preprocessor=Preprocessor(tokenizer)
     )
-    keras_ebft.export_to_hugging_face(byte_llama, tmp_path)
+    keras_ebft.export_to_hugging_face(byte_lm, tmp_path)
     assert "ByteTokenizer" in caplog.text
 
 

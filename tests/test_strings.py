@@ -7,18 +7,12 @@ from helpers import QUICK, llama, to_numpy
 import keras_ebft
 from keras_ebft.token_rows import to_token_rows
 
-
-@pytest.fixture(scope="module")
-def causal_lm(byte_llama):
-    return byte_llama
-
-
 TEXTS = ["def f(x): return", "abab", "a much longer text that has to be cut somewhere"]
 
 
-def test_strings_become_whole_documents(causal_lm):
-    tokenizer = causal_lm.preprocessor.tokenizer
-    rows = to_token_rows(TEXTS, causal_lm)
+def test_strings_become_whole_documents(byte_lm):
+    tokenizer = byte_lm.preprocessor.tokenizer
+    rows = to_token_rows(TEXTS, byte_lm)
     assert rows["token_ids"].shape == (3, 24)
     for text, ids, mask in zip(TEXTS, rows["token_ids"], rows["padding_mask"]):
         expected = [
@@ -30,24 +24,24 @@ def test_strings_become_whole_documents(causal_lm):
         assert ids[mask].tolist() == expected
 
 
-def test_rows_end_with_the_longest_text(causal_lm):
-    assert to_token_rows(TEXTS[:2], causal_lm)["token_ids"].shape == (2, 18)
-    stream = to_token_rows(TEXTS[:2], causal_lm, trim=False)
+def test_rows_end_with_the_longest_text(byte_lm):
+    assert to_token_rows(TEXTS[:2], byte_lm)["token_ids"].shape == (2, 18)
+    stream = to_token_rows(TEXTS[:2], byte_lm, trim=False)
     assert stream["token_ids"].shape == (2, 24)
 
 
 @pytest.mark.parametrize(
     "kind", [list, tuple, np.array, lambda t: [*map(str.encode, t)]]
 )
-def test_every_kind_of_string_container(causal_lm, kind):
-    expected = to_token_rows(TEXTS, causal_lm)["token_ids"]
-    rows = to_token_rows(kind(TEXTS), causal_lm)["token_ids"]
+def test_every_kind_of_string_container(byte_lm, kind):
+    expected = to_token_rows(TEXTS, byte_lm)["token_ids"]
+    rows = to_token_rows(kind(TEXTS), byte_lm)["token_ids"]
     np.testing.assert_array_equal(rows, expected)
 
 
-def test_fit_and_generate(causal_lm):
+def test_fit_and_generate(byte_lm):
     model = keras_ebft.EBFTModel(
-        causal_lm,
+        byte_lm,
         keras_ebft.BlockSampler(rollout_length=3, stride=5, context_length=4),
         keras_ebft.FeatureNetwork(layers=(1,)),
         seed=0,

@@ -3,6 +3,7 @@
 import logging
 from typing import Any, NamedTuple
 
+import keras
 import keras_hub
 from keras import ops
 
@@ -41,6 +42,7 @@ def check_supported(causal_lm):
         )
     check_version()
     check_backbone(causal_lm.backbone)
+    check_quantization(causal_lm.backbone)
     if type(causal_lm).__name__ == "Gemma4AssistantCausalLM":
         raise ValueError(
             "Expected a model that reads text by itself. Received: a "
@@ -71,6 +73,54 @@ def check_backbone(backbone):
             "run as a sequence of its own, which is right but slow.",
             type(backbone).__name__,
         )
+
+
+def check_quantization(backbone):
+    """Checks that a quantized backbone can be trained rightly.
+
+    Raises:
+        ValueError: if quantized layers have no adapters to train, the gradient
+            through quantized embeddings would be wrong, or the mode is float8.
+    """
+    quantized = {
+        layer.path: layer
+        for layer in adapters.layers_of(backbone)
+        if getattr(layer, "quantization_mode", None) is not None
+    }
+    if not quantized:
+        return
+    name = type(backbone).__name__
+    modes = sorted({layer.quantization_mode for layer in quantized.values()})
+    if not set(modes) <= {"int8", "int4"}:
+        raise ValueError(
+            f"Expected quantization to int8 or int4. Received: a {name} quantized "
+            f"to {', '.join(modes)}, which Keras cannot train adapters on. Use "
+            'causal_lm.quantize("int8", filters=...) on the unquantized model.'
+        )
+    embeddings = [
+        path for path, la in quantized.items() if isinstance(la, keras.layers.Embedding)
+    ]
+    if embeddings:
+        raise ValueError(
+            "Expected embeddings that are not quantized: the gradient that Keras "
+            "computes through them as output head is wrong. Received: a "
+            f"{name} with quantized {embeddings[0]}. Quantize dense layers "
+            f'only: causal_lm.quantize("{modes[0]}", filters=is_dense), with '
+            "is_dense(layer) = isinstance(layer, (keras.layers.Dense, "
+            "keras.layers.EinsumDense))."
+        )
+    if not adapters.adapted_layers(backbone):
+        raise ValueError(
+            "Expected adapters on a quantized model, whose own kernels cannot be "
+            f"trained. Received: a {name} quantized to {modes[0]} without any. Call "
+            "causal_lm.backbone.enable_lora(rank) first."
+        )
+
+
+def dtype_policy_name(backbone):
+    """Name of the Keras dtype policy that a backbone computes under."""
+    compute, variable = backbone.compute_dtype, backbone.variable_dtype
+    return compute if compute == variable else f"mixed_{compute}"
 
 
 def check_feature_backbone(backbone, policy):

@@ -1,0 +1,194 @@
+"""Verifiers, sums of rewards, and features of whole distributions."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import documents, llama, to_numpy
+
+import keras_ebft
+
+SAMPLER = {"rollout_length": 3, "stride": 4, "context_length": 4, "num_samples": 2}
+X = documents(2, 14)
+ROLLOUTS = documents(2 * 2 * 2, 3, seed=1).reshape(2, 2, 2, 3)
+
+
+@keras.saving.register_keras_serializable("tests")
+def count_sevens(prompts, completions, targets):
+    """How many of a completion's tokens are above 7, per document and sample."""
+    return [
+        [[sum(t > 7 for t in tokens) for tokens in sample] for sample in document]
+        for document in completions
+    ]
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return llama(num_layers=1)
+
+
+def build(policy, reward, **sampler):
+    return keras_ebft.EBFTModel(
+        policy,
+        keras_ebft.BlockSampler(**{**SAMPLER, **sampler}),
+        keras_ebft.FeatureNetwork(layers=(1,)),
+        reward,
+        seed=0,
+    )
+
+
+def test_a_verifier_sees_prompts_completions_and_targets(policy):
+    seen = {}
+
+    def verifier(prompts, completions, targets):
+        seen.update(prompts=prompts, completions=completions, targets=targets)
+        return np.arange(8.0).reshape(2, 2, 2)
+
+    model = build(policy, keras_ebft.VerifierReward(verifier, decode=False))
+    mask = np.ones((2, 14), dtype=bool)
+    mask[1, 8:] = False
+    rewards = model.rewards({"token_ids": X, "padding_mask": mask}, ROLLOUTS)
+    assert seen["prompts"] == [[X[0, :4].tolist(), X[0, :8].tolist()],
+                               [X[1, :4].tolist(), []]]  # fmt: skip
+    assert seen["targets"][0] == [X[0, 4:7].tolist(), X[0, 8:11].tolist()]
+    assert seen["completions"][1] == [
+        [ROLLOUTS[1, 0, 0].tolist(), []],
+        [ROLLOUTS[1, 1, 0].tolist(), []],
+    ]
+    expected = np.arange(8.0).reshape(2, 2, 2)
+    expected[1, :, 1] = 0.0
+    np.testing.assert_array_equal(to_numpy(rewards["reward"]), expected)
+    # Two rollouts: the baseline of each is the other.
+    difference = expected[:, :1] - expected[:, 1:]
+    np.testing.assert_allclose(
+        to_numpy(rewards["advantage"]), np.concatenate([difference, -difference], 1)
+    )
+
+
+def test_a_verifier_reads_strings(byte_lm):
+    seen = []
+
+    def verifier(prompts, completions, targets):
+        seen.append((prompts, completions, targets))
+        return np.zeros((1, 2, 1))
+
+    model = build(
+        byte_lm,
+        keras_ebft.VerifierReward(verifier),
+        anchors="answer_start",
+        rollout_length=4,
+    )
+    tokenizer = byte_lm.preprocessor.tokenizer
+    question, answer = (to_numpy(tokenizer(t)).tolist() for t in ("2+3=", "ab"))
+    tokens = [tokenizer.start_token_id, *question, *answer, tokenizer.end_token_id]
+    x = {"token_ids": np.array([tokens]), "answer_mask": np.zeros((1, len(tokens)))}
+    x["answer_mask"][0, -len(answer) - 1 :] = 1
+    rollouts = np.array([[[[*answer, tokenizer.end_token_id, 5]]] * 2]).reshape(
+        1, 2, 1, -1
+    )
+    rollouts = np.resize(rollouts, (1, 2, 1, 4))
+    model.rewards(x, rollouts)
+    prompts, completions, targets = seen[-1]
+    assert "2+3=" in prompts[0][0]
+    assert "ab" in targets[0][0]
+    assert "ab" in completions[0][0][0]
+
+
+def test_fit_with_a_verifier(policy):
+    calls = []
+
+    def verifier(prompts, completions, targets):
+        calls.append(len(completions))
+        return count_sevens(prompts, completions, targets)
+
+    model = build(policy, keras_ebft.VerifierReward(verifier, decode=False))
+    model.compile(keras.optimizers.SGD(0.01))
+    history = model.fit(X, batch_size=1, validation_data=X, verbose=0).history
+    assert calls == [1, 1, 1, 1], "once per step"
+    assert 0.0 < history["reward"][0] < 3.0
+    assert history["diversity"] == [0.0]
+    assert "feature_matching_loss" not in history
+    assert model.frozen_network is None, "nothing looks at features"
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (np.zeros((2, 2)), r"\[2, 2, 2\].*\[2, 2\]"),
+        (np.full((2, 2, 2), np.nan), "finite"),
+    ],
+)
+def test_a_verifier_must_answer_properly(policy, answer, message):
+    reward = keras_ebft.VerifierReward(lambda *_: answer, decode=False)
+    with pytest.raises(Exception, match=message):
+        build(policy, reward).rewards(X, ROLLOUTS)
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="XLA calls Python on JAX only"
+)
+def test_xla_on_tensorflow_cannot_call_a_verifier(policy):
+    model = build(policy, keras_ebft.VerifierReward(count_sevens, decode=False))
+    with pytest.raises(ValueError, match="jit_compile=True"):
+        model.compile("sgd", jit_compile=True)
+    model.compile("sgd")
+    assert not model.jit_compile
+
+
+def test_a_sum_is_the_sum(policy):
+    matching = keras_ebft.FeatureMatchingReward(0.5, 0.25)
+    verifier = keras_ebft.VerifierReward(count_sevens, decode=False)
+    total = keras_ebft.RewardSum([matching, verifier], [2.0, 0.1])
+    found, one, two = (
+        {k: to_numpy(v) for k, v in build(policy, r).rewards(X, ROLLOUTS).items()}
+        for r in (total, matching, verifier)
+    )
+    for name in ("reward", "advantage"):
+        np.testing.assert_allclose(
+            found[name], 2.0 * one[name] + 0.1 * two[name], atol=1e-5
+        )
+    np.testing.assert_allclose(found["diversity"], 0.5 * one["diversity"], atol=1e-6)
+    same = keras_ebft.RewardSum.from_config(total.get_config())
+    assert same.get_config() == total.get_config()
+
+
+def test_fourier_features_estimate_the_gaussian_kernel():
+    """With many frequencies, psi(x) . psi(y) = exp(-|x - y|^2 / (2 bandwidth^2))."""
+    random = np.random.default_rng(0)
+    generated = random.normal(size=(1, 3, 1, 1, 5)).astype("float32") / 2
+    target = random.normal(size=(1, 1, 1, 5)).astype("float32") / 2
+    reward = keras_ebft.CharacteristicFunctionReward(
+        num_frequencies=200_000, bandwidth=0.8
+    )
+    found = {k: to_numpy(v) for k, v in reward(generated, target).items()}
+
+    def kernel(one, two):
+        return np.exp(-np.sum((one - two) ** 2) / (2 * 0.8**2))
+
+    rollouts, truth = generated[0, :, 0, 0], target[0, 0, 0]
+    alignment = [2 * kernel(x, truth) for x in rollouts]
+    diversity = [
+        sum(kernel(x, y) for j, y in enumerate(rollouts) if j != i)
+        for i, x in enumerate(rollouts)
+    ]
+    np.testing.assert_allclose(found["alignment"][0, :, 0], alignment, atol=1e-2)
+    np.testing.assert_allclose(found["diversity"][0, :, 0], diversity, atol=1e-2)
+    pairs = sum(kernel(x, y) for x in rollouts for y in rollouts) / 9
+    distance = pairs - np.mean(alignment) + 1.0
+    assert found["feature_matching_loss"][0, 0] == pytest.approx(distance, abs=1e-2)
+
+
+def test_equal_means_are_told_apart_by_the_characteristic_function():
+    generated = np.array([[1.0, 0.0], [-1.0, 0.0]]).reshape(1, 2, 1, 1, 2)
+    target = np.zeros((1, 1, 1, 2))
+    plain = keras_ebft.FeatureMatchingReward(whitening=None)
+    assert to_numpy(plain(generated, target)["feature_matching_loss"])[0, 0] == 0.0
+    reward = keras_ebft.CharacteristicFunctionReward()
+    found = to_numpy(reward(generated, target)["feature_matching_loss"])
+    assert found[0, 0] > 0.05
+    same = keras_ebft.CharacteristicFunctionReward.from_config(reward.get_config())
+    np.testing.assert_array_equal(same.frequencies(2), reward.frequencies(2))
+
+
+def test_a_reward_must_be_defined():
+    with pytest.raises(TypeError, match="define __call__"):
+        keras_ebft.Reward()(None, None)
