@@ -5,6 +5,7 @@ import inspect
 import keras
 import keras_hub
 import numpy as np
+import tokenizers
 from keras import ops
 
 models = keras_hub.models
@@ -219,6 +220,38 @@ def family(name, **changes):
     backbone = backbone_class(**{**config, **changes})
     causal_lm_class = getattr(models, f"{prefix}CausalLM")
     return randomise(causal_lm_class(backbone=backbone, preprocessor=None))
+
+
+SPECIAL_TOKENS = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+)
+
+
+def byte_causal_lm():
+    """A Llama that reads bytes."""
+    alphabet = [
+        *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        "ab",
+        *SPECIAL_TOKENS,
+    ]
+    tokenizer = models.Llama3Tokenizer(
+        vocabulary={token: index for index, token in enumerate(alphabet)},
+        merges=["a b"],
+    )
+    backbone = models.Llama3Backbone(
+        vocabulary_size=len(alphabet),
+        num_layers=1,
+        num_query_heads=2,
+        num_key_value_heads=1,
+        hidden_dim=8,
+        intermediate_dim=8,
+    )
+    preprocessor = models.Llama3CausalLMPreprocessor(tokenizer, sequence_length=24)
+    return models.Llama3CausalLM(backbone, preprocessor=preprocessor)
 
 
 def documents(batch, length, vocabulary=VOCABULARY, seed=0):

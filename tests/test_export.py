@@ -123,5 +123,6 @@ def test_families_without_a_layout_are_refused(tmp_path):
 def test_quantized_models_are_refused(tmp_path):
     causal_lm = family("Llama")
     causal_lm.quantize("int8", filters="query")
+    causal_lm.backbone.enable_lora(2)
     with pytest.raises(ValueError, match=r"quantized layers.*load_lora_weights"):
         keras_ebft.export_to_hugging_face(causal_lm, tmp_path)

@@ -123,7 +123,7 @@ def test_loss_scaling_follows_the_backbone():
 
 def test_quantized_models_that_cannot_be_trained_rightly_are_refused():
     causal_lm = llama(num_layers=1)
-    causal_lm.quantize("int8", filters="embedding")
+    causal_lm.quantize("int8", filters="token_embedding")
     with pytest.raises(ValueError, match=r"token_embedding.*filters=is_dense"):
         build(causal_lm)
     causal_lm = llama(num_layers=1)

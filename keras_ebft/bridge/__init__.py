@@ -5,7 +5,7 @@ a family gives way to it is decided here (`families`) and done here (the routes)
 nothing else in this library imports `keras_hub.src` or knows a family.
 """
 
-from keras_ebft.bridge.families import FAMILIES, REFUSED
+from keras_ebft.bridge.families import FAMILIES, REFUSED, family_of
 from keras_ebft.bridge.frozen import copied_variables, frozen_taps, routed_backbone
 from keras_ebft.bridge.hugging_face import (
     BY_KERAS_HUB,
@@ -38,6 +38,7 @@ __all__ = [
     "dtype_policy_name",
     "end_token_ids",
     "export_tokenizer",
+    "family_of",
     "frozen_taps",
     "hugging_face_model",
     "maximum_length",
