@@ -1,6 +1,6 @@
 """Memory of full fine-tuning, LoRA, and LoRA on a quantized base.
 
-    python benchmarks/adapter_memory.py
+    KERAS_BACKEND=jax python benchmarks/adapter_memory.py
 
 Each way runs in a process of its own: a bfloat16 Llama is built, prepared and
 trained for one step. Printed are the bytes of its variables (exact, the same on

@@ -134,6 +134,22 @@ def test_enabling_that_enables_nothing_is_noticed():
         build(causal_lm)
 
 
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("SmolLM3", ["q_proj", "v_proj"]), ("GPTNeoX", ["query_key_value"])],
+)
+def test_families_that_need_names_train_with_them(name, layers):
+    causal_lm = family(name)
+    causal_lm.backbone.enable_lora(2)
+    with pytest.raises(ValueError, match=f"{name}Backbone.*'{layers[0]}'"):
+        build(causal_lm)
+    causal_lm = family(name)
+    causal_lm.backbone.enable_lora(2, target_layer_names=layers)
+    model = build(causal_lm)
+    # Two decoder layers, two adapter matrices each.
+    assert len(model.trainable_variables) == 4 * len(layers)
+
+
 def test_a_base_that_would_train_is_refused():
     causal_lm = adapted("Llama")
     causal_lm.backbone.get_layer("sequence_output_layernorm").trainable = True
