@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BACKEND ?= jax
 BACKENDS ?= jax tensorflow torch
+# Anything but empty runs the slow tests too, as continuous integration does.
+SLOW ?=
 VENV ?= .venv
 BIN := $(VENV)/bin
 
@@ -22,7 +24,7 @@ demo: setup
 	KERAS_BACKEND=$(BACKEND) TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python examples/quickstart.py
 
 test: setup lint
-	$(BIN)/python tests/run_backends.py $(BACKENDS)
+	$(BIN)/python tests/run_backends.py $(if $(SLOW),--slow) $(BACKENDS)
 
 lint: setup
 	$(BIN)/ruff format --check .

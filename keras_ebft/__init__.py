@@ -3,6 +3,7 @@
 from keras_ebft import functional
 from keras_ebft.block_sampler import BlockSampler, ReplaySampler
 from keras_ebft.checkpoints import TrainingCheckpoint
+from keras_ebft.critic import Critic
 from keras_ebft.export import export_to_hugging_face
 from keras_ebft.features import FeatureNetwork
 from keras_ebft.geometry import BlockGeometry
@@ -19,6 +20,7 @@ __all__ = [
     "BlockGeometry",
     "BlockSampler",
     "CharacteristicFunctionReward",
+    "Critic",
     "EBFTModel",
     "FeatureMatchingReward",
     "FeatureNetwork",

@@ -107,6 +107,10 @@ def make_blocks(
         exists = counts = gaps == 0
     whole = ops.any(exists, axis=-1) if short_windows else ops.all(exists, axis=-1)
     live = ops.logical_and(ops.logical_and(whole, ops.any(counts, axis=-1)), present)
+    if library is ops:
+        # Dead blocks run along at a place that every network can read.
+        anchors = ops.where(live, anchors, 1)
+        starts = None if starts is None else ops.where(live, starts, 0)
     # Where the true text has ended already, what the model adds counts too.
     counted = ops.logical_or(counts, ops.logical_not(exists))
     return Blocks(

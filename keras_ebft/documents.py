@@ -81,7 +81,8 @@ def first_of_segment(segment_ids):
         int32 tensor `[B, T]`.
 
     Example:
-    >>> first_of_segment(ops.convert_to_tensor([[3, 3, 1, 1, 1, 3]])).tolist()
+    >>> starts = first_of_segment(ops.convert_to_tensor([[3, 3, 1, 1, 1, 3]]))
+    >>> ops.convert_to_numpy(starts).tolist()
     [[0, 0, 2, 2, 2, 5]]
     """
     length = segment_ids.shape[1]
@@ -110,6 +111,7 @@ def take_tokens(values, index):
     """
     if isinstance(index, np.ndarray):
         return ops.take(values, index, axis=1)
+    index = ops.cast(index, "int32")
     batch, length, *rest = values.shape
     row = ops.arange(batch, dtype="int32") * length
     row = ops.reshape(row, (batch, *[1] * (len(index.shape) - 1)))

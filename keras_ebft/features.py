@@ -201,6 +201,22 @@ class FeatureNetwork(Configurable):
         )
         return generated, target
 
+    def num_features(self, network, rollout_length):
+        """Numbers in one window's features, `F * D`, over all features.
+
+        Raises:
+            ValueError: for a callable network, which does not say.
+        """
+        if not isinstance(network, bridge.RoutedNetwork):
+            raise ValueError(
+                "Expected a feature network made of a backbone, whose width is known. "
+                "Received: a callable `network`. Leave the critic out, or pass a "
+                "KerasHub backbone."
+            )
+        widths = [output.shape[-1] for output in network.model.outputs]
+        width = widths[0] if self.mode in ("last", "mean", "middle") else sum(widths)
+        return width * rollout_length if self.pooling == "concat" else width
+
     def _features(self, taps):
         """Taps `[..., D]` as normalised per-token features `[..., F, D']`."""
         if self.network is not None and not _is_backbone(self.network):

@@ -1,4 +1,4 @@
-"""The networks that do not learn: feature network and reference model.
+"""Feature network and reference model: the networks beside the policy.
 
 Where both are the model as it was at the start, they are one copy: features are
 tapped on the way to the reference's logits.
@@ -6,7 +6,7 @@ tapped on the way to the reference's logits.
 
 from keras import ops
 
-from keras_ebft import bridge
+from keras_ebft import adapters, bridge
 from keras_ebft.documents import take_tokens
 from keras_ebft.prefix_cache import read_blocks, read_document
 
@@ -19,12 +19,17 @@ class FrozenNetworks:
         backbone: the policy's backbone.
         needs_features: bool, whether a feature network is made.
         needs_reference: bool, whether a reference model is made.
+        learns: bool, whether a critic trains the feature network.
     """
 
-    def __init__(self, feature_network, backbone, needs_features, needs_reference):
+    def __init__(
+        self, feature_network, backbone, needs_features, needs_reference, learns=False
+    ):
         self.feature_network = feature_network
         self.taps = self.reference = None
-        shared = feature_network.is_initial_model
+        if learns:
+            _refuse_adapters(backbone)
+        shared = feature_network.is_initial_model and not learns
         if needs_features and needs_reference and shared:
             layers = feature_network.tapped_layers(backbone.num_layers)
             self.num_taps = len(layers)
@@ -36,6 +41,8 @@ class FrozenNetworks:
         if needs_features:
             self.taps = feature_network.freeze(backbone)
             self.num_taps = None
+            if learns:
+                self.taps.model.trainable = True
         if needs_reference:
             self.reference = bridge.frozen_taps(
                 backbone,
@@ -101,6 +108,15 @@ class FrozenNetworks:
         for frozen, trained in pairs:
             old, new = ops.convert_to_tensor(frozen), ops.convert_to_tensor(trained)
             frozen.assign(decay * old + (1.0 - decay) * ops.cast(new, old.dtype))
+
+
+def _refuse_adapters(backbone):
+    if adapters.adapted_layers(backbone):
+        raise ValueError(
+            "Expected a model without adapters with Critic(train_features=True): its "
+            "feature network is its own base, which does not move. Received: a "
+            f"{type(backbone).__name__} with adapters. Leave one of them out."
+        )
 
 
 def _as_list(outputs):

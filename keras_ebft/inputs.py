@@ -54,8 +54,9 @@ class RowBatches(keras.utils.PyDataset):
     def begin_epoch(self, epoch):
         """Draws the order of an epoch, the same whenever training comes to it."""
         if self.shuffle:
-            random = np.random.default_rng([self.seed, epoch])
-            self.order = random.permutation(len(self.order))
+            random = np.random.default_rng(self.seed)
+            for _ in range(epoch + 1):
+                self.order = random.permutation(len(self.order))
 
 
 class TokenBatches(DataAdapter):

@@ -92,6 +92,11 @@ class Inspection:
         rewards = self._judge(*self._with_rollouts(x, rollouts))
         return {name: rewards[name] for name in REWARD_NAMES}
 
+    @property
+    def losses(self):
+        """Layer losses (a list); called with `(x, rollouts)`, a dict of scalars."""
+        return CallableLosses(super().losses, self._losses_of)
+
     def _losses_of(self, x, rollouts):
         if self.objective.needs_rollouts:
             batch, rollout_ids = self._with_rollouts(x, rollouts)

@@ -18,6 +18,7 @@ REWARD_MEASURES = (
     "policy_loss",
     "entropy",
 )
+CRITIC_MEASURES = ("critic_loss", "critic_accuracy")
 DOCUMENT_MEASURES = ("ce_loss", "perplexity")
 
 
@@ -95,7 +96,7 @@ def measure_rollouts(outputs, terms, block_measures):
         "advantage_std": ops.sqrt(over_samples(ops.square(centred))),
         "zero_std_fraction": over_blocks(ops.cast(spread < SAME_REWARD, "float32")),
     }
-    for name in ("policy_loss", "entropy", "kl"):
+    for name in ("policy_loss", "entropy", "kl", *CRITIC_MEASURES):
         if name in terms:
             measured[name] = terms[name]
     live = ops.sum(block_mask)

@@ -7,21 +7,28 @@ from keras import ops
 from keras_ebft import adapters, bridge, metrics
 from keras_ebft.block_sampler import BlockSampler
 from keras_ebft.checkpoints import TrainingState
+from keras_ebft.critic import (
+    Critic,
+    CriticHead,
+    critic_accuracy,
+    critic_loss,
+)
 from keras_ebft.features import FeatureNetwork
 from keras_ebft.frozen_networks import FrozenNetworks, refuse_shared_paths
 from keras_ebft.functional import ESTIMATORS
 from keras_ebft.inputs import as_batch
-from keras_ebft.inspection import CallableLosses, Inspection, compile_parts
+from keras_ebft.inspection import Inspection, compile_parts
 from keras_ebft.kernels.backend import no_gradient, run_in_state
-from keras_ebft.objective import WEIGHTS, Objective, check_combination
+from keras_ebft.objective import Objective, check_combination
 from keras_ebft.rewards import FeatureMatchingReward, Reward
+from keras_ebft.serialization import Serialization
 from keras_ebft.step import EBFTStep
 from keras_ebft.trainer import DocumentTrainer
 from keras_ebft.validation import check_choice, check_instance, check_int
 
 
 @keras.saving.register_keras_serializable("keras_ebft")
-class EBFTModel(Inspection, DocumentTrainer):
+class EBFTModel(Inspection, Serialization, DocumentTrainer):
     """Fine-tunes a KerasHub causal language model with EBFT through `fit`.
 
     For every block of a document the model samples `n` short rollouts, a frozen
@@ -62,6 +69,7 @@ class EBFTModel(Inspection, DocumentTrainer):
             than one, documents are read anew in each.
         clip_range: float or `(low, high)`, how far ratios may leave 1 before they
             are clipped (PPO); needs `updates_per_rollout` above 1.
+        critic: `Critic` (experimental) or `None`.
         seed: int or `None`. Decides rollouts and the order of documents: the
             same seed on the same backend gives the same training. Evaluation
             draws from a generator of its own, restarted by every `evaluate`.
@@ -98,6 +106,7 @@ class EBFTModel(Inspection, DocumentTrainer):
         policy_loss="token",
         updates_per_rollout=1,
         clip_range=None,
+        critic=None,
         seed=None,
         **kwargs,
     ):
@@ -120,8 +129,14 @@ class EBFTModel(Inspection, DocumentTrainer):
             updates_per_rollout,
             clip_range,
         )
+        self.critic = None if critic is None else _part("critic", critic, Critic)
         check_combination(
-            self.objective, self.sampler, self.feature_network, self.reward, advantage
+            self.objective,
+            self.sampler,
+            self.feature_network,
+            self.reward,
+            advantage,
+            self.critic,
         )
         if seed is None:
             seed = int(np.random.randint(2**31 - 3))
@@ -170,13 +185,26 @@ class EBFTModel(Inspection, DocumentTrainer):
             self.causal_lm.backbone,
             needs_features=rollouts and self.reward.needs_features,
             needs_reference=self.objective.needs_reference,
+            learns=self.critic is not None and self.critic.train_features,
         )
         refuse_shared_paths(networks, self.causal_lm)
         self.frozen_networks = networks.models
         self.reward.prepare(self.causal_lm)
         self._step = EBFTStep(
-            self.causal_lm, self.sampler, networks, self.reward, self.advantage
+            self.causal_lm,
+            self.sampler,
+            networks,
+            self.reward,
+            self.advantage,
+            self.critic,
         )
+        self.critic_head = None
+        if self.critic is not None:
+            self.critic_head = CriticHead(
+                self.feature_network.num_features(
+                    networks.taps, self.sampler.rollout_length
+                )
+            )
         self._compiled = compile_parts(
             self._step,
             lambda: [
@@ -280,13 +308,29 @@ class EBFTModel(Inspection, DocumentTrainer):
         """The weighted loss of what `call` returned; a float32 scalar."""
         # `call` has counted this step already; schedules start at 0.
         step = ops.maximum(self._training_steps - 1, 0)
-        loss = self.objective.loss(self.objective.terms(y_pred), step)
+        terms = self._terms(y_pred)
+        loss = self.objective.loss(terms, step)
+        if self.critic is not None:
+            loss = loss + terms["critic_loss"]
         return sum(self.losses, start=loss)
+
+    def _terms(self, outputs):
+        terms = self.objective.terms(outputs)
+        if self.critic is None:
+            return terms
+        true_logit = self.critic_head(outputs["true_features"])
+        logit = self.critic_head(outputs["features"])
+        mask = outputs["reward_mask"]
+        return {
+            **terms,
+            "critic_loss": critic_loss(true_logit, logit, mask, self.critic.selection),
+            "critic_accuracy": critic_accuracy(true_logit, logit, mask),
+        }
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         """Adds one step to the running means; returns their values."""
         with no_gradient():
-            terms = self.objective.terms(y_pred)
+            terms = self._terms(y_pred)
             measured = metrics.measure_documents(y_pred, terms)
             if "reward" in y_pred:
                 measured |= metrics.measure_rollouts(
@@ -300,8 +344,11 @@ class EBFTModel(Inspection, DocumentTrainer):
         if not self.objective.needs_rollouts:
             return metrics.DOCUMENT_MEASURES
         names = (*self.reward.block_measures, *metrics.REWARD_MEASURES)
-        kl = ("kl",) if self.objective.needs_reference else ()
-        return (*names, *kl, *metrics.DOCUMENT_MEASURES)
+        if self.objective.needs_reference:
+            names = (*names, "kl")
+        if self.critic is not None:
+            names = (*names, *metrics.CRITIC_MEASURES)
+        return (*names, *metrics.DOCUMENT_MEASURES)
 
     @property
     def _runs_python(self):
@@ -310,57 +357,7 @@ class EBFTModel(Inspection, DocumentTrainer):
     def _check_rows(self, rows):
         if self.objective.needs_rollouts:
             self.sampler.check_rows(rows)
-
-    @property
-    def losses(self):
-        """Layer losses (a list); called with `(x, rollouts)`, a dict of scalars."""
-        return CallableLosses(super().losses, self._losses_of)
-
-    def _saved_variables(self):
-        """What Keras does not save, or not apart from other weights."""
-        return {
-            "training_seed": self._training_seed.state,
-            "evaluation_seed": self._evaluation_seed.state,
-            "inspection_seed": self._inspection_seed.state,
-            **adapters.exact_variables(self.causal_lm.backbone),
-        }
-
-    def get_config(self):
-        """The constructor's arguments, parts serialized as Keras does.
-
-        `adapters` is for `from_config` alone: the configuration of a KerasHub
-        backbone leaves out that it has some.
-        """
-        causal_lm = keras.saving.serialize_keras_object(self.causal_lm)
-        # Compiled for `generate` only; KerasHub compiles it again when it is built.
-        causal_lm.pop("compile_config", None)
-        return {
-            **super().get_config(),
-            "causal_lm": causal_lm,
-            "adapters": adapters.adapter_config(self.causal_lm.backbone),
-            "sampler": keras.saving.serialize_keras_object(self.sampler),
-            "feature_network": keras.saving.serialize_keras_object(
-                self.feature_network
-            ),
-            "reward": keras.saving.serialize_keras_object(self.reward),
-            "advantage": self.advantage,
-            **self.objective.get_config(),
-            "seed": self.seed,
-        }
-
-    @classmethod
-    def from_config(cls, config):
-        """Builds the model from what `get_config` returned."""
-        parts = ("causal_lm", "sampler", "feature_network", "reward", *WEIGHTS)
-        config = {
-            name: keras.saving.deserialize_keras_object(value)
-            if name in parts and isinstance(value, dict)
-            else value
-            for name, value in config.items()
-        }
-        enabled = config.pop("adapters", None)
-        adapters.enable_adapters(config["causal_lm"].backbone, enabled)
-        return cls(**config)
+            self._step.check_positions(rows["token_ids"].shape[1])
 
 
 def _part(name, value, expected, default=None):

@@ -169,12 +169,14 @@ class Objective:
         }
 
 
-def check_combination(objective, sampler, feature_network, reward, advantage):
+def check_combination(objective, sampler, feature_network, reward, advantage, critic):
     """Checks settings of different parts that must go together.
 
     Raises:
         ValueError: for combinations that would quietly mean something else.
     """
+    if critic is not None:
+        _check_critic(critic, objective, feature_network, reward)
     if not objective.needs_rollouts:
         return
     if sampler.num_samples == 1:
@@ -202,4 +204,19 @@ def check_combination(objective, sampler, feature_network, reward, advantage):
             "Expected no `ema_decay` with a reward that looks at no features. "
             f"Received: ema_decay={feature_network.ema_decay} and "
             f"{type(reward).__name__}. Leave it out."
+        )
+
+
+def _check_critic(critic, objective, feature_network, reward):
+    if not objective.needs_rollouts or not reward.needs_features:
+        raise ValueError(
+            "Expected a critic beside a reward that looks at features of rollouts. "
+            f"Received: {type(reward).__name__} with weights {objective.weights}. "
+            "Leave the critic out."
+        )
+    if critic.train_features and feature_network.ema_decay is not None:
+        raise ValueError(
+            "Expected a feature network that either follows the policy or learns with "
+            f"the critic. Received: ema_decay={feature_network.ema_decay} and "
+            "train_features=True. Leave one of them out."
         )

@@ -21,14 +21,16 @@ class EBFTStep:
         networks: `FrozenNetworks`.
         reward: `Reward`.
         estimator: name of the advantage estimator.
+        critic: `Critic` or `None`.
     """
 
-    def __init__(self, causal_lm, sampler, networks, reward, estimator):
+    def __init__(self, causal_lm, sampler, networks, reward, estimator, critic=None):
         self.causal_lm = causal_lm
         self.sampler = sampler
         self.networks = networks
         self.reward = reward
         self.estimator = estimator
+        self.critic = critic
         self.policy = bridge.routed_backbone(causal_lm.backbone)
         self.stop_token_ids = _resolve_stop_token_ids(sampler, causal_lm)
 
@@ -54,6 +56,7 @@ class EBFTStep:
             "token_ids": rollouts.token_ids,
             **self.score_rollouts(state, blocks, rollouts.token_ids),
             **rewarded,
+            **self.learning_features(documents, blocks, rollouts.token_ids),
             **self.score_documents(state, documents, train_documents),
         }
 
@@ -84,6 +87,7 @@ class EBFTStep:
         return {
             **collected,
             **self.score_rollouts(state, blocks, collected["token_ids"]),
+            **self.learning_features(documents, blocks, collected["token_ids"]),
             **self.score_documents(state, documents, train_documents),
         }
 
@@ -92,6 +96,23 @@ class EBFTStep:
         documents = read_documents(inputs)
         state = read_document(self.policy, documents)
         return self.score_documents(state, documents, train=True)
+
+    def check_positions(self, length):
+        """Raises a `ValueError` if rollouts could leave the learned positions.
+
+        Args:
+            length: int, tokens per row.
+        """
+        limit = bridge.maximum_length(self.causal_lm)
+        runs_over = self.stop_token_ids or self.sampler.anchors == "answer_start"
+        reached = length + self.sampler.rollout_length
+        if limit is not None and runs_over and reached > limit:
+            raise ValueError(
+                f"Expected rows and rollouts of at most {limit} tokens together, the "
+                "model's learned positions, because rollouts may run on where a row "
+                f"ends. Received: {length} + {self.sampler.rollout_length}. Use "
+                "shorter rows or a smaller `rollout_length`."
+            )
 
     def blocks(self, documents, anchor_uniform=None):
         """The `Blocks` of documents."""
@@ -137,6 +158,8 @@ class EBFTStep:
         rewards["advantage"] = self.reward.advantages(rewards, self.estimator)
         judged = _where_live(rewards, blocks, token_mask)
         judged["token_mask"] = ops.cast(token_mask, "float32")
+        if self.critic is not None:
+            judged["features"], judged["true_features"] = generated, target
         if blocks.starts is not None:
             judged["block_starts"] = blocks.starts
         if self.networks.has_reference:
@@ -155,6 +178,13 @@ class EBFTStep:
         token_mask = self.token_mask(blocks, rollout_ids)
         outputs = self.networks.outputs(documents, rollout_ids, blocks)
         return self.networks.features(outputs, blocks, token_mask, alive)
+
+    def learning_features(self, documents, blocks, rollout_ids):
+        """Features once more, with gradient, where the critic trains them."""
+        if self.critic is None or not self.critic.train_features:
+            return {}
+        generated, target = self.features(documents, blocks, rollout_ids)
+        return {"features": generated, "true_features": target}
 
     def score_rollouts(self, state, blocks, rollout_ids):
         """Log-probability and entropy `[B, n, K, G]` at the sampling temperature.

@@ -3,6 +3,7 @@
 import keras
 
 from keras_ebft.checkpoints import DataPosition, FastForward
+from keras_ebft.critic import PolicyAndCriticOptimizer
 from keras_ebft.inputs import refuse_targets, split_rows, token_batches
 from keras_ebft.kernels.backend import resolve_jit_compile
 
@@ -11,7 +12,8 @@ class DocumentTrainer(keras.Model):
     """A Keras model whose data are documents, without targets.
 
     A subclass has `causal_lm`, `seed`, an `_evaluation_seed` that starts at
-    `_evaluation_start`, `_check_rows`, `_runs_python` and a `training_state`.
+    `_evaluation_start`, `critic`, `_check_rows`, `_runs_python` and a
+    `training_state`.
     """
 
     def compile(
@@ -54,7 +56,7 @@ class DocumentTrainer(keras.Model):
         if run_eagerly and jit_compile == "auto":
             jit_compile = False
         super().compile(
-            optimizer=optimizer,
+            optimizer=self._training_optimizer(keras.optimizers.get(optimizer)),
             run_eagerly=run_eagerly,
             jit_compile=resolve_jit_compile(jit_compile, self._runs_python),
             steps_per_execution=steps_per_execution,
@@ -74,6 +76,22 @@ class DocumentTrainer(keras.Model):
             self.train_function = FastForward(
                 self.train_function, self.steps_per_execution
             )
+
+    def _training_optimizer(self, optimizer):
+        if self.critic is None:
+            return optimizer
+        own = list(self.critic_head.trainable_variables)
+        if self.critic.train_features:
+            own += self.frozen_network.trainable_variables
+        return PolicyAndCriticOptimizer(optimizer, self.critic.optimizer, own)
+
+    def get_compile_config(self):
+        """What `compile` was called with, for saving."""
+        config = super().get_compile_config()
+        if config and isinstance(self.optimizer, PolicyAndCriticOptimizer):
+            own = self.optimizer.policy_optimizer
+            config["optimizer"] = keras.saving.serialize_keras_object(own)
+        return config
 
     def fit(
         self,

@@ -163,6 +163,12 @@ def test_a_feature_network_that_follows_is_refused():
         keras_ebft.EBFTModel(adapted("Llama"), SAMPLER, network)
 
 
+def test_a_feature_network_that_learns_is_refused():
+    critic = keras_ebft.Critic(train_features=True)
+    with pytest.raises(ValueError, match=r"train_features=True.*LlamaBackbone"):
+        keras_ebft.EBFTModel(adapted("Llama"), SAMPLER, NETWORK, critic=critic)
+
+
 def test_adapters_on_embeddings_are_refused():
     causal_lm = llama(num_layers=1)
     causal_lm.backbone.enable_lora(2, target_layer_names=["token_embedding"])

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import QUICK, documents, llama, to_numpy
+from helpers import QUICK, documents, family, llama, to_numpy
 from keras import ops
 
 import keras_ebft
@@ -149,6 +149,23 @@ def test_answer_anchors_need_answers(causal_lm):
         model.fit(documents(2, 16))
     with pytest.raises(ValueError, match="num_anchors=20"):
         build(causal_lm, anchors="random", num_anchors=20).rollout(documents(1, 16))
+
+
+def test_learned_positions_bound_rows_and_rollouts_together():
+    causal_lm = family("GPT2")  # 40 positions
+    x = {"token_ids": documents(1, 36), "answer_mask": np.ones((1, 36))}
+    model = build(
+        causal_lm, anchors="answer_start", rollout_length=5, stop_token_ids=(9,)
+    )
+    with pytest.raises(ValueError, match=r"at most 40.*36 \+ 5"):
+        model.rollout(x)
+    # Blocks with no place are dead, and stay within the positions.
+    model = build(causal_lm, rollout_length=5, stop_token_ids=None)
+    given = {"token_ids": documents(1, 40), "anchors": np.array([[20, 39]])}
+    rollouts = model.rollout(given, seed=0)
+    assert to_numpy(rollouts["anchors"]).tolist() == [[20, -1]]
+    losses = model.losses(given, rollouts["token_ids"])
+    assert np.isfinite(float(to_numpy(losses["loss"])))
 
 
 def test_windows_of_a_stride_must_be_whole_unless_rollouts_stop():

@@ -121,6 +121,9 @@ CONSTRUCTORS = [
         ValueError,
         "'x'",
     ),
+    (keras_ebft.Critic, {"selection": "last"}, ValueError, "closest.*'last'"),
+    (keras_ebft.Critic, {"train_features": 1}, TypeError, "train_features=1"),
+    (keras_ebft.Critic, {"optimizer": "warp"}, ValueError, "warp"),
     (keras_ebft.VerifierReward, {"fn": "f"}, TypeError, "prompts.*'f'"),
     (keras_ebft.VerifierReward, {"fn": max, "decode": 1}, TypeError, "decode=1"),
     (keras_ebft.RewardSum, {"rewards": []}, ValueError, "non-empty"),
@@ -173,6 +176,28 @@ MODEL_OPTIONS = [
     ({"kl_estimator": "k0"}, ValueError, "k1.*'k0'"),
     ({"entropy_weight": "high"}, TypeError, "entropy_weight='high'"),
     ({"updates_per_rollout": 0}, ValueError, "updates_per_rollout=0"),
+    ({"critic": "closest"}, TypeError, "Critic.*'closest'"),
+    (
+        {"critic": keras_ebft.Critic(), "policy_weight": 0.0, "ce_weight": 1.0},
+        ValueError,
+        "Leave the critic out",
+    ),
+    (
+        {
+            "critic": keras_ebft.Critic(train_features=True),
+            "feature_network": keras_ebft.FeatureNetwork(ema_decay=0.9),
+        },
+        ValueError,
+        "train_features=True",
+    ),
+    (
+        {
+            "critic": keras_ebft.Critic(),
+            "feature_network": keras_ebft.FeatureNetwork(network=max),
+        },
+        ValueError,
+        "whose width is known",
+    ),
     ({"clip_range": 0.2}, ValueError, "updates_per_rollout=1"),
     ({"updates_per_rollout": 2, "clip_range": (1, 2, 3)}, ValueError, "low, high"),
     ({"updates_per_rollout": 2, "clip_range": 1.5}, ValueError, "at most 1"),

@@ -1,0 +1,113 @@
+"""The experimental critic: its loss, its own optimizer, and what it leaves alone."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import QUICK, documents, flat, llama, to_numpy
+from keras import ops
+
+import keras_ebft
+from keras_ebft.critic import critic_accuracy, critic_loss
+
+SAMPLER = {"stride": 4, "context_length": 4}
+X = documents(2, 14)
+ROLLOUTS = documents(2 * 2 * 2, 3, seed=1).reshape(2, 2, 2, 3)
+
+TRUE = np.array([[1.0, -2.0]])
+GENERATED = np.array([[[0.5, -1.0], [1.0, 3.0], [0.9, 7.0]]])
+MASK = np.array([[[1, 1], [1, 1], [1, 0]]])
+
+
+def log_sigmoid(x):
+    return -np.log1p(np.exp(-np.asarray(x, dtype="float64")))
+
+
+def mean(*logits):
+    return np.mean(log_sigmoid(logits))
+
+
+@pytest.mark.parametrize(
+    ("selection", "expected"),
+    [
+        ("first", mean(0.5, -1.0) - mean(1.0, -2.0)),
+        ("all", mean(0.5, 1.0, 0.9, -1.0, 3.0) - mean(1.0, 1.0, 1.0, -2.0, -2.0)),
+        # 1.0 is the truth itself, 7.0 does not count.
+        ("closest", mean(0.9, 3.0) - mean(1.0, -2.0)),
+        (
+            "only_different",
+            mean(0.5, 0.9, -1.0, 3.0) - mean(1.0, 1.0, 1.0, -2.0, -2.0),
+        ),
+    ],
+)
+def test_loss_by_hand(selection, expected):
+    arrays = (
+        ops.convert_to_tensor(a, dtype="float32") for a in (TRUE, GENERATED, MASK)
+    )
+    found = float(to_numpy(critic_loss(*arrays, selection)))
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_accuracy_by_hand():
+    arrays = (
+        ops.convert_to_tensor(a, dtype="float32") for a in (TRUE, GENERATED, MASK)
+    )
+    # Truths: right thrice, wrong twice; rollouts: one of five is known as such.
+    assert float(to_numpy(critic_accuracy(*arrays))) == pytest.approx(4 / 10)
+
+
+def train(causal_lm, weights, critic, epochs=1):
+    causal_lm.set_weights(weights)
+    model = keras_ebft.EBFTModel(
+        causal_lm,
+        keras_ebft.ReplaySampler(ROLLOUTS, **SAMPLER),
+        keras_ebft.FeatureNetwork(layers=(1,)),
+        critic=critic,
+        seed=0,
+    )
+    model.compile(keras.optimizers.SGD(0.1), **QUICK)
+    history = model.fit(X, batch_size=2, epochs=epochs, verbose=0, shuffle=False)
+    return model, history.history
+
+
+@pytest.fixture(scope="module")
+def policy():
+    causal_lm = llama(num_layers=1)
+    return causal_lm, causal_lm.get_weights()
+
+
+def test_a_probe_learns_and_leaves_the_policy_alone(policy):
+    alone = train(*policy, None, epochs=6)[0].causal_lm.get_weights()
+    critic = keras_ebft.Critic("all", keras.optimizers.Adam(0.1))
+    model, history = train(*policy, critic, epochs=6)
+    np.testing.assert_array_equal(flat(model.causal_lm.get_weights()), flat(alone))
+    assert history["critic_loss"][-1] < history["critic_loss"][0] - 0.1
+    assert history["critic_accuracy"][-1] > 0.6
+    # One optimizer for each: no momentum for the policy, two slots for the head.
+    assert isinstance(critic.optimizer, keras.optimizers.Adam)
+    assert len(critic.optimizer.variables) == 2 + 2 * 2
+    assert float(to_numpy(model.optimizer.learning_rate)) == pytest.approx(0.1)
+    model.optimizer.learning_rate = 0.05
+    rate = model.optimizer.policy_optimizer.learning_rate
+    assert float(to_numpy(rate)) == pytest.approx(0.05)
+    assert not model.frozen_network.trainable_variables
+
+
+def test_features_learn_with_the_critic(policy):
+    causal_lm, weights = policy
+    critic = keras_ebft.Critic("closest", "sgd", train_features=True)
+    causal_lm.set_weights(weights)
+    layer = causal_lm.backbone.transformer_layers[0]
+    before = flat(layer.get_weights())
+    probe, _ = train(causal_lm, weights, keras_ebft.Critic("closest", "sgd"))
+    learner, _ = train(causal_lm, weights, critic)
+    frozen, learned = (
+        flat(model.frozen_network.get_layer(layer.name).get_weights())
+        for model in (probe, learner)
+    )
+    np.testing.assert_array_equal(frozen, before)
+    assert np.abs(learned - before).max() > 1e-7
+    assert len(learner.optimizer.policy_optimizer._trainable_variables) == len(
+        causal_lm.trainable_variables
+    )
+    same = keras_ebft.Critic.from_config(critic.get_config())
+    assert same.get_config() == critic.get_config()
