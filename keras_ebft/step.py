@@ -48,15 +48,13 @@ class EBFTStep:
         documents = read_documents(inputs)
         state = read_document(self.policy, documents)
         with no_gradient():
-            uniform, anchor_uniform = draw_numbers(self.sampler, documents, seed)
-            blocks = self.blocks(documents, anchor_uniform)
-            rollouts = self.rollout(state, blocks, uniform)
-            rewarded = self.judge(documents, blocks, rollouts.token_ids)
+            blocks, rollout_ids = self.sample(documents, state, seed)
+            rewarded = self.judge(documents, blocks, rollout_ids)
         return {
-            "token_ids": rollouts.token_ids,
-            **self.score_rollouts(state, blocks, rollouts.token_ids),
+            "token_ids": rollout_ids,
+            **self.score_rollouts(state, blocks, rollout_ids),
             **rewarded,
-            **self.learning_features(documents, blocks, rollouts.token_ids),
+            **self.learning_features(documents, blocks, rollout_ids),
             **self.score_documents(state, documents, train_documents),
         }
 
@@ -68,15 +66,13 @@ class EBFTStep:
         documents = read_documents(inputs)
         with no_gradient():
             state = read_document(self.policy, documents)
-            uniform, anchor_uniform = draw_numbers(self.sampler, documents, seed)
-            blocks = self.blocks(documents, anchor_uniform)
-            rollouts = self.rollout(state, blocks, uniform)
-            scores = self.score_rollouts(state, blocks, rollouts.token_ids)
+            blocks, rollout_ids = self.sample(documents, state, seed)
+            scores = self.score_rollouts(state, blocks, rollout_ids)
             return {
-                "token_ids": rollouts.token_ids,
+                "token_ids": rollout_ids,
                 "anchors": self.absolute_anchors(blocks),
                 "old_log_prob": scores["log_prob"],
-                **self.judge(documents, blocks, rollouts.token_ids),
+                **self.judge(documents, blocks, rollout_ids),
             }
 
     def score(self, inputs, collected, train_documents):
@@ -96,6 +92,12 @@ class EBFTStep:
         documents = read_documents(inputs)
         state = read_document(self.policy, documents)
         return self.score_documents(state, documents, train=True)
+
+    def sample(self, documents, state, seed):
+        """`(blocks, rollout_ids)`: blocks of documents, and what continues them."""
+        uniform, anchor_uniform = draw_numbers(self.sampler, documents, seed)
+        blocks = self.blocks(documents, anchor_uniform)
+        return blocks, self.rollout(state, blocks, uniform).token_ids
 
     def check_positions(self, length):
         """Raises a `ValueError` if rollouts could leave the learned positions.

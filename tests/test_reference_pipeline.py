@@ -4,8 +4,12 @@ import keras
 import numpy as np
 import pytest
 from helpers import QUICK, to_numpy
+from keras import ops
 
 import keras_ebft
+from keras_ebft.documents import read_documents
+from keras_ebft.inputs import as_batch
+from keras_ebft.kernels.backend import compiled
 
 POOLINGS = {"last_token": "last_token", "mean_pooling": "mean", "concat": "concat"}
 MODES = {
@@ -18,21 +22,41 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("mode", "pooling"),
-    [
-        ("concat", "last_token"),
-        ("stack", "concat"),
-        ("layer_3", "mean_pooling"),
-        ("last_only", "last_token"),
-        ("mean", "concat"),
-        ("middle", "mean_pooling"),
-    ],
-)
-def test_features_and_rewards(pipeline, mode, pooling):
+@pytest.fixture(scope="module")
+def every_layer(pipeline):
+    """What the frozen network says after every layer, of documents and rollouts."""
+    model = pipeline.model(feature_network=keras_ebft.FeatureNetwork(mode="mean"))
+    step = model._step
+    documents = read_documents(
+        as_batch({"token_ids": ops.convert_to_tensor(pipeline.prompt)})
+    )
+    blocks = step.blocks(documents)
+    rollouts = ops.convert_to_tensor(pipeline.generated)
+
+    def taps(token_ids, rollouts):
+        found = step.networks.outputs(
+            documents._replace(token_ids=token_ids), rollouts, blocks
+        )
+        return found[id(step.networks.taps)]
+
+    run = compiled(taps, lambda: model.frozen_network.variables)
+    return run(documents.token_ids, rollouts), blocks
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("mode", MODES)
+def test_features_and_rewards(pipeline, every_layer, mode, pooling):
     network = keras_ebft.FeatureNetwork(pooling=POOLINGS[pooling], **MODES[mode])
-    model = pipeline.model(feature_network=network)
-    generated, target = model.features(pipeline.prompt, pipeline.generated)
+    (document, rollout), blocks = every_layer
+    tapped = [index - 1 for index in network.tapped_layers(len(document))]
+    everything = ops.ones(pipeline.generated.shape, dtype="bool")
+    generated, target = network(
+        [document[i] for i in tapped],
+        [rollout[i] for i in tapped],
+        blocks,
+        everything,
+        everything,
+    )
     key = f"{mode}_{pooling}"
     expected = pipeline.values[f"features_{key}_generated"]
     assert generated.shape == expected.shape
@@ -40,8 +64,9 @@ def test_features_and_rewards(pipeline, mode, pooling):
     np.testing.assert_allclose(
         to_numpy(target), pipeline.values[f"features_{key}_target"], atol=1e-6
     )
-    rewards = model.reward(generated, target)
-    rewards["advantage"] = model.reward.advantages(rewards, "rloo")
+    reward = keras_ebft.FeatureMatchingReward()
+    rewards = reward(generated, target)
+    rewards["advantage"] = reward.advantages(rewards, "rloo")
     # Rollouts of these untrained networks have nearly parallel features, and
     # whitening amplifies rounding; `test_functional` holds well-conditioned
     # vectors to 1e-5.
@@ -53,6 +78,16 @@ def test_features_and_rewards(pipeline, mode, pooling):
             rtol=0,
             atol=tolerance,
         )
+
+
+def test_default_features_through_the_model(pipeline):
+    """The network cut off above its last tap says what the whole one says."""
+    generated, target = pipeline.default_model.features(
+        pipeline.prompt, pipeline.generated
+    )
+    for found, name in ((generated, "generated"), (target, "target")):
+        expected = pipeline.values[f"features_concat_last_token_{name}"]
+        np.testing.assert_allclose(to_numpy(found), expected, atol=1e-6)
 
 
 def test_log_probabilities(pipeline):
