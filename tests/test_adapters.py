@@ -127,6 +127,34 @@ def test_gradients_of_adapters_are_those_of_the_kernel():
     np.testing.assert_allclose(flat(found) / scale, flat(expected) / scale, atol=1e-5)
 
 
+def test_the_reference_of_the_kl_term_is_the_base():
+    rollouts = np.ones((2, 2, 2, 2), "int32")
+    options = {"kl_weight": 0.1, "kl_estimator": "k1"}
+    # Adapters start as zero: policy and reference are one.
+    same = build(adapted("Llama"), **options)
+    assert abs(float(to_numpy(same.losses(X, rollouts)["kl"]))) < 1e-6
+    causal_lm = adapted("Llama", nonzero=True)
+    model = build(causal_lm, **options)
+    assert len(model.frozen_networks) == 1
+    ours = {id(v) for v in causal_lm.variables}
+    assert {id(v) for v in model.frozen_network.variables} <= ours
+    plain = build(family("Llama", num_layers=1))
+    log_prob, base = (
+        to_numpy(m.score(X, rollouts)["log_prob"]) for m in (model, plain)
+    )
+    found = float(to_numpy(model.losses(X, rollouts)["kl"]))
+    assert found == pytest.approx((log_prob - base).mean(), rel=1e-4)
+    assert abs(found) > 1e-3
+
+
+@pytest.mark.slow
+def test_adapters_train_under_the_default_compilation():
+    model = build(adapted("Llama"))
+    model.compile(keras.optimizers.Adam(0.01))
+    history = model.fit(X, batch_size=2, verbose=0).history
+    assert np.isfinite(history["loss"]).all()
+
+
 def test_enabling_that_enables_nothing_is_noticed():
     causal_lm = llama(num_layers=1)
     causal_lm.backbone.enable_lora(2, target_layer_names=["c_attn"])
