@@ -2,7 +2,9 @@
 
 from keras_ebft import callbacks, data, evaluation, functional, plots
 from keras_ebft.block_sampler import BlockSampler, ReplaySampler
+from keras_ebft.checkpoints import TrainingCheckpoint
 from keras_ebft.critic import Critic
+from keras_ebft.export import export_to_hugging_face
 from keras_ebft.features import FeatureNetwork
 from keras_ebft.geometry import BlockGeometry
 from keras_ebft.model import EBFTModel
@@ -25,11 +27,13 @@ __all__ = [
     "ReplaySampler",
     "Reward",
     "RewardSum",
+    "TrainingCheckpoint",
     "VerifierReward",
     "__version__",
     "callbacks",
     "data",
     "evaluation",
+    "export_to_hugging_face",
     "functional",
     "plots",
 ]

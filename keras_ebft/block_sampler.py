@@ -11,7 +11,7 @@ from keras_ebft.configurable import Configurable
 from keras_ebft.documents import take_tokens
 from keras_ebft.geometry import BlockGeometry
 from keras_ebft.kernels import linear_sample
-from keras_ebft.prefix_cache import BlockDecoder
+from keras_ebft.prefix_cache import block_decoder
 from keras_ebft.validation import (
     check_choice,
     check_int,
@@ -223,7 +223,7 @@ class BlockSampler(Configurable):
         hidden = take_tokens(document.outputs, blocks.anchors - 1)
         hidden = ops.repeat(hidden[:, None], shape[1], axis=1)
         steps = self.rollout_length - 1
-        decoder = BlockDecoder(policy, document, blocks, shape[:3], steps)
+        decoder = block_decoder(policy, document, blocks, shape[:3], steps)
 
         def body(step, carry):
             token_ids, log_prob, tokens, caches = carry

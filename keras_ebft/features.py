@@ -7,7 +7,7 @@ import keras
 import keras_hub
 from keras import ops
 
-from keras_ebft import bridge
+from keras_ebft import adapters, bridge
 from keras_ebft.callable_network import CallableNetwork
 from keras_ebft.configurable import Configurable
 from keras_ebft.documents import take_tokens
@@ -166,6 +166,13 @@ class FeatureNetwork(Configurable):
         if self.network is not None:
             bridge.check_feature_backbone(self.network, backbone)
             backbone = self.network
+        if self.ema_decay is not None and adapters.adapted_layers(backbone):
+            raise ValueError(
+                "Expected a model without adapters with `ema_decay`: its feature "
+                "network is its own base, which does not move. Received: "
+                f"ema_decay={self.ema_decay} and a {type(backbone).__name__} with "
+                "adapters. Leave one of them out."
+            )
         taps = self.tapped_layers(backbone.num_layers)
         return bridge.frozen_taps(backbone, taps)
 

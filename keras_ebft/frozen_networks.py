@@ -6,7 +6,7 @@ tapped on the way to the reference's logits.
 
 from keras import ops
 
-from keras_ebft import bridge
+from keras_ebft import adapters, bridge
 from keras_ebft.documents import take_tokens
 from keras_ebft.prefix_cache import read_blocks, read_document
 
@@ -27,6 +27,8 @@ class FrozenNetworks:
     ):
         self.feature_network = feature_network
         self.taps = self.reference = None
+        if learns:
+            _refuse_adapters(backbone)
         shared = feature_network.is_initial_model and not learns
         if needs_features and needs_reference and shared:
             layers = feature_network.tapped_layers(backbone.num_layers)
@@ -108,6 +110,15 @@ class FrozenNetworks:
             frozen.assign(decay * old + (1.0 - decay) * ops.cast(new, old.dtype))
 
 
+def _refuse_adapters(backbone):
+    if adapters.adapted_layers(backbone):
+        raise ValueError(
+            "Expected a model without adapters with Critic(train_features=True): its "
+            "feature network is its own base, which does not move. Received: a "
+            f"{type(backbone).__name__} with adapters. Leave one of them out."
+        )
+
+
 def _as_list(outputs):
     return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
 
@@ -119,8 +130,10 @@ def refuse_shared_paths(networks, causal_lm):
     only one would be kept.
     """
     trained = {variable.path for variable in causal_lm.variables}
+    own = {id(variable) for variable in causal_lm.variables}
     for model in networks.models:
-        shared = sorted(trained & {variable.path for variable in model.variables})
+        frozen = [v for v in model.variables if id(v) not in own]
+        shared = sorted(trained & {variable.path for variable in frozen})
         if shared:
             raise ValueError(
                 "Expected the feature network's variables to have paths of their own. "

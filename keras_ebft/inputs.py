@@ -40,7 +40,7 @@ class RowBatches(keras.utils.PyDataset):
         self.rows = rows
         self.rows_per_batch = batch_size
         self.shuffle = shuffle
-        self.random = np.random.default_rng(seed)
+        self.seed = seed
         self.order = np.arange(len(rows["token_ids"]))
 
     def __len__(self):
@@ -51,10 +51,12 @@ class RowBatches(keras.utils.PyDataset):
         chosen = self.order[start : start + self.rows_per_batch]
         return {name: values[chosen] for name, values in self.rows.items()}
 
-    def on_epoch_begin(self):
-        """Draws the order of the next epoch."""
+    def begin_epoch(self, epoch):
+        """Draws the order of an epoch, the same whenever training comes to it."""
         if self.shuffle:
-            self.order = self.random.permutation(len(self.order))
+            random = np.random.default_rng(self.seed)
+            for _ in range(epoch + 1):
+                self.order = random.permutation(len(self.order))
 
 
 class TokenBatches(DataAdapter):
@@ -82,6 +84,7 @@ class TokenBatches(DataAdapter):
         if isinstance(source, keras.utils.PyDataset):
             self.keras_adapter = PyDatasetAdapter(source)
         self._unread = None
+        self._batches_to_skip = 0
         first = self._read(self._first())
         check_rows(first)
         self.shape = first["token_ids"].shape
@@ -131,7 +134,8 @@ class TokenBatches(DataAdapter):
         else:
             source = self._unread or self.source
             self._unread = None
-        for batch in source:
+        start, self._batches_to_skip = self._batches_to_skip, 0
+        for batch in itertools.islice(source, start, None):
             yield self._fill(self._read(batch))
 
     def get_jax_iterator(self):
@@ -179,6 +183,20 @@ class TokenBatches(DataAdapter):
     def partial_batch_size(self):
         """Always `None`, see `has_partial_batch`."""
         return None
+
+    def begin_epoch(self, epoch):
+        """Chooses the order of documents in memory for the epoch, an int."""
+        if isinstance(self.source, RowBatches):
+            self.source.begin_epoch(epoch)
+
+    def skip(self, batches):
+        """Leaves out the first `batches` batches of the next reading.
+
+        Where the source is read again after its last batch, only the rest counts.
+        """
+        if self.num_batches:
+            batches %= self.num_batches
+        self._batches_to_skip = batches
 
     def on_epoch_begin(self):
         """Tells a `PyDataset` that an epoch begins."""

@@ -4,8 +4,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ebft import bridge, metrics
+from keras_ebft import adapters, bridge, metrics
 from keras_ebft.block_sampler import BlockSampler
+from keras_ebft.checkpoints import TrainingState
 from keras_ebft.critic import (
     Critic,
     CriticHead,
@@ -18,15 +19,16 @@ from keras_ebft.functional import ESTIMATORS
 from keras_ebft.inputs import as_batch
 from keras_ebft.inspection import Inspection, compile_parts
 from keras_ebft.kernels.backend import no_gradient, run_in_state
-from keras_ebft.objective import WEIGHTS, Objective, check_combination
+from keras_ebft.objective import Objective, check_combination
 from keras_ebft.rewards import FeatureMatchingReward, Reward
+from keras_ebft.serialization import Serialization
 from keras_ebft.step import EBFTStep
 from keras_ebft.trainer import DocumentTrainer
 from keras_ebft.validation import check_choice, check_instance, check_int
 
 
 @keras.saving.register_keras_serializable("keras_ebft")
-class EBFTModel(Inspection, DocumentTrainer):
+class EBFTModel(Inspection, Serialization, DocumentTrainer):
     """Fine-tunes a KerasHub causal language model with EBFT through `fit`.
 
     For every block of a document the model samples `n` short rollouts, a frozen
@@ -109,6 +111,9 @@ class EBFTModel(Inspection, DocumentTrainer):
         **kwargs,
     ):
         bridge.check_supported(causal_lm)
+        adapters.freeze_base(causal_lm.backbone)
+        # Not the global policy: the backbone's own decides on loss scaling.
+        kwargs.setdefault("dtype", bridge.dtype_policy_name(causal_lm.backbone))
         super().__init__(**kwargs)
         self.sampler = _part("sampler", sampler, BlockSampler)
         self.feature_network = _part("feature_network", feature_network, FeatureNetwork)
@@ -152,6 +157,9 @@ class EBFTModel(Inspection, DocumentTrainer):
         )
         self._trackers = metrics.make_trackers(self._measured_names())
         self._collected = None
+        self.training_state = TrainingState(
+            self._saved_variables, lambda: self.metrics_variables
+        )
         self.built = True
 
     @classmethod
@@ -287,12 +295,25 @@ class EBFTModel(Inspection, DocumentTrainer):
             self._training_steps.assign(self._training_steps + 1)
         if not objective.needs_rollouts:
             return self._step.read_only(inputs)
+        trains_documents = objective.trains_documents
         if self._collected is not None:
-            return self._step.score(inputs, self._collected, objective.trains_documents)
-        if training:
-            self._follow_policy()
-        seed = self._training_seed if training else self._evaluation_seed
-        return self._step(inputs, seed, objective.trains_documents)
+            outputs = self._step.score(inputs, self._collected, trains_documents)
+        else:
+            if training:
+                self._follow_policy()
+            seed = self._training_seed if training else self._evaluation_seed
+            outputs = self._step(inputs, seed, trains_documents)
+        return outputs if self.critic is None else self._criticise(outputs)
+
+    def _criticise(self, outputs):
+        """Outputs with the critic's logits in place of features."""
+        features = ("features", "true_features")
+        kept = {name: v for name, v in outputs.items() if name not in features}
+        return {
+            **kept,
+            "critic_logit": self.critic_head(outputs["features"]),
+            "critic_true_logit": self.critic_head(outputs["true_features"]),
+        }
 
     def compute_loss(
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True
@@ -310,13 +331,12 @@ class EBFTModel(Inspection, DocumentTrainer):
         terms = self.objective.terms(outputs)
         if self.critic is None:
             return terms
-        true_logit = self.critic_head(outputs["true_features"])
-        logit = self.critic_head(outputs["features"])
+        logits = outputs["critic_true_logit"], outputs["critic_logit"]
         mask = outputs["reward_mask"]
         return {
             **terms,
-            "critic_loss": critic_loss(true_logit, logit, mask, self.critic.selection),
-            "critic_accuracy": critic_accuracy(true_logit, logit, mask),
+            "critic_loss": critic_loss(*logits, mask, self.critic.selection),
+            "critic_accuracy": critic_accuracy(*logits, mask),
         }
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
@@ -350,43 +370,6 @@ class EBFTModel(Inspection, DocumentTrainer):
         if self.objective.needs_rollouts:
             self.sampler.check_rows(rows)
             self._step.check_positions(rows["token_ids"].shape[1])
-
-    def get_config(self):
-        """The constructor's arguments, parts serialized as Keras does."""
-        return {
-            **super().get_config(),
-            "causal_lm": keras.saving.serialize_keras_object(self.causal_lm),
-            "sampler": keras.saving.serialize_keras_object(self.sampler),
-            "feature_network": keras.saving.serialize_keras_object(
-                self.feature_network
-            ),
-            "reward": keras.saving.serialize_keras_object(self.reward),
-            "advantage": self.advantage,
-            **self.objective.get_config(),
-            "critic": keras.saving.serialize_keras_object(self.critic)
-            if self.critic
-            else None,
-            "seed": self.seed,
-        }
-
-    @classmethod
-    def from_config(cls, config):
-        """Builds the model from what `get_config` returned."""
-        parts = (
-            "causal_lm",
-            "sampler",
-            "feature_network",
-            "reward",
-            "critic",
-            *WEIGHTS,
-        )
-        config = {
-            name: keras.saving.deserialize_keras_object(value)
-            if name in parts and isinstance(value, dict)
-            else value
-            for name, value in config.items()
-        }
-        return cls(**config)
 
 
 def _part(name, value, expected, default=None):

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
+from keras_ebft.bridge import RowNetwork
 from keras_ebft.kernels import causal_attention, strided_attention
+from keras_ebft.row_cache import RowDecoder, check_one_document_per_row, read_rows
 
 
 class DocumentState(NamedTuple):
@@ -18,7 +20,8 @@ class DocumentState(NamedTuple):
 
     Attributes:
         outputs: the network's outputs, each `[B, T, D]`.
-        keys_values: list with one `(key, value)` per layer, `[B, T, Hkv, d]`.
+        keys_values: list with one `(key, value)` per layer, `[B, T, Hkv, d]`; of a
+            `RowNetwork`, which has none to share, the token ids `[B, T]`.
     """
 
     outputs: Any
@@ -37,6 +40,9 @@ def read_document(network, documents):
     Returns:
         `DocumentState`.
     """
+    if isinstance(network, RowNetwork):
+        check_one_document_per_row(network, documents)
+        return DocumentState(network(documents.token_ids), documents.token_ids)
 
     def attend(query, key, value, cache, **options):
         output = causal_attention(query, key, value, starts=documents.starts, **options)
@@ -63,6 +69,8 @@ def read_blocks(network, document, tokens, blocks):
     Returns:
         The network's outputs, each `[B, n, K, Q, D]`.
     """
+    if isinstance(network, RowNetwork):
+        return read_rows(network, document.keys_values, tokens, blocks.anchors)
 
     def attend(query, key, value, cache, **options):
         output = strided_attention(
@@ -72,6 +80,14 @@ def read_blocks(network, document, tokens, blocks):
 
     positions = blocks.positions(tuple(tokens.shape))
     return network(tokens, positions, attend, document.keys_values)[0]
+
+
+def block_decoder(network, document, blocks, shape, steps):
+    """The decoder that suits a network; arguments as for `BlockDecoder`."""
+    if isinstance(network, RowNetwork):
+        rows = (*shape, steps)
+        return RowDecoder(network, document.keys_values, blocks.anchors, rows)
+    return BlockDecoder(network, document, blocks, shape, steps)
 
 
 class BlockDecoder:

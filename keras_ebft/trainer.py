@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_ebft.checkpoints import DataPosition, FastForward
 from keras_ebft.critic import PolicyAndCriticOptimizer
 from keras_ebft.inputs import refuse_targets, split_rows, token_batches
 from keras_ebft.kernels.backend import resolve_jit_compile
@@ -11,7 +12,8 @@ class DocumentTrainer(keras.Model):
     """A Keras model whose data are documents, without targets.
 
     A subclass has `causal_lm`, `seed`, an `_evaluation_seed` that starts at
-    `_evaluation_start`, `critic`, `_check_rows` and `_runs_python`.
+    `_evaluation_start`, `critic`, `_check_rows`, `_runs_python` and a
+    `training_state`.
     """
 
     def compile(
@@ -61,6 +63,20 @@ class DocumentTrainer(keras.Model):
             auto_scale_loss=auto_scale_loss,
         )
 
+    def compile_from_config(self, config):
+        """Compiles as the saved model was, with an optimizer of its own."""
+        config = keras.saving.deserialize_keras_object(config)
+        self.compile(**config)
+        self.optimizer.build(self.trainable_variables)
+
+    def make_train_function(self, force=False):
+        """Makes the function that trains on one batch, as Keras does."""
+        super().make_train_function(force)
+        if not isinstance(self.train_function, FastForward):
+            self.train_function = FastForward(
+                self.train_function, self.steps_per_execution
+            )
+
     def _training_optimizer(self, optimizer):
         if self.critic is None:
             return optimizer
@@ -83,6 +99,7 @@ class DocumentTrainer(keras.Model):
         y=None,
         batch_size=None,
         *,
+        callbacks=None,
         validation_data=None,
         validation_split=0.0,
         validation_batch_size=None,
@@ -98,6 +115,7 @@ class DocumentTrainer(keras.Model):
                 generator that yields batches of these.
             y: must be `None`; documents are their own targets.
             batch_size: int, documents per step for data in memory (default 16).
+            callbacks: `keras.callbacks.Callback`, a list of them, or `None`.
             validation_data: documents of any accepted form, or `None`.
             validation_split: float in [0, 1), share of in-memory documents, taken
                 from the end, to validate on.
@@ -121,7 +139,19 @@ class DocumentTrainer(keras.Model):
                 validation_data, validation_batch_size or batch_size
             )
         train = self._batches(x, batch_size, shuffle)
-        return super().fit(train, validation_data=validation_data, **kwargs)
+        # Keras would keep the epoch that an earlier `fit` resumed at.
+        self._initial_epoch = None
+        position = DataPosition(
+            self.training_state, train, kwargs.get("steps_per_epoch")
+        )
+        if not isinstance(callbacks, (list, tuple)):
+            callbacks = [] if callbacks is None else [callbacks]
+        return super().fit(
+            train,
+            validation_data=validation_data,
+            callbacks=[position, *callbacks],
+            **kwargs,
+        )
 
     def evaluate(self, x=None, y=None, batch_size=None, **kwargs):
         """Measures on documents, always with the same random numbers.

@@ -3,10 +3,10 @@
 import functools
 from pathlib import Path
 
+import helpers
 import keras_hub
 import numpy as np
 import pytest
-import tokenizers
 
 import keras_ebft
 
@@ -15,15 +15,6 @@ CLASSES = {
     "llama": keras_hub.models.LlamaCausalLM,
     "gpt2": keras_hub.models.GPT2CausalLM,
 }
-
-
-SPECIAL = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-)
 
 
 class Pipeline:
@@ -74,25 +65,4 @@ def layout_vectors():
 
 @pytest.fixture(scope="session")
 def byte_lm():
-    """A Llama that reads bytes."""
-    alphabet = [
-        *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-        "ab",
-        *SPECIAL,
-    ]
-    tokenizer = keras_hub.models.Llama3Tokenizer(
-        vocabulary={token: index for index, token in enumerate(alphabet)},
-        merges=["a b"],
-    )
-    backbone = keras_hub.models.Llama3Backbone(
-        vocabulary_size=len(alphabet),
-        num_layers=1,
-        num_query_heads=2,
-        num_key_value_heads=1,
-        hidden_dim=8,
-        intermediate_dim=8,
-    )
-    preprocessor = keras_hub.models.Llama3CausalLMPreprocessor(
-        tokenizer, sequence_length=24
-    )
-    return keras_hub.models.Llama3CausalLM(backbone, preprocessor=preprocessor)
+    return helpers.byte_causal_lm()

@@ -5,6 +5,7 @@ import inspect
 import keras
 import keras_hub
 import numpy as np
+import tokenizers
 from keras import ops
 
 models = keras_hub.models
@@ -62,6 +63,22 @@ def family(name, **changes):
     }
     gemma = {**ROTARY, "head_dim": 8}
     windowed = {"use_sliding_window_attention": True, "sliding_window_size": 5}
+    alibi = {
+        "vocabulary_size": VOCABULARY,
+        "num_layers": 2,
+        "num_heads": 4,
+        "hidden_dim": 16,
+        "intermediate_dim": 24,
+    }
+    experts = {"num_experts": 3, "top_k": 2}
+    linear = {
+        "head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 4,
+        "linear_value_head_dim": 4,
+        "layer_types": ["linear_attention", "full_attention"],
+    }
     table = {
         "Llama": ("Llama", ROTARY),
         "Llama3": ("Llama3", {**ROTARY, "tie_word_embeddings": True}),
@@ -93,15 +110,148 @@ def family(name, **changes):
         ),
         "GPT2": ("GPT2", learned),
         "OPT": ("OPT", learned),
+        "Bloom": ("Bloom", alibi),
+        "Falcon": ("Falcon", {**alibi, "num_attention_heads": 4}),
+        "GPTNeoX": ("GPTNeoX", {**alibi, "rotary_percentage": 0.5}),
+        "Mixtral": ("Mixtral", {**ROTARY, **experts, "sliding_window": 5}),
+        "Phi3": ("Phi3", ROTARY),
+        "Phi3 long": (
+            "Phi3",
+            {
+                **ROTARY,
+                "max_sequence_length": 32,
+                "pretraining_sequence_length": 16,
+                "rope_scaling_type": "su",
+                "rope_scaling_short_factor": [1.0, 1.5],
+                "rope_scaling_long_factor": [2.0, 3.0],
+            },
+        ),
+        "QwenMoe": (
+            "QwenMoe",
+            {
+                **ROTARY,
+                **experts,
+                **windowed,
+                "moe_intermediate_dim": 12,
+                "shared_expert_intermediate_dim": 12,
+            },
+        ),
+        "Qwen3Moe": (
+            "Qwen3Moe",
+            {
+                **ROTARY,
+                **experts,
+                "head_dim": 4,
+                "moe_intermediate_dim": 12,
+                "sliding_window_size": 5,
+            },
+        ),
+        "SmolLM3": (
+            "SmolLM3",
+            {
+                "vocabulary_size": VOCABULARY,
+                "num_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "hidden_dim": 16,
+                "intermediate_dim": 24,
+                "attention_bias": False,
+                "attention_dropout": 0.0,
+                "rope_layer_enabled_list": [True, False],
+                "layer_types": ["attention", "attention"],
+                "mlp_bias": False,
+                "layer_norm_epsilon": 1e-5,
+                "max_position_embeddings": 40,
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 1.0,
+            },
+        ),
+        "Gemma4": (
+            "Gemma4",
+            {
+                **gemma,
+                **windowed,
+                "image_size": None,
+                "final_logit_soft_cap": 3.0,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+        ),
+        "GptOss": (
+            "GptOss",
+            {**ROTARY, **experts, "sliding_window": 5, "head_dim": 4},
+        ),
+        "Qwen3_5": ("Qwen3_5", {**ROTARY, **linear}),
+        "Qwen3_5Moe": (
+            "Qwen3_5Moe",
+            {
+                **ROTARY,
+                **linear,
+                **experts,
+                "moe_intermediate_dim": 12,
+                "shared_expert_intermediate_size": 12,
+            },
+        ),
+        "RWKV7": (
+            "RWKV7",
+            {
+                "hidden_size": 16,
+                "head_size": 4,
+                "num_layers": 2,
+                "vocabulary_size": VOCABULARY,
+                "intermediate_dim": 24,
+                "gate_lora": 4,
+                "mv_lora": 4,
+                "aaa_lora": 4,
+                "decay_lora": 4,
+            },
+        ),
     }
     prefix, config = table[name]
     backbone_class = getattr(models, f"{prefix}Backbone")
     known = inspect.signature(backbone_class).parameters
+    if prefix == "Falcon":
+        config = {k: v for k, v in config.items() if k != "num_heads"}
+    if prefix in ("Qwen3_5Moe",):
+        config = {k: v for k, v in config.items() if k != "intermediate_dim"}
+    if prefix == "GptOss" and "head_dim" not in known:
+        config.pop("head_dim")
     unknown = set(config) - set(known)
     assert not unknown, f"{prefix}Backbone does not know {unknown}"
     backbone = backbone_class(**{**config, **changes})
     causal_lm_class = getattr(models, f"{prefix}CausalLM")
     return randomise(causal_lm_class(backbone=backbone, preprocessor=None))
+
+
+SPECIAL_TOKENS = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+)
+
+
+def byte_causal_lm():
+    """A Llama that reads bytes."""
+    alphabet = [
+        *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        "ab",
+        *SPECIAL_TOKENS,
+    ]
+    tokenizer = models.Llama3Tokenizer(
+        vocabulary={token: index for index, token in enumerate(alphabet)},
+        merges=["a b"],
+    )
+    backbone = models.Llama3Backbone(
+        vocabulary_size=len(alphabet),
+        num_layers=1,
+        num_query_heads=2,
+        num_key_value_heads=1,
+        hidden_dim=8,
+        intermediate_dim=8,
+    )
+    preprocessor = models.Llama3CausalLMPreprocessor(tokenizer, sequence_length=24)
+    return models.Llama3CausalLM(backbone, preprocessor=preprocessor)
 
 
 def documents(batch, length, vocabulary=VOCABULARY, seed=0):
@@ -131,7 +281,7 @@ def value_and_gradients(function, variables):
         value = function()
         found = torch.autograd.grad(value, values, allow_unused=True)
         return float(value.detach()), [
-            np.zeros(v.shape) if g is None else g.numpy().copy()
+            np.zeros(v.shape) if g is None else g.float().numpy().copy()
             for v, g in zip(values, found)
         ]
     import tensorflow as tf

@@ -32,7 +32,8 @@ def environment(backend, cache):
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         # The same for what TensorFlow compiles.
         "XLA_FLAGS": "--xla_backend_optimization_level=0 "
-        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_llvm_disable_expensive_passes=true "
+        "--xla_cpu_use_fusion_emitters=false",
         "JAX_COMPILATION_CACHE_DIR": cache,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     }

@@ -1,0 +1,163 @@
+"""Low-rank adapters (LoRA): which layers have them, and the base beneath them.
+
+Keras adds `alpha / rank * A @ B` to the kernel of every adapted layer. The frozen
+network and the reference of the KL term are the same weights without that sum, so
+a model with adapters needs no second copy of its base.
+"""
+
+import contextlib
+
+# What an adapted layer computes with, quantized or not, next to its bias.
+BASE_VARIABLES = ("_kernel", "kernel_scale", "kernel_zero")
+ADAPTER_VARIABLES = ("lora_kernel_a", "lora_kernel_b")
+
+
+def adapted_layers(backbone):
+    """The layers of a backbone that have adapters, in a fixed order."""
+    return [layer for layer in layers_of(backbone) if getattr(layer, "lora_rank", None)]
+
+
+def freeze_base(backbone):
+    """Leaves only adapters trainable.
+
+    `enable_lora` freezes every layer without adapters, and the kernel of those
+    with them, but not their biases: training those would train the base.
+
+    Args:
+        backbone: KerasHub backbone, with adapters or without (left alone).
+
+    Raises:
+        ValueError: if `enable_lora` found no layer to adapt, or a weight other
+            than an adapter and its layer's bias is trainable.
+    """
+    layers = adapted_layers(backbone)
+    if not layers:
+        _check_enable_lora_found_layers(backbone)
+        return
+    for layer in layers:
+        if not hasattr(layer, "lora_kernel_a"):
+            raise ValueError(
+                "Expected adapters on dense layers. Received: adapters on "
+                f"'{layer.path}', a {type(layer).__name__}, whose base the output "
+                "head shares. Choose others with "
+                'enable_lora(rank, target_layer_names=["query", "value"]).'
+            )
+        if layer.bias is not None:
+            layer.bias.trainable = False
+    adapters = {id(variable) for variable in adapter_variables(layers)}
+    others = [v.path for v in backbone.trainable_variables if id(v) not in adapters]
+    if others:
+        raise ValueError(
+            "Expected adapters alone to be trainable, because the frozen network is "
+            f"the same weights without them. Received: trainable {others[0]} and "
+            f"{len(others) - 1} more in {type(backbone).__name__}. Enable adapters "
+            "with backbone.enable_lora(rank), which freezes the rest."
+        )
+
+
+def adapter_variables(layers):
+    """The trainable variables of adapted layers."""
+    return [getattr(layer, name) for layer in layers for name in ADAPTER_VARIABLES]
+
+
+@contextlib.contextmanager
+def switched_off(layers):
+    """Context in which adapted layers compute with their base alone."""
+    for layer in layers:
+        layer.lora_enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.lora_enabled = True
+
+
+@contextlib.contextmanager
+def merged(backbone):
+    """Context in which kernels hold their adapters and nothing is adapted.
+
+    For what reads kernels as they are. Afterwards base and adapters are apart
+    again, bit for bit.
+
+    Args:
+        backbone: KerasHub backbone, not quantized.
+    """
+    layers = adapted_layers(backbone)
+    bases = [layer._kernel.numpy() for layer in layers]
+    for layer in layers:
+        layer._kernel.assign(layer.kernel)
+    try:
+        with switched_off(layers):
+            yield
+    finally:
+        for layer, base in zip(layers, bases):
+            layer._kernel.assign(base)
+
+
+def exact_variables(backbone):
+    """Base and adapters as they are, by name.
+
+    Keras saves an adapted layer as one kernel with the adapter merged in, and
+    loads that as the base, next to adapters of zero. To go on training, base and
+    adapters are needed apart.
+
+    Args:
+        backbone: KerasHub backbone.
+
+    Returns:
+        dict of Keras variables, empty without adapters.
+    """
+    names = BASE_VARIABLES + ADAPTER_VARIABLES
+    return {
+        f"adapter_{index}_{name.lstrip('_')}": getattr(layer, name)
+        for index, layer in enumerate(adapted_layers(backbone))
+        for name in names
+        if getattr(layer, name, None) is not None
+    }
+
+
+def adapter_config(backbone):
+    """What `enable_lora` was called with, or `None` for a model without adapters.
+
+    Returns:
+        dict of `rank` and `target_layer_names`.
+    """
+    layers = adapted_layers(backbone)
+    if not layers:
+        return None
+    return {
+        "rank": layers[0].lora_rank,
+        "target_layer_names": sorted({layer.name for layer in layers}),
+    }
+
+
+def enable_adapters(backbone, config):
+    """Enables the adapters that `adapter_config` described, unless there are any."""
+    if config is not None and not adapted_layers(backbone):
+        backbone.enable_lora(**config)
+
+
+def _check_enable_lora_found_layers(backbone):
+    if not getattr(backbone, "_lora_rank", None):
+        return
+    candidates = sorted(
+        {
+            layer.name
+            for layer in layers_of(backbone)
+            if hasattr(layer, "enable_lora") and hasattr(layer, "kernel")
+        }
+    )
+    raise ValueError(
+        "Expected enable_lora() to find layers to adapt. Received: a "
+        f"{type(backbone).__name__} in which no layer has one of the names "
+        f"{backbone.default_lora_layer_names()}, so nothing would be trained. Build "
+        "the model again and name layers: backbone.enable_lora(rank, "
+        f"target_layer_names=[...]) with some of {candidates}."
+    )
+
+
+def layers_of(backbone):
+    """All layers within a backbone, at any depth, in a fixed order."""
+    # Keras has no public way to all layers within layers; KerasHub's own
+    # `enable_lora` goes the same way.
+    return backbone._flatten_layers(include_self=False)

@@ -1,0 +1,144 @@
+"""Networks whose attention the caller supplies, and networks of whole rows."""
+
+import contextlib
+
+import keras
+from keras import ops
+
+from keras_ebft import adapters
+from keras_ebft.bridge.layer_route import layer_route
+from keras_ebft.bridge.serving_route import serving_route
+
+
+class RoutedNetwork:
+    """A backbone, or the lower part of one, whose attention the caller supplies.
+
+    Args:
+        model: `keras.Model` that maps a backbone's inputs to hidden states.
+        num_layers: int, decoder layers in `model`.
+        backbone: the backbone whose layers these are.
+        family: `Family` of the backbone.
+        switched_off: layers whose adapters take no part.
+    """
+
+    def __init__(self, model, num_layers, backbone, family, switched_off=()):
+        self.model = model
+        self.num_layers = num_layers
+        self.backbone = backbone
+        self.family = family
+        self.switched_off = switched_off
+
+    def __call__(self, token_ids, positions, attend, caches=None):
+        """Runs the network on independent tokens; `attend` connects them.
+
+        Args:
+            token_ids: int32 tensor of any static shape.
+            positions: int32 tensor of the same shape, position ids.
+            attend: function `(query, key, value, cache, *, scale,
+                sliding_window, soft_cap) -> (output, cache)`, called once per
+                layer with `[*shape, heads, head_dim]` tensors.
+            caches: list with one entry per layer, handed to `attend`.
+
+        Returns:
+            `(outputs, caches)`: the model's outputs with the leading axes of
+            `token_ids`, and the caches `attend` returned.
+
+        Raises:
+            ValueError: if attention did not pass through `attend` once per layer.
+        """
+        shape = tuple(token_ids.shape)
+        caches = [None] * self.num_layers if caches is None else caches
+        updated = []
+
+        def routed(query, key, value, scale, sliding_window=None, soft_cap=None):
+            if len(updated) == self.num_layers:
+                raise self._wrong_number_of_calls(f"more than {self.num_layers}")
+            output, cache = attend(
+                *(
+                    ops.reshape(tensor, (*shape, *tensor.shape[-2:]))
+                    for tensor in (query, key, value)
+                ),
+                caches[len(updated)],
+                scale=scale,
+                sliding_window=sliding_window,
+                soft_cap=soft_cap,
+            )
+            updated.append(cache)
+            return ops.reshape(output, query.shape)
+
+        outputs = self._run(
+            ops.reshape(token_ids, (-1, 1)), ops.reshape(positions, (-1, 1)), routed
+        )
+        if len(updated) != self.num_layers:
+            raise self._wrong_number_of_calls(len(updated))
+        outputs = keras.tree.map_structure(
+            lambda output: ops.reshape(output, (*shape, output.shape[-1])), outputs
+        )
+        return outputs, updated
+
+    def _run(self, token_ids, positions, routed):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(adapters.switched_off(self.switched_off))
+            if self.family.route == "serving":
+                route = serving_route(routed, self.backbone, positions)
+            else:
+                route = layer_route(
+                    routed,
+                    self.backbone,
+                    self.family.attention,
+                    self.num_layers,
+                    positions,
+                )
+            stack.enter_context(route)
+            # What is trained and embedded is what was sampled from: no dropout,
+            # which TensorFlow would take from the surrounding train step.
+            return self.model(
+                {"token_ids": token_ids, "padding_mask": ops.ones_like(token_ids)},
+                training=False,
+            )
+
+    def _wrong_number_of_calls(self, received):
+        return ValueError(
+            f"Expected attention to be routed once in each of {self.num_layers} "
+            f"layers of {type(self.backbone).__name__}. Received: {received} routed "
+            "calls. Use a family this library supports, unchanged."
+        )
+
+
+class RowNetwork:
+    """A backbone, or the lower part of one, that only runs whole rows.
+
+    Args:
+        model: `keras.Model` that maps a backbone's inputs to hidden states.
+        num_layers: int, decoder layers in `model`.
+        backbone: the backbone whose layers these are.
+        switched_off: layers whose adapters take no part.
+    """
+
+    def __init__(self, model, num_layers, backbone, switched_off=()):
+        self.model = model
+        self.num_layers = num_layers
+        self.backbone = backbone
+        self.switched_off = switched_off
+
+    def __call__(self, token_ids):
+        """Runs the network causally over rows.
+
+        Args:
+            token_ids: int32 tensor `[*rows, T]`.
+
+        Returns:
+            The model's outputs, each `[*rows, T, D]`.
+        """
+        *lead, length = token_ids.shape
+        rows = ops.reshape(token_ids, (-1, length))
+        inputs = {"token_ids": rows, "padding_mask": ops.ones_like(rows)}
+        if "position_ids" in self.model.input:
+            index = ops.arange(length, dtype="int32")
+            inputs["position_ids"] = ops.broadcast_to(index[None], rows.shape)
+        with adapters.switched_off(self.switched_off):
+            outputs = self.model(inputs, training=False)
+        return keras.tree.map_structure(
+            lambda output: ops.reshape(output, (*lead, length, output.shape[-1])),
+            outputs,
+        )

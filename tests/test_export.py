@@ -1,0 +1,130 @@
+"""Checkpoints in the Hugging Face layout, loaded back and compared."""
+
+import keras_hub
+import numpy as np
+import pytest
+from helpers import documents, family, to_numpy
+
+import keras_ebft
+from keras_ebft import adapters
+
+X = documents(2, 12)
+# Layers of Gemma 2 alternate, those of Gemma 3 come in sixes; two suffice else.
+EXPORTED = (
+    "Gemma",
+    "Gemma2",
+    "Gemma3",
+    "GPT2",
+    "Llama",
+    "Llama3",
+    "Mistral",
+    "Qwen",
+    "Qwen3",
+)
+
+
+def logits(causal_lm):
+    x = {"token_ids": X, "padding_mask": np.ones_like(X)}
+    return to_numpy(causal_lm(x, training=False))
+
+
+def exportable(name):
+    """A model of the settings that the Hugging Face layout can express."""
+    changes = {
+        "GPT2": {"intermediate_dim": 64},
+        "Gemma": {"use_sliding_window_attention": False},
+        # KerasHub does not read that a window is used.
+        "Qwen": {"use_sliding_window_attention": False},
+        "Gemma3": {"use_post_ffw_norm": True, "use_post_attention_norm": True},
+    }
+    causal_lm = family(name, **changes.get(name, {}))
+    # KerasHub reads Mistral's weights as float16.
+    weights = causal_lm.get_weights()
+    causal_lm.set_weights([w.astype("float16").astype(w.dtype) for w in weights])
+    return causal_lm
+
+
+def load(path):
+    # By its configuration alone: the folder has no tokenizer.
+    backbone = keras_hub.models.Backbone.from_preset(str(path))
+    name = type(backbone).__name__.replace("Backbone", "CausalLM")
+    return getattr(keras_hub.models, name)(backbone=backbone, preprocessor=None)
+
+
+CASES = [
+    pytest.param(
+        name,
+        adapted,
+        id=f"{name}-{'adapters' if adapted else 'plain'}",
+        # The merged kernels of all families go one way: some are enough.
+        marks=[pytest.mark.slow] if adapted and name not in ("Gemma", "Llama") else [],
+    )
+    for name in EXPORTED
+    for adapted in (False, True)
+]
+
+
+@pytest.mark.parametrize(("name", "adapted"), CASES)
+def test_an_exported_model_loads_back_equal(name, adapted, tmp_path):
+    causal_lm = exportable(name)
+    base = logits(causal_lm)
+    tolerance = 2e-5
+    if adapted:
+        causal_lm.backbone.enable_lora(2)
+        tolerance = 1e-2 if name == "Mistral" else tolerance
+        random = np.random.default_rng(1)
+        for layer in adapters.adapted_layers(causal_lm.backbone):
+            shape = layer.lora_kernel_b.shape
+            layer.lora_kernel_b.assign(0.3 * random.normal(size=shape))
+    expected = logits(causal_lm)
+    kernels = causal_lm.get_weights()
+    keras_ebft.export_to_hugging_face(causal_lm, tmp_path)
+    np.testing.assert_allclose(logits(load(tmp_path)), expected, atol=tolerance)
+    # The model itself is left as it was, to the bit.
+    for before, after in zip(kernels, causal_lm.get_weights()):
+        np.testing.assert_array_equal(before, after)
+    assert (np.abs(expected - base).max() > 1e-2) == adapted
+
+
+def test_a_folder_with_a_tokenizer_is_a_whole_preset(tmp_path, byte_lm, caplog):
+    keras_ebft.export_to_hugging_face(byte_lm, tmp_path)
+    loaded = keras_hub.models.CausalLM.from_preset(str(tmp_path))
+    tokenizers = byte_lm.preprocessor.tokenizer, loaded.preprocessor.tokenizer
+    first, second = (to_numpy(tokenizer("abab, x")) for tokenizer in tokenizers)
+    np.testing.assert_array_equal(first, second)
+    assert not caplog.records
+
+
+def test_a_tokenizer_that_has_no_layout_is_reported(tmp_path, byte_lm, caplog):
+    tokenizer = keras_hub.tokenizers.ByteTokenizer()
+    assert type(tokenizer).__name__ == "ByteTokenizer"
+    byte_lm = keras_hub.models.Llama3CausalLM(
+        byte_lm.backbone, preprocessor=Preprocessor(tokenizer)
+    )
+    keras_ebft.export_to_hugging_face(byte_lm, tmp_path)
+    assert "ByteTokenizer" in caplog.text
+
+
+class Preprocessor(keras_hub.models.Llama3CausalLMPreprocessor):
+    """A preprocessor with any tokenizer."""
+
+    def __init__(self, tokenizer):
+        keras_hub.models.Preprocessor.__init__(self)
+        self.tokenizer = tokenizer
+
+
+def test_families_without_a_layout_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"FalconBackbone.*save_to_preset"):
+        keras_ebft.export_to_hugging_face(family("Falcon"), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    half = family("Gemma2", use_post_ffw_norm=False)
+    with pytest.raises(ValueError, match=r"GemmaBackbone with.*Gemma 2"):
+        keras_ebft.export_to_hugging_face(half, tmp_path)
+
+
+def test_quantized_models_are_refused(tmp_path):
+    causal_lm = family("Llama")
+    causal_lm.quantize("int8", filters="query")
+    causal_lm.backbone.enable_lora(2)
+    with pytest.raises(ValueError, match=r"quantized layers.*load_lora_weights"):
+        keras_ebft.export_to_hugging_face(causal_lm, tmp_path)

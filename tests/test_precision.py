@@ -1,0 +1,153 @@
+"""Half precision and quantized bases against float32."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import QUICK, documents, flat, gradients, llama, to_numpy
+
+import keras_ebft
+from keras_ebft import adapters
+
+X = documents(2, 12)
+ROLLOUTS = documents(8, 2, seed=1).reshape(2, 2, 2, 2)
+SAMPLER = keras_ebft.BlockSampler(
+    rollout_length=2, stride=5, context_length=4, num_samples=2
+)
+
+
+def build(causal_lm):
+    network = keras_ebft.FeatureNetwork(layers=(1,))
+    return keras_ebft.EBFTModel(causal_lm, SAMPLER, network, seed=0, ce_weight=0.3)
+
+
+def is_dense(layer):
+    return isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense))
+
+
+def adapted(mode=None, **changes):
+    """A Llama with the same adapters, quantized or not."""
+    causal_lm = llama(**changes)
+    if mode is not None:
+        causal_lm.quantize(mode, filters=is_dense)
+    causal_lm.backbone.enable_lora(2)
+    random = np.random.default_rng(5)
+    for variable in adapters.adapter_variables(
+        adapters.adapted_layers(causal_lm.backbone)
+    ):
+        variable.assign(0.3 * random.normal(size=variable.shape))
+    return causal_lm
+
+
+class Measured:
+    """Scores, features, rewards and the gradient of a model."""
+
+    def __init__(self, causal_lm):
+        model = build(causal_lm)
+        self.score = model.score(X, ROLLOUTS)
+        self.features = model.features(X, ROLLOUTS)
+        self.rewards = model.rewards(X, ROLLOUTS)
+        variables = causal_lm.trainable_variables
+        advantage = self.rewards["advantage"]
+
+        def loss():
+            scores = model.score(X, ROLLOUTS)
+            weighted = keras.ops.multiply(scores["log_prob"], advantage[..., None])
+            documents = keras.ops.mean(scores["document_log_prob"])
+            return -keras.ops.mean(weighted) - documents
+
+        self.gradient = flat(gradients(loss, variables))
+
+    def cosine(self, other):
+        one, two = self.gradient, other.gradient
+        return one @ two / np.linalg.norm(one) / np.linalg.norm(two)
+
+
+@pytest.fixture(scope="module")
+def float32():
+    return Measured(llama())
+
+
+@pytest.fixture(scope="module")
+def adapted_float32():
+    return Measured(adapted())
+
+
+HALF = ["mixed_bfloat16"] + [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("bfloat16", "mixed_float16")
+]
+
+
+@pytest.mark.parametrize("policy", HALF)
+def test_half_precision_is_near_float32(float32, policy):
+    half = Measured(llama(dtype=policy))
+    # bfloat16 has 8 bits: 0.4 % of logits of about 5. float16 has 11.
+    scale = 0.15 if policy == "mixed_float16" else 1.0
+    for name, value in half.score.items():
+        assert keras.backend.standardize_dtype(value.dtype) == "float32", name
+        expected = to_numpy(float32.score[name])
+        np.testing.assert_allclose(to_numpy(value), expected, atol=0.06 * scale)
+    for value, expected in zip(half.features, float32.features):
+        assert keras.backend.standardize_dtype(value.dtype) == "float32"
+        np.testing.assert_allclose(
+            to_numpy(value), to_numpy(expected), atol=0.02 * scale
+        )
+        # Normalised in float32, not in half precision.
+        norms = np.linalg.norm(to_numpy(value), axis=-1)
+        np.testing.assert_allclose(norms, 1.0, atol=1e-6)
+    for name, value in half.rewards.items():
+        expected = to_numpy(float32.rewards[name])
+        np.testing.assert_allclose(to_numpy(value), expected, atol=0.1 * scale)
+    assert half.cosine(float32) > 1 - 2e-3 * scale
+
+
+@pytest.mark.parametrize(
+    ("mode", "least"),
+    [("int8", 0.99), pytest.param("int4", 0.85, marks=pytest.mark.slow)],
+)
+def test_gradients_on_a_quantized_base_point_the_same_way(adapted_float32, mode, least):
+    quantized = Measured(adapted(mode))
+    assert quantized.cosine(adapted_float32) > least
+
+
+def test_loss_scaling_follows_the_backbone():
+    causal_lm = llama(num_layers=1, dtype="mixed_float16")
+    before = causal_lm.get_weights()
+    model = build(causal_lm)
+    model.compile(keras.optimizers.SGD(0.1), **QUICK)
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    history = model.fit(X, batch_size=2, epochs=2, verbose=0).history
+    assert all(np.isfinite(values).all() for values in history.values())
+    moved = [np.abs(a - b).max() for a, b in zip(before, causal_lm.get_weights())]
+    assert 0 < max(moved) < 1
+
+
+def test_quantized_models_that_cannot_be_trained_rightly_are_refused():
+    causal_lm = llama(num_layers=1)
+    causal_lm.quantize("int8", filters="token_embedding")
+    with pytest.raises(ValueError, match=r"token_embedding.*filters=is_dense"):
+        build(causal_lm)
+    causal_lm = llama(num_layers=1)
+    causal_lm.quantize("int8", filters=is_dense)
+    with pytest.raises(ValueError, match=r"int8 without any.*enable_lora"):
+        build(causal_lm)
+    causal_lm = llama(num_layers=1)
+    causal_lm.quantize("float8", filters=is_dense)
+    with pytest.raises(ValueError, match="LlamaBackbone quantized to float8"):
+        build(causal_lm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_training_on_a_quantized_base_saves_and_goes_on(mode, tmp_path):
+    model = build(adapted(mode, num_layers=1))
+    model.compile(keras.optimizers.Adam(0.01), **QUICK)
+    base = {v.path: to_numpy(v) for v in model.causal_lm.non_trainable_variables}
+    model.fit(X, batch_size=2, verbose=0)
+    for variable in model.causal_lm.non_trainable_variables:
+        np.testing.assert_array_equal(base[variable.path], to_numpy(variable))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for one in (model, loaded):
+        one.fit(X, batch_size=2, verbose=0)
+    for one, other in zip(model.causal_lm.variables, loaded.causal_lm.variables):
+        np.testing.assert_array_equal(to_numpy(one), to_numpy(other), err_msg=one.path)

@@ -1,0 +1,190 @@
+"""Saving, loading and going on after an interruption."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from helpers import QUICK, documents, llama, to_numpy
+
+import keras_ebft
+
+LENGTH = 14
+
+
+def build(adapted=False, seed=5):
+    causal_lm = llama(num_layers=1)
+    if adapted:
+        keras.utils.set_random_seed(0)
+        causal_lm.backbone.enable_lora(2)
+    model = keras_ebft.EBFTModel(
+        causal_lm,
+        keras_ebft.BlockSampler(
+            rollout_length=3, stride=4, context_length=4, num_samples=2
+        ),
+        keras_ebft.FeatureNetwork(layers=(1,)),
+        seed=seed,
+    )
+    model.compile(keras.optimizers.Adam(0.01), **QUICK)
+    return model
+
+
+def fit(model, epochs=1, **options):
+    return model.fit(
+        documents(5, LENGTH), batch_size=2, epochs=epochs, verbose=0, **options
+    )
+
+
+def state(model):
+    """Everything that decides how training goes on."""
+    variables = [
+        *model.variables,
+        *model.optimizer.variables,
+        *model._saved_variables().values(),
+    ]
+    return [to_numpy(variable) for variable in variables]
+
+
+def assert_same(first, second):
+    assert len(first) == len(second)
+    for one, other in zip(first, second):
+        np.testing.assert_array_equal(one, other)
+
+
+class Interruption(keras.callbacks.Callback):
+    """Ends training after a number of batches: by an exception, or for good."""
+
+    def __init__(self, batches, kill=False):
+        super().__init__()
+        self.batches = batches
+        self.kill = kill
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.batches -= 1
+        if self.batches:
+            return
+        if self.kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise InterruptedError
+
+
+def checkpoint(kind, folder):
+    if kind == "ours":
+        path = folder / "ours" / "latest.weights.h5"
+        return keras_ebft.TrainingCheckpoint(path, save_freq=2)
+    return keras.callbacks.BackupAndRestore(
+        folder / str(kind), save_freq=kind, delete_checkpoint=False
+    )
+
+
+class Runs:
+    """A run of three epochs of three batches, and one interrupted in the second."""
+
+    def __init__(self, adapted, folder):
+        self.adapted = adapted
+        self.folder = folder
+        self.model = build(adapted)
+        whole = checkpoint("ours", folder / "whole")
+        self.history = fit(self.model, epochs=3, callbacks=whole).history
+        self.end = state(self.model)
+        # The last checkpoints by batches are one batch old.
+        kept = [checkpoint(kind, folder) for kind in ("ours", 2, "epoch")]
+        with pytest.raises(InterruptedError):
+            fit(build(adapted), epochs=3, callbacks=[*kept, Interruption(6)])
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "adapters"])
+def runs(request, tmp_path_factory):
+    return Runs(request.param, tmp_path_factory.mktemp("runs"))
+
+
+KINDS = ["ours", 2, pytest.param("epoch", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_interrupted_training_ends_with_the_same_weights(runs, kind):
+    resumed = build(runs.adapted)
+    batches = []
+    count = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: batches.append(batch)
+    )
+    callbacks = [checkpoint(kind, runs.folder), count]
+    history = fit(resumed, epochs=3, callbacks=callbacks).history
+    assert batches == [0, 1, 2] * 2
+    assert_same(runs.end, state(resumed))
+    # The means of the interrupted epoch are those of the whole epoch.
+    for name, values in history.items():
+        np.testing.assert_array_equal(values, runs.history[name][1:], err_msg=name)
+    # Another fit starts from its own first epoch.
+    assert fit(resumed).epoch == [0]
+
+
+def test_a_finished_run_trains_no_more(runs):
+    model = build(runs.adapted)
+    callbacks = checkpoint("ours", runs.folder / "whole")
+    assert fit(model, epochs=3, callbacks=callbacks).history == {}
+    assert_same(runs.end, state(model))
+
+
+def test_a_saved_model_loads_and_goes_on_alike(runs, tmp_path):
+    path = tmp_path / "model.keras"
+    runs.model.save(path)
+    loaded = keras.saving.load_model(path)
+    assert_same(state(runs.model), state(loaded))
+    assert len(loaded.trainable_variables) == len(runs.model.trainable_variables)
+    assert loaded.jit_compile == runs.model.jit_compile
+    x = documents(2, LENGTH)
+    for model in (runs.model, loaded):
+        model.train_on_batch(x)
+    assert_same(state(runs.model), state(loaded))
+    assert any((a != b).any() for a, b in zip(runs.end, state(loaded)))
+
+
+def test_weights_of_other_adapters_are_refused():
+    file = {}
+    build(adapted=True).training_state.save_own_variables(file)
+    with pytest.raises(ValueError, match=r"2 adapted layers.*with 0.*enable_lora"):
+        build().training_state.load_own_variables(file)
+
+
+def test_checkpoint_arguments_are_checked(tmp_path):
+    with pytest.raises(ValueError, match=r"end in '\.weights\.h5'.*model\.h5"):
+        keras_ebft.TrainingCheckpoint(tmp_path / "model.h5")
+    with pytest.raises(TypeError, match="save_freq"):
+        keras_ebft.TrainingCheckpoint("x.weights.h5", save_freq="batch")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapters"])
+def test_a_killed_process_resumes(adapted, tmp_path):
+    def run(folder, batches):
+        command = [sys.executable, __file__, str(folder), str(batches)]
+        command += ["adapters"] if adapted else []
+        done = subprocess.run(command, cwd=Path(__file__).parent, check=False)
+        return done.returncode
+
+    assert run(tmp_path / "whole", 0) == 0
+    assert run(tmp_path / "parts", 6) == -signal.SIGKILL
+    assert not (tmp_path / "parts" / "end.npz").exists()
+    assert run(tmp_path / "parts", 0) == 0
+    whole, parts = (
+        np.load(tmp_path / name / "end.npz").values() for name in ("whole", "parts")
+    )
+    assert_same(list(whole), list(parts))
+
+
+def main(folder, batches, adapted):
+    model = build(adapted)
+    callbacks = [checkpoint("ours", Path(folder))]
+    if batches:
+        callbacks.append(Interruption(batches, kill=True))
+    fit(model, epochs=3, callbacks=callbacks)
+    np.savez(Path(folder) / "end.npz", *state(model))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), "adapters" in sys.argv[3:])
