@@ -181,11 +181,11 @@ def main():
         arguments.held_out_rows,
     )
 
-    # The frozen network is made here, before there are adapters.
+    # Adapters first: the frozen network is then the same weights without them.
+    causal_lm.backbone.enable_lora(arguments.rank)
     model = keras_ebft.EBFTModel(
         causal_lm, ce_weight=arguments.ce_weight, seed=arguments.seed
     )
-    causal_lm.backbone.enable_lora(arguments.rank)
     trained = sum(
         int(np.prod(variable.shape)) for variable in causal_lm.trainable_variables
     )
