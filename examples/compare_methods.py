@@ -96,11 +96,9 @@ class Verifier:
 
     Args:
         problems: list of `CodeProblem`.
-        end: str, how the tokenizer writes its end token, which rollouts end with.
     """
 
-    def __init__(self, problems, end):
-        self.end = end
+    def __init__(self, problems):
         self.by_name = {name_of(problem.prompt): problem for problem in problems}
         self.sandbox = Sandbox(wall_seconds=5.0)
         self.pool = ThreadPoolExecutor(os.cpu_count() or 1)
@@ -109,7 +107,7 @@ class Verifier:
     def __call__(self, prompts, completions, targets):
         """Numbers `[B, n, K]` for `keras_ebft.VerifierReward`."""
         wanted = [
-            (name_of(prompt), function_body(text.split(self.end)[0]))
+            (name_of(prompt), function_body(text))
             for row, samples in zip(prompts, completions)
             for sample in samples
             for prompt, text in zip(row, sample)
@@ -246,8 +244,7 @@ def main():
             **feature_matching(validation, batch_size=arguments.batch_size),
         }
 
-    end = tokenizer.id_to_token(tokenizer.end_token_id)
-    verifier = Verifier([problem for problem, _ in tasks], end)
+    verifier = Verifier([problem for problem, _ in tasks])
     most_documents = int(rows.arrays["segment_ids"].max())
     methods = make_methods(causal_lm, verifier, most_documents, arguments)
     weights = causal_lm.get_weights()

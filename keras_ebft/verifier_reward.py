@@ -43,10 +43,10 @@ class VerifierReward(Reward):
     Args:
         fn: `fn(prompts, completions, targets)` returns numbers `[B, n, K]`.
             `prompts[b][k]` is what block k sees of its document,
-            `completions[b][j][k]` what sample j adds (its stop token included),
-            `targets[b][k]` the true text of the window. All are strings, or lists
-            of token ids with `decode=False`. In dead blocks (padding) all three
-            are empty, and the number is not looked at.
+            `completions[b][j][k]` what sample j adds, `targets[b][k]` the true text
+            of the window. All are strings, without the tokenizer's start and end
+            tokens, or lists of all token ids with `decode=False`. In dead blocks
+            (padding) all three are empty, and the number is not looked at.
         decode: bool, whether the function gets strings.
 
     Raises:
@@ -84,6 +84,7 @@ class VerifierReward(Reward):
         self.fn = fn
         self.decode = check_bool("decode", decode)
         self._tokenizer = None
+        self._markers = ()
 
     def prepare(self, causal_lm):
         """Takes the model's tokenizer, to decode rollouts with."""
@@ -97,6 +98,7 @@ class VerifierReward(Reward):
                 "CausalLM with `preprocessor=`, or use VerifierReward(fn, "
                 "decode=False) for token ids."
             )
+        self._markers = bridge.marker_token_ids(causal_lm)
 
     def __call__(self, generated, target, rollouts=None):
         """The verifier's numbers as `reward` and `alignment`; no diversity."""
@@ -162,6 +164,7 @@ class VerifierReward(Reward):
         tokens = [int(token) for token in tokens]
         if not self.decode:
             return tokens
+        tokens = [token for token in tokens if token not in self._markers]
         return self._tokenizer.detokenize(tokens) if tokens else ""
 
     def get_config(self):

@@ -181,7 +181,16 @@ def end_token_ids(causal_lm):
             "Received: one without. Pass stop_token_ids=(your end token's id,), or "
             "None for rollouts that never stop."
         )
-    names = ("end_token_id", "end_token2_id")
+    return _token_ids(known, "end_token_id", "end_token2_id")
+
+
+def marker_token_ids(causal_lm):
+    """Token ids that begin or end a text and are no part of it."""
+    names = ("start_token_id", "end_token_id", "end_token2_id")
+    return _token_ids(tokenizer(causal_lm), *names)
+
+
+def _token_ids(known, *names):
     found = [getattr(known, name, None) for name in names]
     return tuple(int(token) for token in found if token is not None)
 
