@@ -45,11 +45,13 @@ def parse_arguments():
     """Sizes of the run; the defaults take about ten minutes on two cores."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pretrain-steps", type=int, default=220)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--steps-per-epoch", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--validation-documents", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--ce-weight", type=float, default=0.3)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--output", type=Path, default=Path("outputs"))
@@ -210,10 +212,19 @@ def main():
     pretrain(causal_lm, training, arguments.pretrain_steps, folder)
     completions_before = complete(causal_lm)
 
-    model = keras_ebft.EBFTModel(causal_lm, ce_weight=0.03, seed=0)
+    model = keras_ebft.EBFTModel(
+        causal_lm,
+        sampler=keras_ebft.BlockSampler(temperature=arguments.temperature),
+        ce_weight=arguments.ce_weight,
+        seed=0,
+    )
+    # Falling to zero, so that the last steps' noise does not stay in the weights.
+    schedule = keras.optimizers.schedules.CosineDecay(
+        arguments.learning_rate, arguments.epochs * arguments.steps_per_epoch
+    )
     model.compile(
         keras.optimizers.AdamW(
-            arguments.learning_rate, beta_2=0.95, weight_decay=0.0, global_clipnorm=1.0
+            schedule, beta_2=0.95, weight_decay=0.0, global_clipnorm=1.0
         )
     )
     before = model.evaluate(
