@@ -189,3 +189,16 @@ def test_the_copy_follows_the_policy(causal_lm):
     model.evaluate(X, batch_size=2, verbose=0)
     for one, two in zip(before, model.frozen_network.get_weights()):
         np.testing.assert_array_equal(one, two)
+
+
+def test_answers_are_pooled_at_their_last_token(causal_lm):
+    """Rollouts and truth alike: the window's last answer token, not its last."""
+    answers = np.zeros((2, 14), dtype=bool)
+    answers[:, [4, 5, 8]] = True
+    x = {"token_ids": X, "answer_mask": answers}
+    every = build(causal_lm, layers=(1,), pooling="token").features(X, ROLLOUTS)
+    pooled = build(causal_lm, layers=(1,)).features(x, ROLLOUTS)
+    for tokens, last in zip(map(to_numpy, every), map(to_numpy, pooled)):
+        # The window at 4 answers at its first two tokens, the one at 8 at its first.
+        expected = np.stack([tokens[..., 0, 1, :, :], tokens[..., 1, 0, :, :]], axis=-3)
+        np.testing.assert_allclose(last, expected, atol=1e-6)

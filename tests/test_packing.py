@@ -6,6 +6,7 @@ from helpers import documents, flat, llama, to_numpy, value_and_gradients
 from keras import ops
 
 import keras_ebft
+from keras_ebft.blocks import make_blocks
 from keras_ebft.documents import Documents, first_of_segment, take_tokens
 
 SAMPLER = {"rollout_length": 3, "stride": 4, "context_length": 4, "num_samples": 2}
@@ -124,3 +125,17 @@ def test_take_tokens():
     np.testing.assert_array_equal(to_numpy(found), expected)
     found = take_tokens(ops.convert_to_tensor(values), index[0])
     np.testing.assert_array_equal(to_numpy(found), values[:, [[3, 0]]])
+
+
+def test_a_block_must_see_enough_of_its_own_document():
+    """At 12 a block sees two tokens of a document that begins at 10."""
+    segments = ops.convert_to_tensor(np.repeat([[1, 2]], [10, 14], axis=1))
+    rows = Documents(
+        ops.zeros((1, 24), "int32"),
+        ops.ones((1, 24), "bool"),
+        first_of_segment(segments),
+    )
+    anchors = np.array([4, 8, 12, 16, 20], dtype="int32")
+    for least, live in ((2, [1, 0, 1, 1, 1]), (3, [1, 0, 0, 1, 1])):
+        found = make_blocks(rows, anchors, 3, context_length=least)
+        assert to_numpy(found.live).astype(int).tolist() == [live]
