@@ -1,6 +1,6 @@
 """Causal attention within the documents of a row."""
 
-from keras_ebft.kernels.causal_attention.reference import causal_attention_reference
+from keras_ebft.kernels.causal_attention.blockwise import causal_attention_blockwise
 
 
 def causal_attention(
@@ -24,7 +24,7 @@ def causal_attention(
     Returns:
         float tensor `[B, T, H, d]` in the dtype of `query`.
     """
-    return causal_attention_reference(
+    return causal_attention_blockwise(
         query,
         key,
         value,

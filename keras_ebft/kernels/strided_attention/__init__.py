@@ -1,6 +1,8 @@
 """Attention of generated tokens to their document's prefix and their own block."""
 
-from keras_ebft.kernels.strided_attention.tiled import strided_attention_tiled
+from keras_ebft.kernels.strided_attention.blockwise import (
+    strided_attention_blockwise,
+)
 
 
 def strided_attention(
@@ -42,7 +44,7 @@ def strided_attention(
     Returns:
         float tensor `[B, n, K, Q, H, d]` in the dtype of `query`.
     """
-    return strided_attention_tiled(
+    return strided_attention_blockwise(
         query,
         key,
         value,
