@@ -28,6 +28,7 @@ LEVELS = {
     "functional": 2,
     "blocks": 2,
     "kernels": 2,
+    "kernel_log": 3,
     "bridge": 3,
     "callable_network": 3,
     "row_cache": 3,
