@@ -26,6 +26,7 @@ def normal(*shape):
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     monkeypatch.setattr(attention_tiles, "KEY_TILE", 7)
+    monkeypatch.setattr(attention_tiles, "LARGE_KEY_TILE", 8)
     monkeypatch.setattr(causal, "QUERY_TILE", 6)
     monkeypatch.setattr(strided, "FEWEST_QUERIES", 1)
     monkeypatch.setattr(strided, "TILES", 3)

@@ -16,7 +16,10 @@ from keras import ops
 
 from keras_ebft.kernels.backend import differentiable, scan_tiles
 
+# Keys met at once: in a compiled loop, where a tile should fit a cache, and in one
+# counted in Python, where every operation costs time of its own.
 KEY_TILE = 256
+LARGE_KEY_TILE = 1024
 HIDDEN_SCORE = float("-inf")
 # Below any score, and finite: the largest score a query saw before its first key.
 LOWEST_SCORE = -1e30
@@ -125,13 +128,13 @@ def _attend(query, shared, own, scores):
         tile = _tile(query, index)
         rows = _rows(tile)
 
-        def see(key_index, state):
-            key, value, seen = shared.at(index, key_index)
+        def see(start, size, state):
+            key, value, seen = shared.at(index, start, size)
             found = ops.where(seen, scores.of(rows, key), HIDDEN_SCORE)
             return _see(state, found, value, query.dtype)
 
         state = _see_own(tile, own, index, scores)
-        state = ops.fori_loop(*shared.bounds(index), see, state)
+        state = shared.for_each_seen(index, see, state)
         largest, total, output = state
         total = ops.maximum(total, SMALLEST_SUM)
         output = ops.cast(output / total[..., None], query.dtype)
@@ -161,14 +164,14 @@ def _attend_gradient(query, shared, own, scores, output, log_normaliser, upstrea
         )
         rows = tile.rows()
 
-        def see(key_index, gradients):
+        def see(start, size, gradients):
             by_query, by_key, by_value = rows.gradients(
-                *shared.at(index, key_index), scores
+                *shared.at(index, start, size), scores
             )
             return (
                 gradients[0] + by_query,
-                shared.add(gradients[1], by_key, key_index),
-                shared.add(gradients[2], by_value, key_index),
+                _add(gradients[1], by_key, start),
+                _add(gradients[2], by_value, start),
             )
 
         by_query, own_gradients = ops.zeros(rows.query.shape, dtype="float32"), ()
@@ -177,7 +180,8 @@ def _attend_gradient(query, shared, own, scores, output, log_normaliser, upstrea
                 _tile(own.key, index), _tile(own.value, index), own.seen, scores
             )
             by_query = _rows(by_query)
-        by_query, *carry = ops.fori_loop(*shared.bounds(index), see, (by_query, *carry))
+        state = (by_query, *carry)
+        by_query, *carry = shared.for_each_seen(index, see, state)
         found = (ops.reshape(by_query, tile.query.shape), *own_gradients)
         return tuple(carry), tuple(ops.cast(g, query.dtype) for g in found)
 
@@ -237,39 +241,54 @@ class _KeyTiles:
         self.value = ops.pad(value, widths) if padding else value
         self.ranges = ranges
 
-    def at(self, index, key_index):
-        """`(key, value, seen)` of one tile of keys for one tile of queries."""
-        start = key_index * self.size
-        place = start + ops.arange(self.size, dtype="int32")
+    def for_each_seen(self, index, see, state):
+        """Calls `see(start, size, state)` on all keys a tile of queries sees.
+
+        Where tiles are counted in Python, they end where the keys that are seen do.
+        """
+        first, last = self._bounds(index)
+        if isinstance(index, int):
+            for start in range(first, last, LARGE_KEY_TILE):
+                state = see(start, min(LARGE_KEY_TILE, last - start), state)
+            return state
+        size = self.size
+
+        def see_tile(key_index, state):
+            return see(key_index * size, size, state)
+
+        return ops.fori_loop(first // size, -(-last // size), see_tile, state)
+
+    def at(self, index, start, size):
+        """`(key, value, seen)` of a tile of keys for a tile of queries."""
+        place = start + ops.arange(size, dtype="int32")
         low = _tile(self.ranges.low, index)[:, None, :, None]
         high = _tile(self.ranges.high, index)[:, None, :, None]
         seen = ops.logical_and(place >= low, place < high)
-        return self._cut(self.key, start), self._cut(self.value, start), seen
+        return _cut(self.key, start, size), _cut(self.value, start, size), seen
 
-    def add(self, total, part, key_index):
-        """`total` with `part` added to one tile of keys."""
-        start = key_index * self.size
-        added = self._cut(total, start) + part
-        return ops.slice_update(total, (0, 0, start, 0), added)
-
-    def bounds(self, index):
-        """Tiles of keys that a tile of queries sees anything of, from and to."""
-        first, last = self.ranges.first, self.ranges.last
-        if isinstance(first, np.ndarray) and isinstance(index, int):
-            return int(first[index]) // self.size, -(-int(last[index]) // self.size)
-        first, last = (
+    def _bounds(self, index):
+        bounds = self.ranges.first, self.ranges.last
+        if isinstance(index, int):
+            return tuple(int(bound[index]) for bound in bounds)
+        return tuple(
             _tile(ops.cast(ops.convert_to_tensor(bound), "int32"), index)
-            for bound in (first, last)
+            for bound in bounds
         )
-        return first // self.size, -(-last // self.size)
 
     def uncut(self, tensor):
         """`tensor` without the padding of keys."""
         return tensor[:, :, : self.length]
 
-    def _cut(self, tensor, start):
-        batch, heads, _, width = tensor.shape
-        return ops.slice(tensor, (0, 0, start, 0), (batch, heads, self.size, width))
+
+def _cut(tensor, start, size):
+    batch, heads, _, width = tensor.shape
+    return ops.slice(tensor, (0, 0, start, 0), (batch, heads, size, width))
+
+
+def _add(total, part, start):
+    """`total` with `part` added from key `start` on."""
+    part = _cut(total, start, part.shape[2]) + part
+    return ops.slice_update(total, (0, 0, start, 0), part)
 
 
 def _see_own(tile, own, index, scores):

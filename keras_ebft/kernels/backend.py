@@ -218,7 +218,8 @@ def scan_tiles(function, count, carry, like):
 
     Args:
         function: function `(index, carry) -> (carry, outputs)` of tuples of
-            tensors.
+            tensors; `index` is an int where the backend runs op by op (PyTorch),
+            otherwise a tensor.
         count: int, at least 1.
         carry: tuple of tensors.
         like: tuple of `(shape, dtype)` of the outputs.
@@ -227,23 +228,26 @@ def scan_tiles(function, count, carry, like):
         `(carry, stacked)`: the last carry, and outputs stacked on a new first axis.
     """
     ops = keras.ops
-    if count == 1 or keras.backend.backend() == "torch":
-        # PyTorch would copy everything stacked so far for each update.
+    if keras.backend.backend() == "torch":
+        # Updating in place would copy everything stacked so far each time.
         found = []
         for index in range(count):
             carry, outputs = function(index, carry)
             found.append(outputs)
         return carry, tuple(ops.stack(outputs) for outputs in zip(*found))
+    if count == 1:
+        carry, outputs = function(ops.convert_to_tensor(0, dtype="int32"), carry)
+        return carry, tuple(output[None] for output in outputs)
+    num_carried = len(carry)
 
     def body(index, state):
-        carry, outputs = function(index, state[: len(carry_start)])
+        carry, outputs = function(index, state[:num_carried])
         stacked = (
             ops.slice_update(whole, (index, *(0 for _ in output.shape)), output[None])
-            for whole, output in zip(state[len(carry_start) :], outputs)
+            for whole, output in zip(state[num_carried:], outputs)
         )
         return (*carry, *stacked)
 
-    carry_start = tuple(carry)
     stacked = (ops.zeros((count, *shape), dtype=dtype) for shape, dtype in like)
-    state = ops.fori_loop(0, count, body, (*carry_start, *stacked))
-    return state[: len(carry_start)], state[len(carry_start) :]
+    state = ops.fori_loop(0, count, body, (*carry, *stacked))
+    return state[:num_carried], state[num_carried:]
