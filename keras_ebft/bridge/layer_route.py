@@ -10,6 +10,8 @@ import functools
 
 from keras import ops
 
+from keras_ebft.bridge.lending import lent
+
 # ALiBi positions are split in two, so that half precision holds both exactly.
 POSITION_UNIT = 128
 
@@ -31,20 +33,8 @@ def layer_route(attend, backbone, attention_name, num_layers, positions):
             attention = getattr(decoder, attention_name)
             lend = LENDERS.get(type(backbone).__name__, _lend_rotary)
             for owner, name, method in lend(decoder, attention, attend, positions):
-                stack.enter_context(_lent(owner, name, method))
+                stack.enter_context(lent(owner, name, method))
         yield
-
-
-@contextlib.contextmanager
-def _lent(owner, name, method):
-    """Gives an instance a method in place of its class's, for a while."""
-    # Past the trackers of Keras and PyTorch, which a method is none of the
-    # business of.
-    object.__setattr__(owner, name, method)
-    try:
-        yield
-    finally:
-        object.__delattr__(owner, name)
 
 
 def _lend_rotary(decoder, attention, attend, positions):

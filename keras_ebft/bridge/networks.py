@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_ebft import adapters
 from keras_ebft.bridge.layer_route import layer_route
+from keras_ebft.bridge.lending import tokens_on_one_axis
 from keras_ebft.bridge.serving_route import serving_route
 
 
@@ -90,6 +91,7 @@ class RoutedNetwork:
                     positions,
                 )
             stack.enter_context(route)
+            stack.enter_context(tokens_on_one_axis(self.model))
             # What is trained and embedded is what was sampled from: no dropout,
             # which TensorFlow would take from the surrounding train step.
             return self.model(

@@ -42,9 +42,8 @@ def linear_logprob_chunked(hidden, head, labels, *, temperature=1.0, soft_cap=No
     def backward(tensors, outputs, upstream):
         scores, normaliser = outputs
         hidden, head, labels = tiles.pad(*tensors)
-        given = _Given(
-            labels, normaliser, *(tiles.pad_rows(v) for v in (scores[1], *upstream))
-        )
+        by_row = (scores[1], upstream[0], upstream[1])
+        given = _Given(labels, normaliser, *(tiles.pad_rows(v) for v in by_row))
         by_hidden, by_head = _backward(tiles, logits_of, slope, hidden, head, given)
         by_head = ops.reshape(by_head, (-1, by_head.shape[-1]))
         dtype = head.dtype

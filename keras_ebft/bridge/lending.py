@@ -1,0 +1,51 @@
+"""Layers with other methods for the length of a call."""
+
+import contextlib
+
+import keras
+from keras import ops
+
+
+@contextlib.contextmanager
+def lent(owner, name, method):
+    """Gives an instance a method in place of its class's, for a while."""
+    # Past the trackers of Keras and PyTorch, which a method is none of the
+    # business of.
+    object.__setattr__(owner, name, method)
+    try:
+        yield
+    finally:
+        object.__delattr__(owner, name)
+
+
+@contextlib.contextmanager
+def tokens_on_one_axis(model):
+    """Context in which projections of `[tokens, 1, ...]` run as `[1, tokens, ...]`.
+
+    The gradient of a projection that Keras runs as a batch of one-token products
+    would hold one kernel-sized matrix per token on TensorFlow, before their sum.
+
+    Args:
+        model: `keras.Model` whose layers see each token as a row of its own.
+    """
+    with contextlib.ExitStack() as stack:
+        for layer in model._flatten_layers():
+            if type(layer) is keras.layers.EinsumDense and _projects_tokens(layer):
+                stack.enter_context(lent(layer, "call", _on_one_axis(layer.call)))
+        yield
+
+
+def _projects_tokens(layer):
+    """Whether the first two axes pass through, and the layer is not quantized."""
+    inputs, rest = layer.equation.split(",")
+    kernel, outputs = rest.split("->")
+    passed = inputs[:2] == outputs[:2] and not set(inputs[:2]) & set(kernel)
+    return passed and layer.quantization_mode is None
+
+
+def _on_one_axis(call):
+    def call_on_one_axis(inputs, *args, **kwargs):
+        outputs = call(ops.swapaxes(inputs, 0, 1), *args, **kwargs)
+        return ops.swapaxes(outputs, 0, 1)
+
+    return call_on_one_axis
