@@ -244,13 +244,6 @@ def test_other_families_are_named_in_the_error():
         keras_ebft.EBFTModel(causal_lm)
 
 
-def test_rematerialised_layers_are_refused():
-    with keras.RematScope(mode="full"):
-        causal_lm = llama(num_layers=1)
-    with pytest.raises(ValueError, match=r"outside keras\.RematScope.*accumulation"):
-        keras_ebft.EBFTModel(causal_lm)
-
-
 def test_a_second_cap_on_logits_is_refused():
     causal_lm = keras_hub.models.Gemma4CausalLM(
         None, family("Gemma4").backbone, final_logit_cap=3.0

@@ -31,6 +31,7 @@ LEVELS = {
     "bridge": 3,
     "callable_network": 3,
     "row_cache": 3,
+    "sample_groups": 3,
     "prefix_cache": 4,
     "token_rows": 4,
     "block_sampler": 5,

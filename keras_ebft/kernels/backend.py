@@ -125,3 +125,129 @@ def run_in_state(model, state, function):
         value = function()
     updated = [scope.get_current_value(v) for v in model.non_trainable_variables]
     return value, [(trainable, updated, *others)]
+
+
+def float_tensors(structure):
+    """Splits a structure in what has gradients and what has not.
+
+    Args:
+        structure: nested tuples, lists and dicts of tensors and anything else.
+
+    Returns:
+        `(tensors, rebuild)`: the float tensors, and a function of as many tensors
+        that returns the structure with those in their places.
+    """
+    leaves = keras.tree.flatten(structure)
+    places = [place for place, leaf in enumerate(leaves) if _is_float(leaf)]
+
+    def rebuild(*tensors):
+        filled = list(leaves)
+        for place, tensor in zip(places, tensors):
+            filled[place] = tensor
+        return keras.tree.pack_sequence_as(structure, filled)
+
+    return [leaves[place] for place in places], rebuild
+
+
+def _is_float(leaf):
+    if not keras.ops.is_tensor(leaf):
+        return False
+    return "float" in keras.backend.standardize_dtype(leaf.dtype)
+
+
+def map_groups(function, groups, shared=()):
+    """Applies a function to one group after another.
+
+    What a group computes on the way is forgotten, and computed again in the
+    backward pass: one group's activations are in memory at a time.
+
+    Args:
+        function: `function(group, shared)` returns a structure of tensors. Besides
+            `shared` it may read Keras variables, and integers from outside; float
+            tensors from outside get no gradient on every backend.
+        groups: list or dict of tensors `[groups, ...]`, which get no gradient.
+        shared: structure of tensors that all groups read, with gradient.
+
+    Returns:
+        The structure that `function` returns, each tensor `[groups, ...]`.
+    """
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        run = jax.checkpoint(lambda group: function(group, shared))
+        return jax.lax.map(run, groups)
+    if backend == "tensorflow":
+        return _map_groups_tensorflow(function, groups, shared)
+    import torch
+
+    found = []
+    for index in range(keras.tree.flatten(groups)[0].shape[0]):
+        group = keras.tree.map_structure(lambda tensor, i=index: tensor[i], groups)
+        found.append(
+            torch.utils.checkpoint.checkpoint(
+                function, group, shared, use_reentrant=False
+            )
+        )
+    return keras.tree.map_structure(lambda *parts: torch.stack(parts), *found)
+
+
+def _map_groups_tensorflow(function, groups, shared):
+    """A loop in either direction, because gradients of loops keep what they did."""
+    import tensorflow as tf
+
+    size = keras.tree.flatten(groups)[0].shape[0]
+    tensors, rebuild = float_tensors(shared)
+
+    def take(structure, index):
+        return keras.tree.map_structure(lambda tensor: tensor[index], structure)
+
+    def run(index, tensors):
+        return function(take(groups, index), rebuild(*tensors))
+
+    @tf.custom_gradient
+    def mapped(*tensors):
+        traced = tf.function(lambda: run(0, tensors), autograph=False)
+        returned = traced.get_concrete_function().structured_outputs
+        outputs = tf.map_fn(
+            lambda index: run(index, tensors),
+            tf.range(size),
+            fn_output_signature=tf.nest.map_structure(
+                tf.TensorSpec.from_tensor, returned
+            ),
+            parallel_iterations=1,
+        )
+
+        def gradient(*upstream, variables=()):
+            structure = tf.nest.pack_sequence_as(returned, upstream)
+
+            def add(index, sums):
+                local = [tf.identity(tensor) for tensor in tensors]
+                with tf.GradientTape(watch_accessed_variables=False) as tape:
+                    tape.watch([*local, *variables])
+                    found = run(index, local)
+                found = tf.nest.flatten(found)
+                wanted = tf.nest.flatten(take(structure, index))
+                pairs = [(f, w) for f, w in zip(found, wanted) if f.dtype.is_floating]
+                new = tape.gradient(
+                    [f for f, _ in pairs],
+                    [*local, *variables],
+                    output_gradients=[w for _, w in pairs],
+                    unconnected_gradients=tf.UnconnectedGradients.ZERO,
+                )
+                return index + 1, [
+                    s + tf.convert_to_tensor(g) for s, g in zip(sums, new)
+                ]
+
+            zeros = [tf.zeros_like(value) for value in [*tensors, *variables]]
+            _, sums = tf.while_loop(
+                lambda index, _: index < size,
+                add,
+                (tf.constant(0), zeros),
+                parallel_iterations=1,
+            )
+            return sums[: len(tensors)], sums[len(tensors) :]
+
+        return outputs, gradient
+
+    return mapped(*tensors)
