@@ -96,7 +96,7 @@ def check_quantization(backbone):
     if not set(modes) <= {"int8", "int4"}:
         raise ValueError(
             f"Expected quantization to int8 or int4. Received: a {name} quantized "
-            f"to {', '.join(modes)}, which Keras cannot train adapters on. Use "
+            f"to {', '.join(modes)}, on which Keras trains no adapters. Use "
             'causal_lm.quantize("int8", filters=...) on the unquantized model.'
         )
     embeddings = [
