@@ -25,7 +25,6 @@ from keras_ebft.serialization import Serialization
 from keras_ebft.step import EBFTStep
 from keras_ebft.trainer import DocumentTrainer
 from keras_ebft.validation import (
-    check_bool,
     check_choice,
     check_instance,
     check_int,
@@ -76,14 +75,11 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         clip_range: float or `(low, high)`, how far ratios may leave 1 before they
             are clipped (PPO); needs `updates_per_rollout` above 1.
         critic: `Critic` (experimental) or `None`.
-        rematerialize: bool, whether decoder layers of the policy run again in the
-            backward pass, which needs a third more time and keeps one layer's
-            activations instead of all; `None`: if `causal_lm` was built within
-            `keras.RematScope(mode="full")`.
-        micro_batches: int, groups of samples that a step reads one after another,
-            so that one group's activations are in memory at a time; has to divide
-            `num_samples`. The gradient is the same. Above 1 the policy reads
-            rollouts twice.
+        rematerialize: bool, whether decoder layers run again in the backward pass
+            instead of keeping their activations; `None`: if `causal_lm` was built
+            within `keras.RematScope(mode="full")`.
+        micro_batches: int, groups of samples that are read one after another, each
+            keeping no activations; divides `num_samples`. The same gradient.
         seed: int or `None`. Decides rollouts and the order of documents: the
             same seed on the same backend gives the same training. Evaluation
             draws from a generator of its own, restarted by every `evaluate`.
@@ -158,9 +154,8 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
             seed = int(np.random.randint(2**31 - 3))
         self.seed = check_int("seed", seed, 0)
 
-        if rematerialize is None:
-            rematerialize = bridge.remat_mode(causal_lm.backbone) is not None
-        self.rematerialize = check_bool("rematerialize", rematerialize)
+        backbone = causal_lm.backbone
+        self.rematerialize = bridge.resolve_rematerialize(rematerialize, backbone)
         samples = self.sampler.num_samples
         self.micro_batches = check_micro_batches(micro_batches, samples)
         self.causal_lm = causal_lm

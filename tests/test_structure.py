@@ -104,7 +104,7 @@ def test_only_their_owners_touch_private_and_backend_modules():
 def test_importing_the_library_imports_no_optional_package():
     """They are imported where they are used; `tfds` builders are such places."""
     optional = {"tensorflow", "torch", "tensorflow_datasets", "datasets"}
-    optional |= {"matplotlib", "sacrebleu", "tokenizers", "comet", "grain"}
+    optional |= {"matplotlib", "sacrebleu", "tokenizers", "comet", "grain", "jinja2"}
     for path in MODULES:
         if path.parent == PACKAGE / "data" / "builders":
             continue
@@ -140,6 +140,7 @@ def test_public_names_exist_and_are_documented():
         "rewards",
         "verifier_reward",
         "data.bin_packing",
+        "data.chat_templates",
         "data.packing",
         "data.records",
         "evaluation.code_checks",

@@ -25,7 +25,7 @@ from keras_ebft.bridge.models import (
     vocabulary_size,
 )
 from keras_ebft.bridge.networks import RoutedNetwork, RowNetwork
-from keras_ebft.bridge.rematerialisation import remat_mode
+from keras_ebft.bridge.rematerialisation import resolve_rematerialize
 
 __all__ = [
     "BY_KERAS_HUB",
@@ -46,7 +46,7 @@ __all__ = [
     "marker_token_ids",
     "maximum_length",
     "output_head",
-    "remat_mode",
+    "resolve_rematerialize",
     "routed_backbone",
     "tokenizer",
     "vocabulary_size",

@@ -12,6 +12,7 @@ import keras
 from keras_ebft import adapters
 from keras_ebft.bridge.lending import lent
 from keras_ebft.kernels.backend import float_tensors
+from keras_ebft.validation import check_bool
 
 
 def remat_mode(backbone):
@@ -38,6 +39,21 @@ def remat_mode(backbone):
             "rematerialize=True to EBFTModel."
         )
     return "full" if modes else None
+
+
+def resolve_rematerialize(rematerialize, backbone):
+    """Whether decoder layers run again: as asked, or as the backbone was built.
+
+    Args:
+        rematerialize: bool or `None`.
+        backbone: KerasHub backbone.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if rematerialize is None:
+        return remat_mode(backbone) is not None
+    return check_bool("rematerialize", rematerialize)
 
 
 @contextlib.contextmanager
