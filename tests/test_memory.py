@@ -6,7 +6,16 @@ import itertools
 import keras
 import numpy as np
 import pytest
-from helpers import QUICK, documents, family, flat, gradients, llama, to_numpy
+from helpers import (
+    QUICK,
+    VOCABULARY,
+    documents,
+    family,
+    flat,
+    gradients,
+    llama,
+    to_numpy,
+)
 
 import keras_ebft
 from keras_ebft import adapters, prefix_cache
@@ -90,6 +99,58 @@ def test_the_tolerance_shows_a_weight_that_is_off():
     expected = expected_gradient("Llama")
     difference = np.abs(gradient(nudged) - expected).max()
     assert difference / np.abs(expected).max() > 2 * TOLERANCE
+
+
+@pytest.mark.slow
+def test_gradients_are_the_same_for_packed_documents_and_anchors_of_their_own():
+    """Anchors and documents' starts then are tensors, known in the step only."""
+    x = {
+        "token_ids": X,
+        "segment_ids": np.repeat([[1, 2]], 8, axis=1).repeat(2, axis=0),
+        "anchors": np.array([[3, 11], [5, -1]]),
+    }
+    found = []
+    for options in ({}, SETTINGS["both"]):
+        causal_lm = make("Llama")
+        model = build(causal_lm, **options)
+
+        def loss(model=model):
+            return keras.ops.mean(model.score(x, ROLLOUTS)["log_prob"])
+
+        found.append(flat(gradients(loss, causal_lm.trainable_variables)))
+        rewards = model.rewards(x, ROLLOUTS)
+        found.append(flat(to_numpy(value) for value in rewards.values()))
+    for one, other in zip(found[:2], found[2:]):
+        np.testing.assert_allclose(other, one, atol=1e-5)
+        assert np.abs(one).max() > 0.05
+
+
+@pytest.mark.slow
+def test_a_feature_network_of_ones_own_and_stop_tokens_go_by_groups():
+    table = np.random.default_rng(0).normal(size=(VOCABULARY, 8)).astype("float32")
+
+    def network(token_ids, positions, attend):
+        rows = keras.ops.take(keras.ops.convert_to_tensor(table), token_ids, axis=0)
+        heads = rows[..., None, :]
+        return attend(heads, heads, heads, scale=0.5)[..., 0, :]
+
+    sampler = keras_ebft.BlockSampler(
+        rollout_length=3,
+        stride=5,
+        context_length=4,
+        num_samples=4,
+        stop_token_ids=(3, 4, 5, 6),
+    )
+    features = keras_ebft.FeatureNetwork(network=network, pooling="mean")
+    first, second = (
+        keras_ebft.EBFTModel(make("Llama"), sampler, features, seed=0, **options)
+        for options in ({}, SETTINGS["both"])
+    )
+    rollouts = first.rollout(X, seed=3)
+    assert not to_numpy(rollouts["mask"]).all()
+    for name, values in first.losses(X, rollouts).items():
+        found = float(to_numpy(second.losses(X, rollouts)[name]))
+        assert found == pytest.approx(float(to_numpy(values)), rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.slow
@@ -190,6 +251,25 @@ def test_layers_run_again_and_groups_run_apart(monkeypatch):
     # Two layers of the document; those of blocks once per traced or run group.
     assert len(made) >= 4
     assert set(shapes) == {(2, 2, 2, 2)}
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch",
+    reason="other backends compute no gradient of what stop_gradient cuts off",
+)
+def test_sampling_and_features_keep_nothing():
+    import torch
+
+    kept = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(kept.append, lambda none: none)
+    model = build(make("Llama"))
+    with hooks:
+        rollouts = model.rollout(X, seed=3)
+        model.rewards(X, rollouts)
+    assert not kept
+    with hooks:
+        model.score(X, rollouts)
+    assert kept
 
 
 def test_rollouts_are_the_same_with_groups():
