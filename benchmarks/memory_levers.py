@@ -1,4 +1,4 @@
-"""Memory and time of a step with rematerialisation and groups of samples.
+"""Memory of a step with rematerialisation and groups of samples.
 
     KERAS_BACKEND=torch python benchmarks/memory_levers.py
 
@@ -68,7 +68,7 @@ class Peak(threading.Thread):
 
 
 def run(options):
-    """Builds a model, trains some steps and returns what was measured."""
+    """Builds a model, trains some steps and returns the bytes they needed."""
     import keras
     import keras_hub
     import numpy as np
@@ -88,15 +88,13 @@ def run(options):
     model.train_on_batch(x)
     peak = Peak()
     peak.start()
-    begin = time.perf_counter()
     for _ in range(2):
         model.train_on_batch(x)
-    seconds = (time.perf_counter() - begin) / 2
-    return {"bytes": peak.stop(), "seconds": seconds}
+    return peak.stop()
 
 
 def measure_jax(model, x):
-    """Temporaries and time of the compiled loss and gradient."""
+    """Bytes of temporaries of the compiled loss and gradient."""
     import jax
     import keras
 
@@ -113,30 +111,22 @@ def measure_jax(model, x):
     values = [v.value for v in variables if id(v) in trained]
     fixed = [v.value for v in variables if id(v) not in trained]
     compiled = jax.jit(jax.value_and_grad(loss)).lower(values, fixed).compile()
-    jax.block_until_ready(compiled(values, fixed))
-    begin = time.perf_counter()
-    jax.block_until_ready(compiled(values, fixed))
-    return {
-        "bytes": compiled.memory_analysis().temp_size_in_bytes,
-        "seconds": time.perf_counter() - begin,
-    }
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
 def main():
     if len(sys.argv) > 1:
         print(json.dumps(run(SETTINGS[sys.argv[1]])))
         return
-    print("| setting | MiB | of neither | s per step |\n|---|---|---|---|")
+    print("| setting | MiB | of neither |\n|---|---|---|")
     first = None
     for name in SETTINGS:
         done = subprocess.run(
             [sys.executable, __file__, name], capture_output=True, text=True, check=True
         )
         found = json.loads(done.stdout.splitlines()[-1])
-        first = first or found["bytes"]
-        ratio = found["bytes"] / first
-        size, seconds = found["bytes"] / MIB, found["seconds"]
-        print(f"| {name} | {size:.0f} | {ratio:.2f} | {seconds:.2f} |", flush=True)
+        first = first or found
+        print(f"| {name} | {found / MIB:.0f} | {found / first:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ class EBFTStep:
             judged["ref_log_prob"] = ref_log_prob
         return judged
 
-    def embed(self, documents, blocks, rollout_ids):
+    def embed(self, documents, blocks, rollout_ids, with_reference=True):
         """What the frozen networks say of documents and rollouts.
 
         Returns:
@@ -197,6 +197,7 @@ class EBFTStep:
             `None` for what is not needed.
         """
         networks = self.networks
+        with_reference = with_reference and networks.has_reference
         states = networks.read(documents)
 
         def embed(samples, shared):
@@ -206,7 +207,7 @@ class EBFTStep:
             found = {}
             if self.reward.needs_features:
                 found["features"] = networks.features(outputs, *masks)
-            if networks.has_reference:
+            if with_reference:
                 found["log_prob"], _ = self._log_prob(
                     networks.reference_hidden(outputs, blocks),
                     samples["token_ids"],
@@ -220,7 +221,7 @@ class EBFTStep:
             "token_mask": self.token_mask(blocks, rollout_ids),
             "alive": before_stop(rollout_ids, self.stop_token_ids),
         }
-        kernel = networks.reference_head().kernel if networks.has_reference else None
+        kernel = networks.reference_head().kernel if with_reference else None
         found = self._in_groups(embed, samples, (states, kernel)) if states else {}
         target = None
         if self.reward.needs_features:
@@ -229,7 +230,7 @@ class EBFTStep:
 
     def features(self, documents, blocks, rollout_ids):
         """`(generated, target)` features of rollouts and true continuations."""
-        return self.embed(documents, blocks, rollout_ids)[:2]
+        return self.embed(documents, blocks, rollout_ids, with_reference=False)[:2]
 
     def learning_features(self, documents, blocks, rollout_ids):
         """Features once more, with gradient, where the critic trains them."""
