@@ -4,8 +4,9 @@
 
 Each setting runs in a process of its own. On PyTorch and TensorFlow (not compiled by
 XLA), memory is how far the process's resident memory rose at its highest during a
-second and third step, over what it was before them. On JAX it is what XLA reserves
-for temporaries of the compiled loss and gradient of a step.
+second and third step, over what it was before them. On JAX it is what the loss keeps
+for its gradient, weights included; how much of it a compiled step holds at once, and
+what beside it, is XLA's decision.
 """
 
 import ctypes
@@ -94,7 +95,7 @@ def run(options):
 
 
 def measure_jax(model, x):
-    """Bytes of temporaries of the compiled loss and gradient."""
+    """Bytes kept from the loss for its gradient, by tracing alone."""
     import jax
     import keras
 
@@ -110,8 +111,9 @@ def measure_jax(model, x):
 
     values = [v.value for v in variables if id(v) in trained]
     fixed = [v.value for v in variables if id(v) not in trained]
-    compiled = jax.jit(jax.value_and_grad(loss)).lower(values, fixed).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    # The function that takes a step's gradient holds what was kept for it.
+    kept = jax.eval_shape(lambda values: jax.vjp(loss, values, fixed)[1], values)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
 
 
 def main():
