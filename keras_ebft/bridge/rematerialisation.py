@@ -99,16 +99,19 @@ def _twice(layer, call, cache, updated, scope):
                 stack.enter_context(without_remat_scope(layer))
                 stack.enter_context(lent(layer, "call", call))
                 outputs = layer(*args, **kwargs)
-            returned[:] = [(outputs, found)]
-            tensors = keras.tree.flatten((outputs, found))
-            # TensorFlow allows nothing else.
-            return [tensor for tensor in tensors if tensor is not None]
+            everything = (outputs, found)
+            # Not the tensors themselves, which would stay alive with this function.
+            returned[:] = [
+                keras.tree.map_structure(lambda leaf: leaf is not None, everything)
+            ]
+            # TensorFlow allows nothing but tensors.
+            leaves = keras.tree.flatten(everything)
+            return [leaf for leaf in leaves if leaf is not None]
 
         tensors = iter(keras.remat(once)(*given))
         outputs, found = keras.tree.map_structure(
-            lambda leaf: None if leaf is None else next(tensors), returned[0]
+            lambda is_tensor: next(tensors) if is_tensor else None, returned[0]
         )
-        returned.clear()
         updated.extend(found)
         return outputs
 
