@@ -115,6 +115,11 @@ class BlockSampler(Configurable):
         return self.temperature or 1.0
 
     @property
+    def draws_tokens(self):
+        """Whether rollouts are drawn, each independently of the others."""
+        return True
+
+    @property
     def draws_anchors(self):
         """Whether anchors are random."""
         return self.anchors == "random"
@@ -304,6 +309,11 @@ class ReplaySampler(BlockSampler):
                 f"Received: {given[0]} and {given[1]}. Leave them out."
             )
         self.token_ids = token_ids.astype("int32")
+
+    @property
+    def draws_tokens(self):
+        """False: they are given, for all samples together."""
+        return False
 
     def __call__(self, policy, head, document, blocks, uniform):
         """The given rollouts; see `BlockSampler.__call__`."""

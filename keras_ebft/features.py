@@ -177,29 +177,44 @@ class FeatureNetwork(Configurable):
         return bridge.frozen_taps(backbone, taps)
 
     def __call__(self, document_taps, rollout_taps, blocks, token_mask, alive):
-        """Features of every rollout and of every true continuation.
+        """`(generated, target)`, see the methods of these names."""
+        return (
+            self.generated(rollout_taps, token_mask, alive),
+            self.target(document_taps, blocks),
+        )
+
+    def generated(self, rollout_taps, token_mask, alive):
+        """Features of every rollout.
 
         Args:
-            document_taps: list of float tensors `[B, T, D]`, the frozen network's
-                outputs for documents.
-            rollout_taps: list of float tensors `[B, n, K, G, D]`, for rollouts.
-            blocks: `Blocks`.
+            rollout_taps: list of float tensors `[B, n, K, G, D]`, the frozen network's
+                outputs for rollouts.
             token_mask: bool tensor `[B, n, K, G]`, generated tokens that count.
             alive: bool tensor `[B, n, K, G]`, generated tokens that are there.
 
         Returns:
-            `(generated, target)`: float32 `[B, n, K, F, D]` and `[B, K, F, D]`;
-            with `"token"` pooling `[B, n, K, G, F, D]` and `[B, K, G, F, D]`.
+            float32 tensor `[B, n, K, F, D]`; with `"token"` pooling
+            `[B, n, K, G, F, D]`.
         """
-        true_taps = [take_tokens(tap, blocks.true_index) for tap in document_taps]
-        generated = pool(self._features(rollout_taps), token_mask, alive, self.pooling)
-        target = pool(
-            self._features(true_taps),
+        return pool(self._features(rollout_taps), token_mask, alive, self.pooling)
+
+    def target(self, document_taps, blocks):
+        """Features of every true continuation.
+
+        Args:
+            document_taps: list of float tensors `[B, T, D]`, the frozen network's
+                outputs for documents.
+            blocks: `Blocks`.
+
+        Returns:
+            float32 tensor `[B, K, F, D]`; with `"token"` pooling `[B, K, G, F, D]`.
+        """
+        return pool(
+            self._features([take_tokens(t, blocks.true_index) for t in document_taps]),
             blocks.true_counted,
             blocks.true_exists,
             self.pooling,
         )
-        return generated, target
 
     def num_features(self, network, rollout_length):
         """Numbers in one window's features, `F * D`, over all features.

@@ -20,10 +20,18 @@ class FrozenNetworks:
         needs_features: bool, whether a feature network is made.
         needs_reference: bool, whether a reference model is made.
         learns: bool, whether a critic trains the feature network.
+        rematerialize: bool, whether the decoder layers of a feature network that
+            learns run again in the backward pass.
     """
 
     def __init__(
-        self, feature_network, backbone, needs_features, needs_reference, learns=False
+        self,
+        feature_network,
+        backbone,
+        needs_features,
+        needs_reference,
+        learns=False,
+        rematerialize=False,
     ):
         self.feature_network = feature_network
         self.taps = self.reference = None
@@ -43,6 +51,7 @@ class FrozenNetworks:
             self.num_taps = None
             if learns:
                 self.taps.model.trainable = True
+                self.taps.rematerialize = rematerialize
         if needs_reference:
             self.reference = bridge.frozen_taps(
                 backbone,
@@ -59,35 +68,46 @@ class FrozenNetworks:
     @property
     def models(self):
         """The Keras models, each once, that hold frozen variables."""
-        networks = {id(n): n for n in (self.taps, self.reference) if n is not None}
-        return [n.model for n in networks.values() if n.model is not None]
+        return [n.model for n in self._networks() if n.model is not None]
 
-    def outputs(self, documents, rollout_ids, blocks):
+    def read(self, documents):
+        """What the networks know of documents: a `DocumentState` each."""
+        networks = self._networks()
+        return [read_document(network, documents) for network in networks]
+
+    def outputs(self, states, rollout_ids, blocks):
         """What the networks say about documents and rollouts.
 
+        Args:
+            states: list from `read`.
+            rollout_ids: int32 tensor `[B, n, K, G]`.
+            blocks: `Blocks`.
+
         Returns:
-            dict from network to `(document outputs, rollout outputs)`, lists of
-            `[B, T, D]` and `[B, n, K, G, D]`.
+            dict from a network's id to `(document outputs, rollout outputs)`, lists
+            of `[B, T, D]` and `[B, n, K, G, D]`.
         """
         found = {}
-        for network in (self.taps, self.reference):
-            if network is None or id(network) in found:
-                continue
-            state = read_document(network, documents)
+        for network, state in zip(self._networks(), states):
             generated = read_blocks(network, state, rollout_ids, blocks)
             found[id(network)] = (_as_list(state.outputs), _as_list(generated))
         return found
 
-    def features(self, outputs, blocks, token_mask, alive):
-        """`(generated, target)` features; see `FeatureNetwork.__call__`."""
-        document, generated = outputs[id(self.taps)]
-        return self.feature_network(
-            document[: self.num_taps],
-            generated[: self.num_taps],
-            blocks,
-            token_mask,
-            alive,
-        )
+    def _networks(self):
+        networks = {id(n): n for n in (self.taps, self.reference) if n is not None}
+        return list(networks.values())
+
+    def features(self, outputs, token_mask, alive):
+        """Features of rollouts; see `FeatureNetwork.generated`."""
+        _, generated = outputs[id(self.taps)]
+        generated = generated[: self.num_taps]
+        return self.feature_network.generated(generated, token_mask, alive)
+
+    def true_features(self, states, blocks):
+        """Features of true continuations; see `FeatureNetwork.target`."""
+        state = states[self._networks().index(self.taps)]
+        taps = _as_list(state.outputs)[: self.num_taps]
+        return self.feature_network.target(taps, blocks)
 
     def reference_hidden(self, outputs, blocks):
         """Final hidden states that predict each generated token, `[B, n, K, G, D]`."""

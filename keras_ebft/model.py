@@ -24,7 +24,12 @@ from keras_ebft.rewards import FeatureMatchingReward, Reward
 from keras_ebft.serialization import Serialization
 from keras_ebft.step import EBFTStep
 from keras_ebft.trainer import DocumentTrainer
-from keras_ebft.validation import check_choice, check_instance, check_int
+from keras_ebft.validation import (
+    check_choice,
+    check_instance,
+    check_int,
+    check_micro_batches,
+)
 
 
 @keras.saving.register_keras_serializable("keras_ebft")
@@ -70,6 +75,11 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         clip_range: float or `(low, high)`, how far ratios may leave 1 before they
             are clipped (PPO); needs `updates_per_rollout` above 1.
         critic: `Critic` (experimental) or `None`.
+        rematerialize: bool, whether decoder layers run again in the backward pass
+            instead of keeping their activations; `None`: if `causal_lm` was built
+            within `keras.RematScope(mode="full")`.
+        micro_batches: int, groups of samples that are read one after another, each
+            keeping no activations; divides `num_samples`. The same gradient.
         seed: int or `None`. Decides rollouts and the order of documents: the
             same seed on the same backend gives the same training. Evaluation
             draws from a generator of its own, restarted by every `evaluate`.
@@ -107,6 +117,8 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         updates_per_rollout=1,
         clip_range=None,
         critic=None,
+        rematerialize=None,
+        micro_batches=1,
         seed=None,
         **kwargs,
     ):
@@ -142,6 +154,10 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
             seed = int(np.random.randint(2**31 - 3))
         self.seed = check_int("seed", seed, 0)
 
+        backbone = causal_lm.backbone
+        self.rematerialize = bridge.resolve_rematerialize(rematerialize, backbone)
+        samples = self.sampler.num_samples
+        self.micro_batches = check_micro_batches(micro_batches, samples)
         self.causal_lm = causal_lm
         self._build_step()
         self._training_seed = keras.random.SeedGenerator(self.seed)
@@ -186,6 +202,7 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
             needs_features=rollouts and self.reward.needs_features,
             needs_reference=self.objective.needs_reference,
             learns=self.critic is not None and self.critic.train_features,
+            rematerialize=self.rematerialize,
         )
         refuse_shared_paths(networks, self.causal_lm)
         self.frozen_networks = networks.models
@@ -197,6 +214,8 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
             self.reward,
             self.advantage,
             self.critic,
+            self.rematerialize,
+            self.micro_batches,
         )
         self.critic_head = None
         if self.critic is not None:

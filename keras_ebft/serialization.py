@@ -41,6 +41,8 @@ class Serialization:
             "critic": keras.saving.serialize_keras_object(self.critic)
             if self.critic
             else None,
+            "rematerialize": self.rematerialize,
+            "micro_batches": self.micro_batches,
             "seed": self.seed,
         }
 

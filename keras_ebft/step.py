@@ -1,5 +1,7 @@
 """The algorithm of one step, on tensors: documents in, everything measured out."""
 
+import functools
+
 from keras import ops
 
 from keras_ebft import bridge
@@ -9,6 +11,7 @@ from keras_ebft.draws import draw_numbers
 from keras_ebft.kernels import linear_logprob
 from keras_ebft.kernels.backend import no_gradient
 from keras_ebft.prefix_cache import read_blocks, read_document, stop_gradient
+from keras_ebft.sample_groups import in_groups
 from keras_ebft.verifier_reward import RolloutBatch
 
 
@@ -22,16 +25,30 @@ class EBFTStep:
         reward: `Reward`.
         estimator: name of the advantage estimator.
         critic: `Critic` or `None`.
+        rematerialize: bool, whether the policy's decoder layers run again in the
+            backward pass.
+        micro_batches: int, groups of samples that are read one after another.
     """
 
-    def __init__(self, causal_lm, sampler, networks, reward, estimator, critic=None):
+    def __init__(
+        self,
+        causal_lm,
+        sampler,
+        networks,
+        reward,
+        estimator,
+        critic=None,
+        rematerialize=False,
+        micro_batches=1,
+    ):
         self.causal_lm = causal_lm
         self.sampler = sampler
         self.networks = networks
         self.reward = reward
         self.estimator = estimator
         self.critic = critic
-        self.policy = bridge.routed_backbone(causal_lm.backbone)
+        self.micro_batches = micro_batches
+        self.policy = bridge.routed_backbone(causal_lm.backbone, rematerialize)
         self.stop_token_ids = _resolve_stop_token_ids(sampler, causal_lm)
 
     def __call__(self, inputs, seed, train_documents):
@@ -132,7 +149,15 @@ class EBFTStep:
         """`Rollouts` that continue what the policy has read."""
         head = bridge.output_head(self.causal_lm.backbone)
         state = stop_gradient(state)
-        rollouts = self.sampler(self.policy, head, state, blocks, uniform)
+        sample = functools.partial(self.sampler, self.policy)
+        if self.sampler.draws_tokens:
+            rollouts = self._in_groups(
+                lambda samples, shared: sample(*shared, blocks, samples["uniform"]),
+                {"uniform": uniform},
+                (head, state),
+            )
+        else:
+            rollouts = sample(head, state, blocks, uniform)
         if not self.stop_token_ids:
             return rollouts
         alive = before_stop(rollouts.token_ids, self.stop_token_ids)
@@ -149,12 +174,7 @@ class EBFTStep:
         """Rewards, advantages and masks of rollouts, 0 where nothing counts."""
         alive = before_stop(rollout_ids, self.stop_token_ids)
         token_mask = self.token_mask(blocks, rollout_ids)
-        outputs = self.networks.outputs(documents, rollout_ids, blocks)
-        generated = target = None
-        if self.reward.needs_features:
-            generated, target = self.networks.features(
-                outputs, blocks, token_mask, alive
-            )
+        generated, target, ref_log_prob = self.embed(documents, blocks, rollout_ids)
         batch = RolloutBatch(documents, blocks, rollout_ids, alive)
         rewards = self.reward(generated, target, batch)
         rewards["advantage"] = self.reward.advantages(rewards, self.estimator)
@@ -164,22 +184,53 @@ class EBFTStep:
             judged["features"], judged["true_features"] = generated, target
         if blocks.starts is not None:
             judged["block_starts"] = blocks.starts
-        if self.networks.has_reference:
-            hidden = self.networks.reference_hidden(outputs, blocks)
-            judged["ref_log_prob"], _ = self._log_prob(
-                hidden,
-                rollout_ids,
-                self.sampler.scoring_temperature,
-                self.networks.reference_head(),
-            )
+        if ref_log_prob is not None:
+            judged["ref_log_prob"] = ref_log_prob
         return judged
+
+    def embed(self, documents, blocks, rollout_ids, with_reference=True):
+        """What the frozen networks say of documents and rollouts.
+
+        Returns:
+            `(generated, target, ref_log_prob)`: features of rollouts and of true
+            continuations, and log-probabilities `[B, n, K, G]` under the reference;
+            `None` for what is not needed.
+        """
+        networks = self.networks
+        with_reference = with_reference and networks.has_reference
+        states = networks.read(documents)
+
+        def embed(samples, shared):
+            states, kernel = shared
+            outputs = networks.outputs(states, samples["token_ids"], blocks)
+            masks = samples["token_mask"], samples["alive"]
+            found = {}
+            if self.reward.needs_features:
+                found["features"] = networks.features(outputs, *masks)
+            if with_reference:
+                found["log_prob"], _ = self._log_prob(
+                    networks.reference_hidden(outputs, blocks),
+                    samples["token_ids"],
+                    self.sampler.scoring_temperature,
+                    networks.reference_head()._replace(kernel=kernel),
+                )
+            return found
+
+        samples = {
+            "token_ids": rollout_ids,
+            "token_mask": self.token_mask(blocks, rollout_ids),
+            "alive": before_stop(rollout_ids, self.stop_token_ids),
+        }
+        kernel = networks.reference_head().kernel if with_reference else None
+        found = self._in_groups(embed, samples, (states, kernel)) if states else {}
+        target = None
+        if self.reward.needs_features:
+            target = networks.true_features(states, blocks)
+        return found.get("features"), target, found.get("log_prob")
 
     def features(self, documents, blocks, rollout_ids):
         """`(generated, target)` features of rollouts and true continuations."""
-        alive = before_stop(rollout_ids, self.stop_token_ids)
-        token_mask = self.token_mask(blocks, rollout_ids)
-        outputs = self.networks.outputs(documents, rollout_ids, blocks)
-        return self.networks.features(outputs, blocks, token_mask, alive)
+        return self.embed(documents, blocks, rollout_ids, with_reference=False)[:2]
 
     def learning_features(self, documents, blocks, rollout_ids):
         """Features once more, with gradient, where the critic trains them."""
@@ -194,16 +245,26 @@ class EBFTStep:
         A token is predicted from the position before it: the first of a block
         from the document, so the last generated token is never read.
         """
-        before = take_tokens(state.outputs, blocks.anchors - 1)
-        samples, steps = rollout_ids.shape[1], rollout_ids.shape[-1]
-        hidden = ops.repeat(before[:, None, :, None, :], samples, axis=1)
-        if steps > 1:
-            read = read_blocks(self.policy, state, rollout_ids[..., :-1], blocks)
-            hidden = ops.concatenate([hidden, read], axis=-2)
-        log_prob, entropy = self._log_prob(
-            hidden, rollout_ids, self.sampler.scoring_temperature
-        )
-        return {"log_prob": log_prob, "entropy": entropy}
+        head = bridge.output_head(self.causal_lm.backbone)
+
+        def score(samples, shared):
+            state, kernel = shared
+            rollout_ids = samples["token_ids"]
+            before = take_tokens(state.outputs, blocks.anchors - 1)
+            count, steps = rollout_ids.shape[1], rollout_ids.shape[-1]
+            hidden = ops.repeat(before[:, None, :, None, :], count, axis=1)
+            if steps > 1:
+                read = read_blocks(self.policy, state, rollout_ids[..., :-1], blocks)
+                hidden = ops.concatenate([hidden, read], axis=-2)
+            log_prob, entropy = self._log_prob(
+                hidden,
+                rollout_ids,
+                self.sampler.scoring_temperature,
+                head._replace(kernel=kernel),
+            )
+            return {"log_prob": log_prob, "entropy": entropy}
+
+        return self._in_groups(score, {"token_ids": rollout_ids}, (state, head.kernel))
 
     def score_documents(self, state, documents, train):
         """Log-probability `[B, T - 1]` of every next token, temperature 1."""
@@ -229,6 +290,9 @@ class EBFTStep:
             soft_cap=head.soft_cap,
         )
         return tuple(ops.reshape(score, labels.shape) for score in scores)
+
+    def _in_groups(self, function, samples, shared):
+        return in_groups(function, self.micro_batches, samples, shared)
 
 
 def _where_live(rewards, blocks, token_mask):

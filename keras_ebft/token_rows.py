@@ -41,7 +41,8 @@ def to_token_rows(x, causal_lm, trim=True):
         else was given: `segment_ids` int32, `answer_mask` bool, `anchors` int32.
 
     Raises:
-        TypeError: for token ids that are not integers.
+        TypeError: for token ids that are not integers, or messages in place of
+            strings.
         ValueError: for a wrong rank, ids outside the vocabulary, a mask that does
             not fit or has gaps, unknown keys, documents beyond the model's
             learned positions, or strings without a preprocessor.
@@ -49,6 +50,7 @@ def to_token_rows(x, causal_lm, trim=True):
     if isinstance(x, dict):
         rows = _from_dict(x)
     else:
+        _check_no_messages(x)
         values = _to_numpy(x)
         if values.dtype.kind in "OSU":
             rows = _from_strings(values, causal_lm, trim)
@@ -107,7 +109,7 @@ def _from_strings(texts, causal_lm, trim):
             "strings with. Received: strings. Build the CausalLM with "
             "`preprocessor=`, or pass {'token_ids': ..., 'padding_mask': ...}."
         )
-    texts = [t.decode("utf-8") if isinstance(t, bytes) else str(t) for t in texts]
+    texts = [_text(text) for text in np.ravel(texts)]
     # The preprocessor splits T tokens into T-1 inputs and T-1 shifted labels.
     inputs, labels, weights = preprocessor(
         texts, sequence_length=preprocessor.sequence_length - 1
@@ -124,6 +126,27 @@ def _from_strings(texts, causal_lm, trim):
         longest = max(int(mask.sum(axis=1).max()), 1)
         token_ids, mask = token_ids[:, :longest], mask[:, :longest]
     return {"token_ids": token_ids, "padding_mask": mask}
+
+
+def _text(text):
+    if isinstance(text, bytes):
+        return text.decode("utf-8")
+    if isinstance(text, str):
+        return str(text)
+    raise TypeError(
+        f"Expected strings. Received: {str(text)[:40]!r} (of type "
+        f"{type(text).__name__}). Turn messages into strings with "
+        "keras_ebft.data.ChatTemplate, and leave out what is missing."
+    )
+
+
+def _check_no_messages(x):
+    """Refuses conversations, which NumPy would make an array of dicts of."""
+    first = x[0] if isinstance(x, (list, tuple)) and x else None
+    if isinstance(first, (list, tuple)) and first and isinstance(first[0], dict):
+        _text(first[0])
+    if isinstance(first, dict):
+        _text(first)
 
 
 def _check_token_ids(token_ids, causal_lm):

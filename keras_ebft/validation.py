@@ -44,6 +44,24 @@ def check_bool(name, value):
     return bool(value)
 
 
+def check_micro_batches(value, num_samples):
+    """Returns `value` if so many groups of equal size can be made of the samples.
+
+    Raises:
+        TypeError: if it is not an integer.
+        ValueError: if it does not divide `num_samples`.
+    """
+    value = check_int("micro_batches", value, 1)
+    if num_samples % value:
+        divisors = [n for n in range(1, num_samples + 1) if num_samples % n == 0]
+        raise ValueError(
+            "Expected `micro_batches` to divide the samples of a block evenly. "
+            f"Received: micro_batches={value} with num_samples={num_samples}. Use one "
+            f"of {divisors}."
+        )
+    return value
+
+
 def check_number(name, value, minimum, maximum=np.inf, exclusive=False):
     """Returns `value` as a finite `float` in a range.
 

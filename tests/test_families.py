@@ -244,10 +244,28 @@ def test_other_families_are_named_in_the_error():
         keras_ebft.EBFTModel(causal_lm)
 
 
-def test_rematerialised_layers_are_refused():
-    with keras.RematScope(mode="full"):
-        causal_lm = llama(num_layers=1)
-    with pytest.raises(ValueError, match=r"outside keras\.RematScope.*accumulation"):
+def test_gemma_3n_is_refused_with_the_reason():
+    backbone = keras_hub.models.Gemma3nBackbone(
+        text_vocab_size=VOCABULARY,
+        text_hidden_size=8,
+        num_hidden_layers=1,
+        pad_token_id=0,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+        intermediate_size=[16],
+        hidden_activation="gelu_approximate",
+        layer_types=["full_attention"],
+        sliding_window=4,
+        rope_theta=10000.0,
+        max_position_embeddings=16,
+        vocab_size_per_layer_input=VOCABULARY,
+        hidden_size_per_layer_input=2,
+        altup_num_inputs=2,
+        laurel_rank=1,
+    )
+    causal_lm = keras_hub.models.Gemma3nCausalLM(backbone=backbone, preprocessor=None)
+    with pytest.raises(ValueError, match=r"Gemma3nBackbone.*cannot be tapped.*these"):
         keras_ebft.EBFTModel(causal_lm)
 
 

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import QUICK, documents, llama, to_numpy
+from helpers import QUICK, documents, family, flat, llama, to_numpy
 
 import keras_ebft
 from keras_ebft.inputs import TokenBatches, token_batches
@@ -317,3 +317,16 @@ def test_configurations_rebuild_every_part():
 
 def test_adapter_class_is_what_fit_uses(fitted):
     assert isinstance(adapter(fitted.model, documents(2, LENGTH)), TokenBatches)
+
+
+def test_dropout_never_runs():
+    """Neither in sampling nor in the pass that is trained."""
+
+    def trained(dropout):
+        causal_lm = family("GPT2", num_layers=1, dropout=dropout)
+        model = build(causal_lm, ce_weight=0.5)
+        model.compile(keras.optimizers.SGD(0.1), **QUICK)
+        model.fit(documents(2, LENGTH), batch_size=2, verbose=0)
+        return flat(causal_lm.get_weights())
+
+    np.testing.assert_array_equal(trained(0.5), trained(0.0))

@@ -130,9 +130,18 @@ def test_quantized_models_that_cannot_be_trained_rightly_are_refused():
     causal_lm.quantize("int8", filters=is_dense)
     with pytest.raises(ValueError, match=r"int8 without any.*enable_lora"):
         build(causal_lm)
+
+
+@pytest.mark.parametrize("adapted", ["never", "before", "after"])
+def test_float8_is_refused(adapted):
+    """With adapters Keras would fail in the first step, far from what caused it."""
     causal_lm = llama(num_layers=1)
+    if adapted == "before":
+        causal_lm.backbone.enable_lora(2)
     causal_lm.quantize("float8", filters=is_dense)
-    with pytest.raises(ValueError, match="LlamaBackbone quantized to float8"):
+    if adapted == "after":
+        causal_lm.backbone.enable_lora(2)
+    with pytest.raises(ValueError, match=r"LlamaBackbone quantized to float8.*int8"):
         build(causal_lm)
 
 

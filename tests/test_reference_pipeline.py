@@ -34,9 +34,8 @@ def every_layer(pipeline):
     rollouts = ops.convert_to_tensor(pipeline.generated)
 
     def taps(token_ids, rollouts):
-        found = step.networks.outputs(
-            documents._replace(token_ids=token_ids), rollouts, blocks
-        )
+        states = step.networks.read(documents._replace(token_ids=token_ids))
+        found = step.networks.outputs(states, rollouts, blocks)
         return found[id(step.networks.taps)]
 
     run = compiled(taps, lambda: model.frozen_network.variables)

@@ -32,6 +32,7 @@ LEVELS = {
     "bridge": 3,
     "callable_network": 3,
     "row_cache": 3,
+    "sample_groups": 3,
     "prefix_cache": 4,
     "token_rows": 4,
     "block_sampler": 5,
@@ -122,6 +123,7 @@ def test_importing_the_library_imports_no_optional_package():
     """They are imported where they are used; `tfds` builders are such places."""
     optional = {"tensorflow", "torch", "tensorflow_datasets", "datasets"}
     optional |= {"matplotlib", "sacrebleu", "tokenizers", "comet", "grain", "triton"}
+    optional |= {"jinja2"}
     for path in MODULES:
         if path.parent == PACKAGE / "data" / "builders" or is_kernel(path):
             continue
@@ -157,6 +159,7 @@ def test_public_names_exist_and_are_documented():
         "rewards",
         "verifier_reward",
         "data.bin_packing",
+        "data.chat_templates",
         "data.packing",
         "data.records",
         "evaluation.code_checks",

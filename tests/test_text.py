@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import keras
+import keras_hub
 import pytest
-from helpers import QUICK
+from helpers import QUICK, flat
 
 import keras_ebft
 
@@ -40,6 +41,25 @@ def test_generate_before_during_and_after_training(byte_lm):
     # What is written is what the trained weights write, at once and not later.
     assert written[0] != written[-1]
     assert written[-2] == written[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["keras_hub", "hugging_face"])
+def test_a_preset_from_a_folder_trains_and_generates(layout, byte_lm, tmp_path):
+    if layout == "keras_hub":
+        byte_lm.save_to_preset(str(tmp_path))
+    else:
+        keras_ebft.export_to_hugging_face(byte_lm, tmp_path)
+    causal_lm = keras_hub.models.CausalLM.from_preset(str(tmp_path))
+    causal_lm.preprocessor.sequence_length = 24
+    model = keras_ebft.EBFTModel(
+        causal_lm, SAMPLER, keras_ebft.FeatureNetwork(layers=(1,)), seed=0
+    )
+    model.compile(keras.optimizers.SGD(0.1), **QUICK)
+    before = flat(causal_lm.get_weights())
+    model.fit(TEXTS, batch_size=2, verbose=0)
+    assert (flat(causal_lm.get_weights()) != before).any()
+    assert causal_lm.generate("abab", max_length=10).startswith("abab")
 
 
 WITHOUT_TENSORFLOW = """

@@ -25,6 +25,7 @@ from keras_ebft.bridge.models import (
     vocabulary_size,
 )
 from keras_ebft.bridge.networks import RoutedNetwork, RowNetwork
+from keras_ebft.bridge.rematerialisation import resolve_rematerialize
 
 __all__ = [
     "BY_KERAS_HUB",
@@ -45,6 +46,7 @@ __all__ = [
     "marker_token_ids",
     "maximum_length",
     "output_head",
+    "resolve_rematerialize",
     "routed_backbone",
     "tokenizer",
     "vocabulary_size",

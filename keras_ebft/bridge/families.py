@@ -75,3 +75,8 @@ def family_of(backbone):
         f"Expected a backbone of a supported family: {', '.join(FAMILIES)}. "
         f"Received: {name}{reason}. Use a model of one of these families."
     )
+
+
+def decoder_layers(backbone):
+    """The decoder layers of a backbone, from the embeddings upwards."""
+    return getattr(backbone, "transformer_layers", None) or backbone.rwkv_layers

@@ -5,13 +5,23 @@ import inspect
 import keras
 
 from keras_ebft import adapters
-from keras_ebft.bridge.families import family_of
+from keras_ebft.bridge.families import decoder_layers, family_of
 from keras_ebft.bridge.networks import RoutedNetwork, RowNetwork
 
 
-def routed_backbone(backbone):
-    """The whole backbone as a network that ends in final hidden states."""
-    return _network(_final_hidden(backbone), backbone.num_layers, backbone)
+def routed_backbone(backbone, rematerialize=False):
+    """The whole backbone as a network that ends in final hidden states.
+
+    Args:
+        backbone: a supported KerasHub backbone.
+        rematerialize: bool, whether decoder layers run again in the backward pass.
+
+    Returns:
+        `RoutedNetwork` or `RowNetwork`.
+    """
+    network = _network(_final_hidden(backbone), backbone.num_layers, backbone)
+    network.rematerialize = rematerialize
+    return network
 
 
 def frozen_taps(backbone, layers, with_head=False, name="frozen_network"):
@@ -37,7 +47,7 @@ def frozen_taps(backbone, layers, with_head=False, name="frozen_network"):
     outputs = [
         _final_hidden(source).output
         if index == backbone.num_layers
-        else _layer_output(_decoder_layers(source)[index - 1])
+        else _layer_output(decoder_layers(source)[index - 1])
         for index in layers
     ]
     model = keras.Model(source.input, outputs, name=name)
@@ -87,10 +97,6 @@ def _copy(backbone, num_layers, with_head, name):
         # By way of NumPy: `assign` may share a buffer, which JAX then donates.
         variable.assign(original.numpy())
     return copy
-
-
-def _decoder_layers(backbone):
-    return getattr(backbone, "transformer_layers", None) or backbone.rwkv_layers
 
 
 def _layer_output(layer):

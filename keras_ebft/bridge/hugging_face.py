@@ -187,8 +187,9 @@ def _gemma(backbone):
         "eos_token_id": 1,
     }
     if is_second:
+        # What layers do: KerasHub's pass the backbone's own setting by.
+        normalised = backbone.transformer_layers[0].attention.query_head_dim_normalize
         per_head = backbone.hidden_dim // backbone.num_query_heads
-        normalised = backbone.query_head_dim_normalize
         config |= {
             "query_pre_attn_scalar": backbone.head_dim if normalised else per_head,
             "final_logit_softcapping": backbone.final_logit_soft_cap,

@@ -17,19 +17,19 @@ POSITION_UNIT = 128
 
 
 @contextlib.contextmanager
-def layer_route(attend, backbone, attention_name, num_layers, positions):
-    """Context in which the layers of a backbone call `attend`.
+def layer_route(attend, backbone, attention_name, decoders, positions):
+    """Context in which decoder layers of a backbone call `attend`.
 
     Args:
         attend: function `(query, key, value, scale, sliding_window, soft_cap)` of
             `[tokens, 1, heads, head_dim]` tensors, returns the output.
         backbone: KerasHub backbone of a family on the layer route.
         attention_name: str, attribute of a decoder layer.
-        num_layers: int, layers that will run.
+        decoders: list of decoder layers that will run.
         positions: int32 tensor `[tokens, 1]`.
     """
     with contextlib.ExitStack() as stack:
-        for decoder in backbone.transformer_layers[:num_layers]:
+        for decoder in decoders:
             attention = getattr(decoder, attention_name)
             lend = LENDERS.get(type(backbone).__name__, _lend_rotary)
             for owner, name, method in lend(decoder, attention, attend, positions):

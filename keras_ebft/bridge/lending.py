@@ -1,4 +1,4 @@
-"""Layers with other methods for the length of a call."""
+"""Attributes lent to layers for a while."""
 
 import contextlib
 
@@ -7,31 +7,42 @@ from keras import ops
 
 
 @contextlib.contextmanager
-def lent(owner, name, method):
-    """Gives an instance a method in place of its class's, for a while."""
-    # Past the trackers of Keras and PyTorch, which a method is none of the
-    # business of.
-    object.__setattr__(owner, name, method)
+def lent(owner, name, value):
+    """Gives an instance an attribute in place of its own or its class's.
+
+    Args:
+        owner: layer.
+        name: str.
+        value: a method or setting, not a layer or variable.
+    """
+    # Past the trackers of Keras and PyTorch, which it is none of the business of.
+    missing = object()
+    own = vars(owner).get(name, missing)
+    object.__setattr__(owner, name, value)
     try:
         yield
     finally:
-        object.__delattr__(owner, name)
+        if own is missing:
+            object.__delattr__(owner, name)
+        else:
+            object.__setattr__(owner, name, own)
 
 
 @contextlib.contextmanager
-def tokens_on_one_axis(model):
+def tokens_on_one_axis(decoders):
     """Context in which projections of `[tokens, 1, ...]` run as `[1, tokens, ...]`.
 
     The gradient of a projection that Keras runs as a batch of one-token products
     would hold one kernel-sized matrix per token on TensorFlow, before their sum.
 
     Args:
-        model: `keras.Model` whose layers see each token as a row of its own.
+        decoders: list of decoder layers, which see each token as a row of its own.
     """
     with contextlib.ExitStack() as stack:
-        for layer in model._flatten_layers():
-            if type(layer) is keras.layers.EinsumDense and _projects_tokens(layer):
-                stack.enter_context(lent(layer, "call", _on_one_axis(layer.call)))
+        for decoder in decoders:
+            for layer in decoder._flatten_layers():
+                if type(layer) is keras.layers.EinsumDense and _projects_tokens(layer):
+                    stack.enter_context(lent(layer, "call", _on_one_axis(layer.call)))
         yield
 
 

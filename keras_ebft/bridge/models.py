@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_ebft import adapters
 from keras_ebft.bridge.families import family_of
+from keras_ebft.bridge.rematerialisation import remat_mode
 from keras_ebft.bridge.serving_route import check_version
 
 logger = logging.getLogger("keras_ebft")
@@ -43,7 +44,7 @@ def check_supported(causal_lm):
     check_version()
     check_backbone(causal_lm.backbone)
     check_quantization(causal_lm.backbone)
-    check_no_rematerialisation(causal_lm.backbone)
+    remat_mode(causal_lm.backbone)
     if type(causal_lm).__name__ == "Gemma4AssistantCausalLM":
         raise ValueError(
             "Expected a model that reads text by itself. Received: a "
@@ -95,7 +96,7 @@ def check_quantization(backbone):
     if not set(modes) <= {"int8", "int4"}:
         raise ValueError(
             f"Expected quantization to int8 or int4. Received: a {name} quantized "
-            f"to {', '.join(modes)}, which Keras cannot train adapters on. Use "
+            f"to {', '.join(modes)}, on which Keras trains no adapters. Use "
             'causal_lm.quantize("int8", filters=...) on the unquantized model.'
         )
     embeddings = [
@@ -115,27 +116,6 @@ def check_quantization(backbone):
             "Expected adapters on a quantized model, whose own kernels cannot be "
             f"trained. Received: a {name} quantized to {modes[0]} without any. Call "
             "causal_lm.backbone.enable_lora(rank) first."
-        )
-
-
-def check_no_rematerialisation(backbone):
-    """Raises a `ValueError` for layers that `keras.RematScope` would run again.
-
-    A layer that runs a second time would hand its keys and values on twice.
-    """
-    repeated = [
-        layer.path
-        for layer in adapters.layers_of(backbone)
-        if getattr(layer, "_remat_mode", None) is not None
-        and layer._remat_mode.mode is not None
-    ]
-    if repeated:
-        raise ValueError(
-            "Expected layers built outside keras.RematScope, whose second run of a "
-            "layer a shared document does not allow. Received: "
-            f"{len(repeated)} such layers, the first {repeated[0]}. Build the model "
-            "outside the scope; to save memory use fewer documents per batch with "
-            "gradient accumulation, or fewer samples."
         )
 
 

@@ -1,6 +1,7 @@
 """From a data set's name or a folder to rows that `EBFTModel.fit` takes."""
 
 from keras_ebft.data.byte_pairs import train_byte_pair_tokenizer
+from keras_ebft.data.chat_templates import ChatTemplate
 from keras_ebft.data.packed_rows import PackedRows
 from keras_ebft.data.packing import PackedStream, PackingReport, pack
 from keras_ebft.data.records import RecordDocuments, from_records
@@ -9,6 +10,7 @@ from keras_ebft.data.text_files import TextFiles
 
 __all__ = [
     "PRESETS",
+    "ChatTemplate",
     "PackedRows",
     "PackedStream",
     "PackingReport",

@@ -1,0 +1,190 @@
+"""Conversations as text, by the template of the model that reads them."""
+
+import json
+from datetime import datetime
+from pathlib import Path
+
+TEMPLATE_FILE = "chat_template.jinja"
+SETTINGS_FILE = "tokenizer_config.json"
+TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+class ChatTemplate:
+    """Turns lists of messages into texts, or pairs of prompt and answer.
+
+    Templates are written in Jinja and come with the folder of an instruction-tuned
+    model in the Hugging Face layout; presets in KerasHub's own layout have none.
+    They run in Jinja's sandbox. The start token at the very beginning and the end
+    token at the very end are left out, because KerasHub's preprocessors and
+    `keras_ebft.data.pack` add them.
+
+    Args:
+        template: str, Jinja source.
+        **tokens: strings the template may use, such as `eos_token="</s>"`.
+
+    Raises:
+        ImportError: if `jinja2` is not installed.
+        ValueError: if the template is not valid Jinja.
+
+    Example:
+    >>> template = ChatTemplate(
+    ...     "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+    ...     "{% if add_generation_prompt %}[assistant] {% endif %}"
+    ... )
+    >>> question = {"role": "user", "content": "1 + 1?"}
+    >>> template.pair([question, {"role": "assistant", "content": "2"}])
+    ('[user] 1 + 1? [assistant] ', '2 ')
+    """
+
+    def __init__(self, template, **tokens):
+        self.tokens = {name: token for name, token in tokens.items() if token}
+        self._template = _compile(template)
+
+    @classmethod
+    def from_preset(cls, folder):
+        """The template of a model in the Hugging Face layout.
+
+        Args:
+            folder: path with `chat_template.jinja`, or with a `chat_template` in
+                its `tokenizer_config.json`.
+
+        Raises:
+            ValueError: if the folder has neither.
+        """
+        folder = Path(folder)
+        settings = folder / SETTINGS_FILE
+        config = json.loads(settings.read_text("utf-8")) if settings.exists() else {}
+        tokens = {name: _content(config.get(name)) for name in TOKENS}
+        if (folder / TEMPLATE_FILE).exists():
+            return cls((folder / TEMPLATE_FILE).read_text("utf-8"), **tokens)
+        template = config.get("chat_template")
+        if isinstance(template, list):
+            named = {entry["name"]: entry["template"] for entry in template}
+            template = named.get("default")
+        if template is None:
+            raise ValueError(
+                f"Expected a folder with {TEMPLATE_FILE}, or with a chat_template in "
+                f"{SETTINGS_FILE}. Received: {folder}, which has neither. Use the "
+                "folder of an instruction-tuned model in the Hugging Face layout, or "
+                "give the template itself: ChatTemplate(text)."
+            )
+        return cls(template, **tokens)
+
+    def __call__(self, messages):
+        """A whole conversation as text.
+
+        Args:
+            messages: list of dicts with `role` and `content`.
+
+        Returns:
+            str, for `fit` or `keras_ebft.data.pack`.
+
+        Raises:
+            ValueError: for anything else, or messages the template refuses.
+        """
+        return self._without_end(self._render(messages))
+
+    def prompt(self, messages):
+        """Messages as text that an answer can follow, for `generate`."""
+        return self._render(messages, add_generation_prompt=True)
+
+    def pair(self, messages):
+        """`(prompt, answer)`: the last message, of the assistant, is the answer.
+
+        A tuple of strings, which `keras_ebft.data.pack` makes rows with an
+        `answer_mask` of.
+
+        Raises:
+            ValueError: unless the last message is the assistant's, or where the
+                template writes earlier messages otherwise when an answer follows.
+        """
+        whole = self(messages)
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise ValueError(
+                "Expected messages that end with an answer of the assistant. Received: "
+                f"{len(messages)} messages, the last of the {messages[-1]['role']}."
+            )
+        prompt = self.prompt(messages[:-1])
+        if not whole.startswith(prompt):
+            raise ValueError(
+                "Expected a template that writes messages alike before and after they "
+                "are answered. Received: one that does not. Use the whole "
+                "conversation as text: template(messages)."
+            )
+        return prompt, whole[len(prompt) :]
+
+    def _render(self, messages, add_generation_prompt=False):
+        _check_messages(messages)
+        import jinja2
+
+        tokens = {"bos_token": "", "eos_token": "", **self.tokens}
+        try:
+            text = self._template.render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                **tokens,
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(
+                f"Expected messages that the template knows. Received: "
+                f"{_shorten(messages)}; the template says: {error}."
+            ) from error
+        return text.removeprefix(tokens["bos_token"])
+
+    def _without_end(self, text):
+        return text.removesuffix(self.tokens.get("eos_token", ""))
+
+
+def _compile(template):
+    try:
+        import jinja2
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError as error:
+        raise ImportError(
+            "Expected the package jinja2, which chat templates are written for. "
+            'Install it: pip install "keras_ebft[chat]".'
+        ) from error
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateError as error:
+        raise ValueError(
+            f"Expected a template in Jinja. Received: {template[:40]!r}...; {error}."
+        ) from error
+
+
+def _to_json(value, indent=None):
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _raise(message):
+    import jinja2
+
+    raise jinja2.TemplateError(message)
+
+
+def _content(token):
+    # Written as a string or with its settings.
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _check_messages(messages):
+    valid = isinstance(messages, (list, tuple)) and len(messages) > 0
+    if not valid or not all(
+        isinstance(message, dict) and {"role", "content"} <= set(message)
+        for message in messages
+    ):
+        raise ValueError(
+            "Expected a list of messages, dicts with 'role' and 'content'. Received: "
+            f"{_shorten(messages)}. Pass one conversation at a time."
+        )
+
+
+def _shorten(value):
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
