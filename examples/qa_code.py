@@ -54,12 +54,15 @@ def parse_arguments():
     parser.add_argument("--split", default="train")
     parser.add_argument("--held-out-split", help="default: validation")
     parser.add_argument("--length", type=int, default=192)
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--steps", type=int, default=30, help="per epoch")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--ce-weight", type=float, default=0.3)
+    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument(
+        "--whitening", choices=("rollout", "feature", "none"), default="none"
+    )
+    parser.add_argument("--ce-weight", type=float, default=0.5)
     parser.add_argument("--held-out-samples", type=int, default=8, help="per block")
     parser.add_argument("--held-out-rows", type=int, default=64)
     parser.add_argument("--problems", type=int, default=4)
@@ -166,6 +169,13 @@ def pass_at_one(generate, problems):
     return mean_pass_at_k(check_completions(problems, bodies), k=1)
 
 
+def make_reward(whitening):
+    """With or without whitening. Without it, what is measured is what is trained."""
+    return keras_ebft.FeatureMatchingReward(
+        whitening=None if whitening == "none" else whitening
+    )
+
+
 def report(before, after):
     """A table of held-out measurements."""
     rows = {
@@ -217,6 +227,7 @@ def main():
     model = keras_ebft.EBFTModel(
         causal_lm,
         keras_ebft.BlockSampler(temperature=arguments.temperature),
+        reward=make_reward(arguments.whitening),
         ce_weight=arguments.ce_weight,
         seed=arguments.seed,
     )

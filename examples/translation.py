@@ -39,12 +39,15 @@ def parse_arguments():
     parser.add_argument("--split", default="train")
     parser.add_argument("--held-out-split", help="default: validation")
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=20, help="per epoch")
+    parser.add_argument("--steps", type=int, default=30, help="per epoch")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--ce-weight", type=float, default=0.3)
+    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument(
+        "--whitening", choices=("rollout", "feature", "none"), default="none"
+    )
+    parser.add_argument("--ce-weight", type=float, default=1.0)
     parser.add_argument("--held-out-samples", type=int, default=8, help="per block")
     parser.add_argument("--held-out-rows", type=int, default=64)
     parser.add_argument("--sentences", type=int, default=16, help="to translate")
@@ -147,6 +150,13 @@ def translate(generate, pairs, with_comet):
     return found, values
 
 
+def make_reward(whitening):
+    """With or without whitening. Without it, what is measured is what is trained."""
+    return keras_ebft.FeatureMatchingReward(
+        whitening=None if whitening == "none" else whitening
+    )
+
+
 def report(before, after):
     """A table of held-out measurements."""
     rows = {
@@ -199,7 +209,11 @@ def main():
         temperature=arguments.temperature,
     )
     model = keras_ebft.EBFTModel(
-        causal_lm, sampler, ce_weight=arguments.ce_weight, seed=arguments.seed
+        causal_lm,
+        sampler,
+        reward=make_reward(arguments.whitening),
+        ce_weight=arguments.ce_weight,
+        seed=arguments.seed,
     )
     # Falling to zero, so that the last steps' noise does not stay in the weights.
     schedule = keras.optimizers.schedules.CosineDecay(

@@ -46,11 +46,14 @@ def parse_arguments():
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--ce-weight", type=float, default=0.3)
+    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument(
+        "--whitening", choices=("rollout", "feature", "none"), default="none"
+    )
+    parser.add_argument("--ce-weight", type=float, default=0.5)
     parser.add_argument("--held-out-samples", type=int, default=8, help="per block")
     parser.add_argument("--held-out-rows", type=int, default=64)
-    parser.add_argument("--rollout-lengths", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--rollout-lengths", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--pretrain-steps", type=int, default=800)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=128)
@@ -125,6 +128,13 @@ def spread(rows, count):
     return {name: values[chosen] for name, values in rows.arrays.items()}
 
 
+def make_reward(whitening):
+    """With or without whitening. Without it, what is measured is what is trained."""
+    return keras_ebft.FeatureMatchingReward(
+        whitening=None if whitening == "none" else whitening
+    )
+
+
 def report(before, after, lengths):
     """A table of held-out measurements."""
     rows = {}
@@ -136,6 +146,8 @@ def report(before, after, lengths):
     rows |= {"ce_loss": "cross-entropy (nats/token)", "perplexity": "perplexity"}
     print(f"\n{'held-out':38}{'before':>10}{'after':>10}{'change':>10}")
     for name, label in rows.items():
+        if name not in before:
+            continue
         change = after[name] - before[name]
         print(f"{label:38}{before[name]:10.4f}{after[name]:10.4f}{change:+10.4f}")
 
@@ -167,6 +179,7 @@ def main():
     model = keras_ebft.EBFTModel(
         causal_lm,
         keras_ebft.BlockSampler(temperature=arguments.temperature),
+        reward=make_reward(arguments.whitening),
         ce_weight=arguments.ce_weight,
         seed=arguments.seed,
     )
