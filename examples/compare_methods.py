@@ -206,7 +206,7 @@ def report(results):
     for name, values in results.items():
         print(
             f"{name:10}{values['pass@1']:10.3f}{values['answer_cross_entropy']:12.4f}"
-            f"{values['feature_matching_loss@4']:10.4f}{values['seconds']:10.0f}"
+            f"{values['unbiased_feature_matching_loss@4']:10.4f}{values['seconds']:10.0f}"
         )
 
 
@@ -233,6 +233,7 @@ def main():
             keras_ebft.BlockSampler(rollout_length=4, stride=2, context_length=4),
         ),
         rollout_lengths=(4,),
+        num_samples=8,
     )
 
     def measure():

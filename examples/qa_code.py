@@ -54,16 +54,20 @@ def parse_arguments():
     parser.add_argument("--split", default="train")
     parser.add_argument("--held-out-split", help="default: validation")
     parser.add_argument("--length", type=int, default=192)
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--steps", type=int, default=30, help="per epoch")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--ce-weight", type=float, default=0.1)
+    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument(
+        "--whitening", choices=("rollout", "feature", "none"), default="none"
+    )
+    parser.add_argument("--ce-weight", type=float, default=0.5)
+    parser.add_argument("--held-out-samples", type=int, default=8, help="per block")
     parser.add_argument("--held-out-rows", type=int, default=64)
     parser.add_argument("--problems", type=int, default=4)
     parser.add_argument("--samples", type=int, default=2, help="per problem")
-    parser.add_argument("--pretrain-steps", type=int, default=200)
+    parser.add_argument("--pretrain-steps", type=int, default=800)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--vocabulary", type=int, default=1024)
@@ -118,10 +122,14 @@ def pretrained_llama(pairs, arguments):
     rows = keras_ebft.data.pack(texts, tokenizer, arguments.length).load()
     print(f"Pre-training on {rows.report}")
     model = keras_ebft.EBFTModel.sft(causal_lm, seed=0)
-    model.compile(keras.optimizers.AdamW(2e-3, global_clipnorm=1.0))
-    needed = arguments.pretrain_steps * 8
-    arrays = {name: values[:needed] for name, values in rows.arrays.items()}
-    model.fit(arrays, batch_size=8)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        1e-4, arguments.pretrain_steps, warmup_target=3e-3, warmup_steps=20, alpha=0.05
+    )
+    model.compile(keras.optimizers.AdamW(schedule, global_clipnorm=1.0))
+    # Small batches: for so few tokens, more steps teach more than less noise does.
+    needed = np.arange(arguments.pretrain_steps * 4) % len(rows)
+    arrays = {name: values[needed] for name, values in rows.arrays.items()}
+    model.fit(arrays, batch_size=4)
     path.parent.mkdir(parents=True, exist_ok=True)
     causal_lm.backbone.save_weights(path)
     return causal_lm
@@ -161,11 +169,18 @@ def pass_at_one(generate, problems):
     return mean_pass_at_k(check_completions(problems, bodies), k=1)
 
 
+def make_reward(whitening):
+    """With or without whitening. Without it, what is measured is what is trained."""
+    return keras_ebft.FeatureMatchingReward(
+        whitening=None if whitening == "none" else whitening
+    )
+
+
 def report(before, after):
     """A table of held-out measurements."""
     rows = {
-        "feature_matching_loss": "feature-matching loss",
-        "whitened_feature_matching_loss": "whitened feature-matching loss",
+        "unbiased_feature_matching_loss": "feature-matching loss",
+        "whitened_feature_matching_loss": "  whitened, as in training",
         "alignment": "alignment",
         "ce_loss": "cross-entropy of answers (nats)",
         "perplexity": "perplexity of answers",
@@ -212,34 +227,49 @@ def main():
     model = keras_ebft.EBFTModel(
         causal_lm,
         keras_ebft.BlockSampler(temperature=arguments.temperature),
+        reward=make_reward(arguments.whitening),
         ce_weight=arguments.ce_weight,
         seed=arguments.seed,
     )
+    # Falling to zero, so that the last steps' noise does not stay in the weights.
+    schedule = keras.optimizers.schedules.CosineDecay(
+        arguments.learning_rate, arguments.epochs * arguments.steps
+    )
     model.compile(
         keras.optimizers.AdamW(
-            arguments.learning_rate, beta_2=0.95, weight_decay=0.0, global_clipnorm=1.0
+            schedule, beta_2=0.95, weight_decay=0.0, global_clipnorm=1.0
         )
     )
 
-    def measure():
-        values = model.evaluate(
-            validation, batch_size=arguments.batch_size, return_dict=True, verbose=0
-        )
-        if problems:
-            values["pass@1"] = pass_at_one(generate, problems)
-        return values
+    # More rollouts than in training, and the same random numbers every time.
+    feature_matching = keras_ebft.evaluation.FeatureMatching(
+        model,
+        rollout_lengths=(model.sampler.rollout_length,),
+        num_samples=arguments.held_out_samples,
+        seed=arguments.seed,
+    )
+
+    def measure(_=None):
+        values = feature_matching(validation, batch_size=arguments.batch_size)
+        return {name.partition("@")[0]: value for name, value in values.items()}
 
     before = measure()
+    passed_before = pass_at_one(generate, problems) if problems else None
     history = model.fit(
         rows.py_dataset(arguments.batch_size, seed=arguments.seed),
         epochs=arguments.epochs,
         steps_per_epoch=arguments.steps,
-        validation_data=validation,
-        validation_batch_size=arguments.batch_size,
+        callbacks=[keras_ebft.callbacks.Measure(measure)],
     )
-    report(before, measure())
+    after = {name: history.history[f"val_{name}"][-1] for name in before}
+    if problems:
+        before["pass@1"] = passed_before
+        after["pass@1"] = pass_at_one(generate, problems)
+    report(before, after)
 
-    figure = keras_ebft.plots.training_curves({"EBFT": history})
+    figure = keras_ebft.plots.training_curves(
+        {"EBFT": history}, metrics=("unbiased_feature_matching_loss", "ce_loss")
+    )
     arguments.output.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.output / "qa_code.png", dpi=120)
     print(f"\nPlot: {arguments.output / 'qa_code.png'}")

@@ -39,16 +39,20 @@ def parse_arguments():
     parser.add_argument("--split", default="train")
     parser.add_argument("--held-out-split", help="default: validation")
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=20, help="per epoch")
+    parser.add_argument("--steps", type=int, default=30, help="per epoch")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--ce-weight", type=float, default=0.3)
-    parser.add_argument("--held-out-rows", type=int, default=24)
+    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument(
+        "--whitening", choices=("rollout", "feature", "none"), default="none"
+    )
+    parser.add_argument("--ce-weight", type=float, default=1.0)
+    parser.add_argument("--held-out-samples", type=int, default=8, help="per block")
+    parser.add_argument("--held-out-rows", type=int, default=64)
     parser.add_argument("--sentences", type=int, default=16, help="to translate")
     parser.add_argument("--comet", action="store_true")
-    parser.add_argument("--pretrain-steps", type=int, default=200)
+    parser.add_argument("--pretrain-steps", type=int, default=800)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--vocabulary", type=int, default=1024)
@@ -106,10 +110,14 @@ def pretrained_llama(pairs, arguments):
     rows = keras_ebft.data.pack(texts, tokenizer, arguments.length).load()
     print(f"Pre-training on {rows.report}")
     model = keras_ebft.EBFTModel.sft(causal_lm, seed=0)
-    model.compile(keras.optimizers.AdamW(2e-3, global_clipnorm=1.0))
-    needed = arguments.pretrain_steps * 16
-    arrays = {name: values[:needed] for name, values in rows.arrays.items()}
-    model.fit(arrays, batch_size=16)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        1e-4, arguments.pretrain_steps, warmup_target=3e-3, warmup_steps=20, alpha=0.05
+    )
+    model.compile(keras.optimizers.AdamW(schedule, global_clipnorm=1.0))
+    # Small batches: for so few tokens, more steps teach more than less noise does.
+    needed = np.arange(arguments.pretrain_steps * 4) % len(rows)
+    arrays = {name: values[needed] for name, values in rows.arrays.items()}
+    model.fit(arrays, batch_size=4)
     path.parent.mkdir(parents=True, exist_ok=True)
     causal_lm.backbone.save_weights(path)
     return causal_lm
@@ -142,11 +150,18 @@ def translate(generate, pairs, with_comet):
     return found, values
 
 
+def make_reward(whitening):
+    """With or without whitening. Without it, what is measured is what is trained."""
+    return keras_ebft.FeatureMatchingReward(
+        whitening=None if whitening == "none" else whitening
+    )
+
+
 def report(before, after):
     """A table of held-out measurements."""
     rows = {
-        "feature_matching_loss": "feature-matching loss",
-        "whitened_feature_matching_loss": "whitened feature-matching loss",
+        "unbiased_feature_matching_loss": "feature-matching loss",
+        "whitened_feature_matching_loss": "  whitened, as in training",
         "alignment": "alignment",
         "ce_loss": "cross-entropy of targets (nats)",
         "perplexity": "perplexity of targets",
@@ -194,31 +209,47 @@ def main():
         temperature=arguments.temperature,
     )
     model = keras_ebft.EBFTModel(
-        causal_lm, sampler, ce_weight=arguments.ce_weight, seed=arguments.seed
+        causal_lm,
+        sampler,
+        reward=make_reward(arguments.whitening),
+        ce_weight=arguments.ce_weight,
+        seed=arguments.seed,
+    )
+    # Falling to zero, so that the last steps' noise does not stay in the weights.
+    schedule = keras.optimizers.schedules.CosineDecay(
+        arguments.learning_rate, arguments.epochs * arguments.steps
     )
     model.compile(
         keras.optimizers.AdamW(
-            arguments.learning_rate, beta_2=0.95, weight_decay=0.0, global_clipnorm=1.0
+            schedule, beta_2=0.95, weight_decay=0.0, global_clipnorm=1.0
         )
     )
 
-    def measure():
-        values = model.evaluate(
-            validation, batch_size=arguments.batch_size, return_dict=True, verbose=0
-        )
-        found, quality = translate(generate, sentences, arguments.comet)
-        return found, {**values, **quality}
+    # More rollouts than in training, and the same random numbers every time.
+    feature_matching = keras_ebft.evaluation.FeatureMatching(
+        model,
+        rollout_lengths=(model.sampler.rollout_length,),
+        num_samples=arguments.held_out_samples,
+        seed=arguments.seed,
+    )
 
-    translations_before, before = measure()
+    def measure(_=None):
+        values = feature_matching(validation, batch_size=arguments.batch_size)
+        return {name.partition("@")[0]: value for name, value in values.items()}
+
+    before = measure()
+    translations_before, quality_before = translate(
+        generate, sentences, arguments.comet
+    )
     history = model.fit(
         rows.py_dataset(arguments.batch_size, seed=arguments.seed),
         epochs=arguments.epochs,
         steps_per_epoch=arguments.steps,
-        validation_data=validation,
-        validation_batch_size=arguments.batch_size,
+        callbacks=[keras_ebft.callbacks.Measure(measure)],
     )
-    translations_after, after = measure()
-    report(before, after)
+    after = {name: history.history[f"val_{name}"][-1] for name in before}
+    translations_after, quality_after = translate(generate, sentences, arguments.comet)
+    report({**before, **quality_before}, {**after, **quality_after})
     for (source, target), *found in zip(
         sentences[:3], translations_before, translations_after
     ):
@@ -228,7 +259,9 @@ def main():
             print(f"{label}: {text.strip()}")
         print()
 
-    figure = keras_ebft.plots.training_curves({"EBFT": history})
+    figure = keras_ebft.plots.training_curves(
+        {"EBFT": history}, metrics=("unbiased_feature_matching_loss", "ce_loss")
+    )
     arguments.output.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.output / "translation.png", dpi=120)
     print(f"\nPlot: {arguments.output / 'translation.png'}")

@@ -46,11 +46,15 @@ def parse_arguments():
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--ce-weight", type=float, default=0.1)
-    parser.add_argument("--held-out-rows", type=int, default=96)
-    parser.add_argument("--rollout-lengths", type=int, nargs="+", default=[4, 16])
-    parser.add_argument("--pretrain-steps", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument(
+        "--whitening", choices=("rollout", "feature", "none"), default="none"
+    )
+    parser.add_argument("--ce-weight", type=float, default=0.5)
+    parser.add_argument("--held-out-samples", type=int, default=8, help="per block")
+    parser.add_argument("--held-out-rows", type=int, default=64)
+    parser.add_argument("--rollout-lengths", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--pretrain-steps", type=int, default=800)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--vocabulary", type=int, default=1024)
@@ -105,10 +109,14 @@ def pretrained_llama(texts, arguments):
     rows = keras_ebft.data.pack(texts, tokenizer, arguments.length).load()
     print(f"Pre-training on {rows.report}")
     model = keras_ebft.EBFTModel.sft(causal_lm, seed=0)
-    model.compile(keras.optimizers.AdamW(2e-3, global_clipnorm=1.0))
-    needed = arguments.pretrain_steps * 16
-    arrays = {name: values[:needed] for name, values in rows.arrays.items()}
-    model.fit(arrays, batch_size=16)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        1e-4, arguments.pretrain_steps, warmup_target=3e-3, warmup_steps=20, alpha=0.05
+    )
+    model.compile(keras.optimizers.AdamW(schedule, global_clipnorm=1.0))
+    # Small batches: for so few tokens, more steps teach more than less noise does.
+    needed = np.arange(arguments.pretrain_steps * 4) % len(rows)
+    arrays = {name: values[needed] for name, values in rows.arrays.items()}
+    model.fit(arrays, batch_size=4)
     path.parent.mkdir(parents=True, exist_ok=True)
     causal_lm.backbone.save_weights(path)
     return causal_lm
@@ -120,32 +128,33 @@ def spread(rows, count):
     return {name: values[chosen] for name, values in rows.arrays.items()}
 
 
-def measure(model, feature_matching, rows, batch_size):
-    """Everything that is measured on held-out rows."""
-    values = model.evaluate(rows, batch_size=batch_size, return_dict=True, verbose=0)
-    return {**values, **feature_matching(rows, batch_size=batch_size)}
+def make_reward(whitening):
+    """With or without whitening. Without it, what is measured is what is trained."""
+    return keras_ebft.FeatureMatchingReward(
+        whitening=None if whitening == "none" else whitening
+    )
 
 
-def report(before, after):
+def report(before, after, lengths):
     """A table of held-out measurements."""
-    rows = {
-        "feature_matching_loss": "feature-matching loss",
-        "whitened_feature_matching_loss": "whitened feature-matching loss",
-        "alignment": "alignment",
-        "best_alignment": "alignment, best of n",
-        "diversity": "diversity",
-        "ce_loss": "cross-entropy (nats/token)",
-        "perplexity": "perplexity",
-    }
-    print(f"\n{'held-out':32}{'before':>10}{'after':>10}{'change':>10}")
+    rows = {}
+    for g in lengths:
+        rows[f"unbiased_feature_matching_loss@{g}"] = (
+            f"feature-matching loss, {g} tokens"
+        )
+        rows[f"whitened_feature_matching_loss@{g}"] = "  whitened, as in training"
+    rows |= {"ce_loss": "cross-entropy (nats/token)", "perplexity": "perplexity"}
+    print(f"\n{'held-out':38}{'before':>10}{'after':>10}{'change':>10}")
     for name, label in rows.items():
+        if name not in before:
+            continue
         change = after[name] - before[name]
-        print(f"{label:32}{before[name]:10.4f}{after[name]:10.4f}{change:+10.4f}")
+        print(f"{label:38}{before[name]:10.4f}{after[name]:10.4f}{change:+10.4f}")
 
 
 def by_length(values, lengths):
     """Feature-matching loss for every rollout length."""
-    return {g: values[f"feature_matching_loss@{g}"] for g in lengths}
+    return {g: values[f"unbiased_feature_matching_loss@{g}"] for g in lengths}
 
 
 def main():
@@ -170,24 +179,32 @@ def main():
     model = keras_ebft.EBFTModel(
         causal_lm,
         keras_ebft.BlockSampler(temperature=arguments.temperature),
+        reward=make_reward(arguments.whitening),
         ce_weight=arguments.ce_weight,
         seed=arguments.seed,
     )
+    # Falling to zero, so that the last steps' noise does not stay in the weights.
+    schedule = keras.optimizers.schedules.CosineDecay(
+        arguments.learning_rate, arguments.steps
+    )
     model.compile(
         keras.optimizers.AdamW(
-            arguments.learning_rate, beta_2=0.95, weight_decay=0.0, global_clipnorm=1.0
+            schedule, beta_2=0.95, weight_decay=0.0, global_clipnorm=1.0
         )
     )
     feature_matching = keras_ebft.evaluation.FeatureMatching(
-        model, rollout_lengths=arguments.rollout_lengths
+        model,
+        rollout_lengths=arguments.rollout_lengths,
+        num_samples=arguments.held_out_samples,
+        seed=arguments.seed,
     )
-    before = measure(model, feature_matching, validation, arguments.batch_size)
+    before = feature_matching(validation, batch_size=arguments.batch_size)
     model.fit(
         rows.py_dataset(arguments.batch_size, seed=arguments.seed),
         steps_per_epoch=arguments.steps,
     )
-    after = measure(model, feature_matching, validation, arguments.batch_size)
-    report(before, after)
+    after = feature_matching(validation, batch_size=arguments.batch_size)
+    report(before, after, arguments.rollout_lengths)
 
     figure = keras_ebft.plots.rollout_length_curves(
         {

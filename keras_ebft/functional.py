@@ -28,6 +28,7 @@ __all__ = [
     "probability_ratio",
     "rewards_from_inner_products",
     "token_weights",
+    "unbiased_feature_matching_loss",
 ]
 
 ESTIMATORS = ("rloo", "group_norm", "reinforce")
@@ -122,7 +123,8 @@ def feature_matching_loss(products):
         | mean_j phi_j - phi_* |^2
 
     the Monte-Carlo form of the conditional feature-matching loss of
-    arXiv:2603.12248.
+    arXiv:2603.12248. On average it lies above the loss itself by `tr Cov(phi) / n`,
+    the variance of the mean; see `unbiased_feature_matching_loss`.
 
     Args:
         products: `InnerProducts` of one kind of whitening.
@@ -133,6 +135,39 @@ def feature_matching_loss(products):
     cross = products.cross
     total = products.gram - cross - ops.swapaxes(cross, -1, -2) + products.target_gram
     return ops.mean(total, axis=(-2, -1))
+
+
+def unbiased_feature_matching_loss(products):
+    """Estimate of `|E[phi] - phi_*|^2` whose mean does not depend on n.
+
+        mean_{i != j} phi_i . phi_j - 2 mean_j phi_j . phi_* + |phi_*|^2
+
+    `feature_matching_loss` without the products of rollouts with themselves. Of one
+    block it can be negative; means over many blocks are what to look at. With unit
+    features it is `1 - mean alignment + mean diversity / 2`, unwhitened.
+
+    Args:
+        products: `InnerProducts` without whitening, which would depend on the
+            rollouts itself.
+
+    Returns:
+        float32 tensor `[B, K]`.
+
+    Raises:
+        ValueError: for a single rollout per block.
+    """
+    samples = products.gram.shape[-1]
+    if samples < 2:
+        raise ValueError(
+            "Expected at least 2 rollouts per block for an unbiased estimate. "
+            f"Received: {samples}. Use `feature_matching_loss`, or more rollouts."
+        )
+    pairs = ops.sum(products.gram, axis=(-2, -1)) - ops.sum(
+        _diagonal(products.gram), axis=-1
+    )
+    target = ops.mean(products.target_gram, axis=(-2, -1))
+    cross = ops.mean(products.cross, axis=(-2, -1))
+    return pairs / (samples * (samples - 1)) - 2.0 * cross + target
 
 
 def advantages(

@@ -11,6 +11,7 @@ from keras_ebft.validation import check_instance
 
 LABELS = {
     "feature_matching_loss": "feature-matching loss",
+    "unbiased_feature_matching_loss": "feature-matching loss",
     "whitened_feature_matching_loss": "whitened feature-matching loss",
     "ce_loss": "cross-entropy (nats/token)",
 }

@@ -87,6 +87,11 @@ class FeatureMatchingReward(Reward):
             paper's appendix) or `None`. Eigenvalues below 1e-6 of the largest
             count as zero.
 
+    Attributes:
+        measures_unbiased: bool, whether `unbiased_feature_matching_loss` is measured
+            too, which takes at least 2 rollouts per block.
+            `keras_ebft.evaluation.FeatureMatching` turns it on for itself.
+
     Raises:
         TypeError: if a weight is not a number.
         ValueError: if a weight is negative, both are zero, or `whitening` is
@@ -96,6 +101,8 @@ class FeatureMatchingReward(Reward):
     >>> FeatureMatchingReward(diversity_weight=0.5).get_config()["whitening"]
     'rollout'
     """
+
+    measures_unbiased = False
 
     def __init__(self, alignment_weight=1.0, diversity_weight=1.0, whitening="rollout"):
         self.alignment_weight = check_number("alignment_weight", alignment_weight, 0.0)
@@ -109,8 +116,10 @@ class FeatureMatchingReward(Reward):
     @property
     def block_measures(self):
         """Names of what `__call__` measures once per block."""
-        plain = ("feature_matching_loss",)
-        return plain if self.whitening is None else (*plain, f"whitened_{plain[0]}")
+        name = "feature_matching_loss"
+        whitened = () if self.whitening is None else (f"whitened_{name}",)
+        unbiased = (f"unbiased_{name}",) if self.measures_unbiased else ()
+        return (name, *whitened, *unbiased)
 
     def __call__(self, generated, target, rollouts=None):
         """Rewards and distances of every block.
@@ -123,7 +132,8 @@ class FeatureMatchingReward(Reward):
         Returns:
             dict of float32 tensors: `alignment`, `diversity`, `reward`
             `[B, n, K]`; `feature_matching_loss` `[B, K]`, without whitening; and
-            where whitening is on `whitened_feature_matching_loss` `[B, K]`. With
+            where whitening is on `whitened_feature_matching_loss` `[B, K]`; with
+            `measures_unbiased` `unbiased_feature_matching_loss` `[B, K]`. With
             one feature per token `[B, n, K, G]` and `[B, K, G]`.
         """
         if len(generated.shape) == 6:
@@ -138,6 +148,10 @@ class FeatureMatchingReward(Reward):
         if self.whitening is not None:
             rewards["whitened_feature_matching_loss"] = (
                 functional.feature_matching_loss(products)
+            )
+        if self.measures_unbiased:
+            rewards["unbiased_feature_matching_loss"] = (
+                functional.unbiased_feature_matching_loss(plain)
             )
         return rewards
 

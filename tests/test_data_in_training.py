@@ -178,17 +178,27 @@ def test_feature_matching(model):
     rows = packed().load().arrays
     measured = measure(rows, batch_size=4)
     evaluated = evaluate(model, rows)
+    unbiased = measured.pop("unbiased_feature_matching_loss@2")
+    # Less than the plain one by a variance.
+    assert unbiased < measured["feature_matching_loss@2"]
+    again = measure(rows, batch_size=4)
+    assert again == {**measured, "unbiased_feature_matching_loss@2": unbiased}
+    for name in ("ce_loss", "perplexity"):
+        assert measured.pop(name) == pytest.approx(evaluated[name], rel=1e-5)
     assert set(measured) == {f"{name}@2" for name in FEATURE_MEASURES}
     for name in FEATURE_MEASURES:
         assert measured[f"{name}@2"] == pytest.approx(evaluated[name], rel=1e-5)
-    assert measure(rows, batch_size=4) == measured
+    # Measuring changes nothing of what training measures.
+    assert "unbiased_feature_matching_loss" not in evaluated
 
 
 @pytest.mark.slow
 def test_feature_matching_at_several_lengths(model):
     measure = FeatureMatching(model.causal_lm, rollout_lengths=(2, 8), num_samples=3)
     measured = measure(documents(4, 24), batch_size=4)
-    assert set(measured) == {f"{n}@{g}" for n in FEATURE_MEASURES for g in (2, 8)}
+    names = (*FEATURE_MEASURES, "unbiased_feature_matching_loss")
+    expected = {f"{n}@{g}" for n in names for g in (2, 8)}
+    assert set(measured) == expected | {"ce_loss", "perplexity"}
     assert np.isfinite(list(measured.values())).all()
     # Late tokens of a longer rollout have less to go by.
     assert measured["alignment@8"] != measured["alignment@2"]
@@ -199,6 +209,8 @@ def test_feature_matching_refuses(model):
         FeatureMatching(model, rollout_lengths=())
     with pytest.raises(ValueError, match="rollout_lengths=0"):
         FeatureMatching(model, rollout_lengths=(0,))
+    with pytest.raises(ValueError, match="num_samples=0"):
+        FeatureMatching(model, num_samples=0)
 
 
 def test_measure_adds_to_the_history(model):

@@ -1,8 +1,11 @@
+import itertools
+
 import numpy as np
 import pytest
 from helpers import to_numpy
 
 from keras_ebft import FeatureMatchingReward, functional
+from keras_ebft.inner_products import feature_inner_products, whiten
 
 CASES = range(8)
 TOLERANCE = 1e-5
@@ -185,3 +188,57 @@ def test_wrong_calls_say_what_was_expected(call, message):
     generated, target = np.ones((1, 2, 3, 1, 4)), np.ones((1, 3, 1, 4))
     with pytest.raises(ValueError, match=message):
         call(generated, target)
+
+
+def products_of(generated, target):
+    """Of rollouts `[n, D]` and one target `[D]`."""
+    found = feature_inner_products(
+        np.array(generated, "float32")[None, :, None, None],
+        np.array(target, "float32")[None, None, None],
+    )
+    return whiten(found, None)
+
+
+def test_unbiased_feature_matching_loss_by_hand():
+    """Rollouts (1, 0), (0, 1), (0, 1) for (1, 0): pairs 1/3, truth 2/3, 1."""
+    products = products_of([[1, 0], [0, 1], [0, 1]], [1, 0])
+    compare(functional.unbiased_feature_matching_loss(products), [[2 / 3]])
+    # The mean (1/3, 2/3) is away by 8/9: (1 - 1/3) / 3 too far, from variance.
+    compare(functional.feature_matching_loss(products), [[8 / 9]])
+
+
+@pytest.mark.parametrize("samples", [2, 3])
+def test_unbiased_feature_matching_loss_on_average(samples):
+    """Every tuple of rollouts, weighted with its probability: the loss itself."""
+    values = np.array([[1, 0], [0.6, 0.8], [0, -1]], "float32")
+    chances, target = np.array([0.5, 0.3, 0.2]), np.array([0, 1], "float32")
+    exact = np.sum((chances @ values - target) ** 2)
+    biased = unbiased = 0.0
+    for chosen in itertools.product(range(3), repeat=samples):
+        products = products_of(values[list(chosen)], target)
+        chance = np.prod(chances[list(chosen)])
+        estimate = functional.unbiased_feature_matching_loss(products)
+        unbiased += chance * to_numpy(estimate)[0, 0]
+        biased += chance * to_numpy(functional.feature_matching_loss(products))[0, 0]
+    assert unbiased == pytest.approx(exact, abs=TOLERANCE)
+    variance = 1.0 - np.sum((chances @ values) ** 2)
+    assert biased == pytest.approx(exact + variance / samples, abs=TOLERANCE)
+
+
+def test_unbiased_feature_matching_loss_of_unit_features(reward_vectors):
+    generated = reward_vectors["0_generated"]
+    target = reward_vectors["0_target"]
+    generated = generated / np.linalg.norm(generated, axis=-1, keepdims=True)
+    target = target / np.linalg.norm(target, axis=-1, keepdims=True)
+    generated, target = generated[:, :, :, :1], target[:, :, :1]
+    reward = FeatureMatchingReward(whitening=None)
+    reward.measures_unbiased = True
+    found = reward(generated, target)
+    expected = 1.0 - np.mean(to_numpy(found["alignment"]), axis=1)
+    expected += np.mean(to_numpy(found["diversity"]), axis=1) / 2
+    compare(found["unbiased_feature_matching_loss"], expected)
+
+
+def test_unbiased_feature_matching_loss_refuses_one_rollout():
+    with pytest.raises(ValueError, match="at least 2 rollouts"):
+        functional.unbiased_feature_matching_loss(products_of([[1, 0]], [1, 0]))

@@ -1,8 +1,11 @@
 """Feature matching on held-out documents, at several rollout lengths."""
 
+import copy
+
 from keras_ebft.block_sampler import BlockSampler
 from keras_ebft.evaluation.models import causal_lm_of
 from keras_ebft.features import FeatureNetwork
+from keras_ebft.metrics import DOCUMENT_MEASURES
 from keras_ebft.model import EBFTModel
 from keras_ebft.rewards import FeatureMatchingReward
 from keras_ebft.validation import check_int
@@ -28,7 +31,8 @@ class FeatureMatching:
             `keras_hub.models.CausalLM`. Where there is no frozen network (a
             `CausalLM`, supervised fine-tuning), a copy is made now.
         rollout_lengths: tuple of ints, tokens per rollout.
-        num_samples: int, rollouts per block; by default the sampler's.
+        num_samples: int, rollouts per block; by default the sampler's. More of them
+            make the values less noisy.
         seed: int, decides the rollouts, the same in every call.
 
     Raises:
@@ -49,12 +53,14 @@ class FeatureMatching:
                 f"{rollout_lengths!r}. Pass for example (8,)."
             )
         network, reward, sampler, frozen = _parts(model)
+        num_samples = sampler.num_samples if num_samples is None else num_samples
+        reward = _measuring(reward, check_int("num_samples", num_samples, 1))
         self._models = {}
         for length in rollout_lengths:
             config = {
                 **sampler.get_config(),
                 "rollout_length": check_int("rollout_lengths", length, 1),
-                "num_samples": num_samples or sampler.num_samples,
+                "num_samples": num_samples,
             }
             measuring = EBFTModel(
                 causal_lm_of(model),
@@ -76,9 +82,12 @@ class FeatureMatching:
             batch_size: int, documents per step, for data in memory.
 
         Returns:
-            dict of floats: `feature_matching_loss@G` (and with whitening
-            `whitened_feature_matching_loss@G`), `alignment@G`, `diversity@G` and
-            `best_alignment@G` (of the best of the n rollouts) for every length G.
+            dict of floats for every length G: `feature_matching_loss@G`, which
+            contains the variance of a mean of n rollouts;
+            `unbiased_feature_matching_loss@G`, which does not (for 2 rollouts or
+            more); with whitening `whitened_feature_matching_loss@G`;
+            `alignment@G`, `diversity@G` and `best_alignment@G` (of the best of the
+            n rollouts). And `ce_loss`, `perplexity` of the documents, read anyway.
 
         Raises:
             ValueError: for documents that cannot be used.
@@ -90,7 +99,15 @@ class FeatureMatching:
             )
             names = dict.fromkeys((*MEASURES, *model.reward.block_measures))
             measured |= {f"{name}@{length}": float(values[name]) for name in names}
-        return measured
+        return measured | {name: float(values[name]) for name in DOCUMENT_MEASURES}
+
+
+def _measuring(reward, num_samples):
+    """The reward, with the unbiased estimate of the loss where there is one."""
+    if isinstance(reward, FeatureMatchingReward) and num_samples > 1:
+        reward = copy.copy(reward)
+        reward.measures_unbiased = True
+    return reward
 
 
 def _parts(model):
