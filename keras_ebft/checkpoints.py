@@ -95,6 +95,8 @@ class FastForward:
         self.steps_per_execution = steps_per_execution
         self.batches_to_pass = 0
         self.logs = {}
+        # Which kernels it runs, known once it has been traced.
+        self.kernel_choices = {}
 
     def __call__(self, *state_and_data):
         """One call of the train function, or none at all."""

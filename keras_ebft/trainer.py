@@ -5,6 +5,8 @@ import keras
 from keras_ebft.checkpoints import DataPosition, FastForward
 from keras_ebft.critic import PolicyAndCriticOptimizer
 from keras_ebft.inputs import refuse_targets, split_rows, token_batches
+from keras_ebft.kernel_log import KernelLog
+from keras_ebft.kernels import watch_choices
 from keras_ebft.kernels.backend import resolve_jit_compile
 
 
@@ -146,12 +148,13 @@ class DocumentTrainer(keras.Model):
         )
         if not isinstance(callbacks, (list, tuple)):
             callbacks = [] if callbacks is None else [callbacks]
-        return super().fit(
-            train,
-            validation_data=validation_data,
-            callbacks=[position, *callbacks],
-            **kwargs,
-        )
+        with watch_choices() as choices:
+            return super().fit(
+                train,
+                validation_data=validation_data,
+                callbacks=[position, KernelLog(choices), *callbacks],
+                **kwargs,
+            )
 
     def evaluate(self, x=None, y=None, batch_size=None, **kwargs):
         """Measures on documents, always with the same random numbers.

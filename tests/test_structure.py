@@ -28,6 +28,7 @@ LEVELS = {
     "functional": 2,
     "blocks": 2,
     "kernels": 2,
+    "kernel_log": 3,
     "bridge": 3,
     "callable_network": 3,
     "row_cache": 3,
@@ -86,6 +87,7 @@ def test_only_their_owners_touch_private_and_backend_modules():
         "keras.src": {"inputs"},
         "jax": {"kernels"},
         "torch": {"kernels"},
+        "triton": {"kernels"},
         "tensorflow": {"data", "kernels"},
         "tensorflow_datasets": {"data"},
         "sacrebleu": {"evaluation"},
@@ -100,12 +102,28 @@ def test_only_their_owners_touch_private_and_backend_modules():
             assert path == PACKAGE / "kernels" / "backend.py"
 
 
+KERNEL_LANGUAGES = ("torch_triton", "jax_pallas")
+
+
+def is_kernel(path):
+    """Whether a module is written in a kernel language."""
+    return path.name.startswith(KERNEL_LANGUAGES)
+
+
+def test_only_the_dispatcher_imports_kernels():
+    """By name, when one first runs, so that their packages may be missing."""
+    for path in MODULES:
+        if not is_kernel(path):
+            for name in imported(path):
+                assert not any(part in name for part in KERNEL_LANGUAGES), path
+
+
 def test_importing_the_library_imports_no_optional_package():
     """They are imported where they are used; `tfds` builders are such places."""
     optional = {"tensorflow", "torch", "tensorflow_datasets", "datasets"}
-    optional |= {"matplotlib", "sacrebleu", "tokenizers", "comet", "grain"}
+    optional |= {"matplotlib", "sacrebleu", "tokenizers", "comet", "grain", "triton"}
     for path in MODULES:
-        if path.parent == PACKAGE / "data" / "builders":
+        if path.parent == PACKAGE / "data" / "builders" or is_kernel(path):
             continue
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.Import):

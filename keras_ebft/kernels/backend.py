@@ -6,6 +6,11 @@ import keras
 import numpy as np
 
 
+def backend_name():
+    """Name of the running Keras backend."""
+    return keras.backend.backend()
+
+
 def no_gradient():
     """Context in which no gradient is recorded.
 

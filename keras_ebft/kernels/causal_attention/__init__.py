@@ -1,6 +1,9 @@
 """Causal attention within the documents of a row."""
 
-from keras_ebft.kernels.causal_attention.reference import causal_attention_reference
+from keras_ebft.kernels import dispatch
+from keras_ebft.kernels.causal_attention.implementations import IMPLEMENTATIONS
+
+dispatch.register("causal_attention", IMPLEMENTATIONS)
 
 
 def causal_attention(
@@ -24,7 +27,15 @@ def causal_attention(
     Returns:
         float tensor `[B, T, H, d]` in the dtype of `query`.
     """
-    return causal_attention_reference(
+    run = dispatch.choose(
+        "causal_attention",
+        (query, key, value),
+        head_size=query.shape[-1],
+        options=dispatch.in_use(
+            starts=starts, sliding_window=sliding_window, soft_cap=soft_cap
+        ),
+    )
+    return run(
         query,
         key,
         value,

@@ -1,6 +1,9 @@
 """Log-probability of given tokens under the output head, without all logits."""
 
-from keras_ebft.kernels.linear_logprob.chunked import linear_logprob_chunked
+from keras_ebft.kernels import dispatch
+from keras_ebft.kernels.linear_logprob.implementations import IMPLEMENTATIONS
+
+dispatch.register("linear_logprob", IMPLEMENTATIONS)
 
 
 def linear_logprob(hidden, head, labels, *, temperature=1.0, soft_cap=None):
@@ -23,6 +26,7 @@ def linear_logprob(hidden, head, labels, *, temperature=1.0, soft_cap=None):
     Returns:
         `(log_prob, entropy)`, each float32 `[R]`, in nats.
     """
-    return linear_logprob_chunked(
-        hidden, head, labels, temperature=temperature, soft_cap=soft_cap
+    run = dispatch.choose(
+        "linear_logprob", (hidden, head), options=dispatch.in_use(soft_cap=soft_cap)
     )
+    return run(hidden, head, labels, temperature=temperature, soft_cap=soft_cap)

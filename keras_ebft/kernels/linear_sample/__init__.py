@@ -1,6 +1,9 @@
 """Tokens sampled from the output head, without all logits in memory."""
 
-from keras_ebft.kernels.linear_sample.chunked import linear_sample_chunked
+from keras_ebft.kernels import dispatch
+from keras_ebft.kernels.linear_sample.implementations import IMPLEMENTATIONS
+
+dispatch.register("linear_sample", IMPLEMENTATIONS)
 
 
 def linear_sample(
@@ -29,7 +32,14 @@ def linear_sample(
         log-probability under the whole distribution, not the truncated one; at
         temperature 1 where `temperature` is 0.
     """
-    return linear_sample_chunked(
+    options = dispatch.in_use(
+        soft_cap=soft_cap,
+        top_k=top_k,
+        top_p=top_p < 1.0,
+        greedy=temperature == 0.0,
+    )
+    run = dispatch.choose("linear_sample", (hidden, head), options=options)
+    return run(
         hidden,
         head,
         uniform,

@@ -1,6 +1,11 @@
 """Attention of generated tokens to their document's prefix and their own block."""
 
-from keras_ebft.kernels.strided_attention.tiled import strided_attention_tiled
+import numpy as np
+
+from keras_ebft.kernels import dispatch
+from keras_ebft.kernels.strided_attention.implementations import IMPLEMENTATIONS
+
+dispatch.register("strided_attention", IMPLEMENTATIONS)
 
 
 def strided_attention(
@@ -42,7 +47,19 @@ def strided_attention(
     Returns:
         float tensor `[B, n, K, Q, H, d]` in the dtype of `query`.
     """
-    return strided_attention_tiled(
+    run = dispatch.choose(
+        "strided_attention",
+        (query, key, value, document_key, document_value),
+        head_size=query.shape[-1],
+        options=dispatch.in_use(
+            tensor_anchors=anchors is not None and not isinstance(anchors, np.ndarray),
+            tensor_offset=not isinstance(query_offset, int),
+            starts=starts,
+            sliding_window=sliding_window,
+            soft_cap=soft_cap,
+        ),
+    )
+    return run(
         query,
         key,
         value,

@@ -1,0 +1,310 @@
+"""The choice between implementations: by record, forced, refused, logged."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import keras
+import pytest
+from helpers import QUICK, documents, llama
+from keras import ops
+
+import keras_ebft
+from keras_ebft import kernels
+from keras_ebft.kernels import dispatch
+from keras_ebft.kernels.device import Device, device_of
+
+OPS = ("causal_attention", "linear_logprob", "linear_sample", "strided_attention")
+BACKEND = keras.backend.backend()
+CPU = Device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def automatic():
+    """Every test begins and ends with the automatic choice."""
+    yield
+    for op in OPS:
+        kernels.set_implementation(op, None)
+
+
+@pytest.fixture
+def path(monkeypatch):
+    """Registers a path of two made-up implementations; calls return their names."""
+    monkeypatch.setattr(dispatch, "_registry", dict(dispatch._registry))
+
+    def make(**supports):
+        dispatch.register(
+            "made_up",
+            (
+                dispatch.Implementation("fast", f"{__name__}:fast", **supports),
+                dispatch.Implementation("plain", f"{__name__}:plain"),
+            ),
+        )
+        return dispatch
+
+    yield make
+    dispatch._select.cache_clear()
+    dispatch._forced.pop("made_up", None)
+
+
+def fast():
+    return "fast"
+
+
+def plain():
+    return "plain"
+
+
+def call(**changes):
+    values = {
+        "op": "made_up",
+        "backend": "torch",
+        "device": Device("cuda", (9, 0)),
+        "dtypes": frozenset(["bfloat16"]),
+        "head_size": 64,
+        "options": frozenset(["starts"]),
+    }
+    return dispatch.Call(**{**values, **changes})
+
+
+RECORD = {
+    "backends": ("torch",),
+    "platforms": ("cuda",),
+    "forced_platforms": ("cpu",),
+    "min_capability": (8, 0),
+    "dtypes": ("float32", "bfloat16"),
+    "head_sizes": range(16, 257, 16),
+    "options": ("starts", "soft_cap"),
+    "packages": ("numpy",),
+}
+
+
+@pytest.mark.backend_independent
+@pytest.mark.parametrize(
+    ("changes", "supports", "reason"),
+    [
+        ({}, {}, None),
+        ({"backend": "jax"}, {}, "the backend torch, not jax"),
+        ({"device": Device("rocm")}, {}, "a device of kind cuda, not rocm"),
+        ({"device": CPU}, {}, "a device of kind cuda, not cpu"),
+        ({"device": Device("cuda", (7, 5))}, {}, "compute capability (8, 0) or more"),
+        ({"dtypes": frozenset(["float16"])}, {}, "one dtype of float32 or bfloat16"),
+        (
+            {"dtypes": frozenset(["float32", "bfloat16"])},
+            {},
+            "one dtype of float32 or bfloat16, not bfloat16, float32",
+        ),
+        ({"head_size": 40}, {}, "a head size in range(16, 257, 16), not 40"),
+        (
+            {"options": frozenset(["starts", "sliding_window"])},
+            {},
+            "a call without sliding_window",
+        ),
+        ({}, {"packages": ("no_such_package",)}, "the package no_such_package"),
+    ],
+)
+def test_a_record_says_what_it_lacks(changes, supports, reason):
+    record = dispatch.Implementation("fast", "nowhere:none", **{**RECORD, **supports})
+    refusal = record.refusal(call(**changes))
+    if reason is None:
+        assert refusal is None
+    else:
+        assert reason in refusal
+
+
+@pytest.mark.backend_independent
+def test_some_platforms_are_for_forced_choices_only():
+    record = dispatch.Implementation("fast", "nowhere:none", **RECORD)
+    assert record.refusal(call(device=CPU)) is not None
+    assert record.refusal(call(device=CPU), forced=True) is None
+
+
+def run(**options):
+    return dispatch.choose("made_up", (ops.ones((2,)),), **options)()
+
+
+def test_the_first_implementation_that_fits_runs(path):
+    path(options=("starts",))
+    assert run() == "fast"
+    assert run(options=("starts",)) == "fast"
+    assert run(options=("starts", "soft_cap")) == "plain"
+    path(dtypes=("bfloat16",))
+    assert run() == "plain"
+    path(platforms=("abacus",), forced_platforms=("cpu",))
+    assert run() == "plain"
+    kernels.set_implementation("made_up", "fast")
+    assert run() == "fast"
+    kernels.set_implementation("made_up", None)
+    assert run() == "plain"
+
+
+def test_what_is_forced_runs_or_raises(path, monkeypatch):
+    path(options=("starts",))
+    kernels.set_implementation("made_up", "plain")
+    assert run() == "plain"
+    kernels.set_implementation("made_up", "fast")
+    with pytest.raises(ValueError, match=r"a call without soft_cap.*\['plain'\]"):
+        run(options=("soft_cap",))
+    kernels.set_implementation("made_up", None)
+    monkeypatch.setenv("KERAS_EBFT_KERNELS", " made_up = plain ,")
+    assert run() == "plain"
+    # The function has precedence over the environment.
+    kernels.set_implementation("made_up", "fast")
+    assert run() == "fast"
+
+
+def test_an_error_inside_an_implementation_is_not_hidden(path, monkeypatch):
+    path()
+
+    def broken():
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(sys.modules[__name__], "fast", broken)
+    dispatch._load.cache_clear()
+    with pytest.raises(RuntimeError, match="broken"):
+        run()
+    dispatch._load.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "message"),
+    [
+        ("linear", "reference", "Expected `op` to be one of"),
+        ("linear_sample", "quick", "one of .*chunked.*Received: 'quick'"),
+    ],
+)
+def test_unknown_names_are_refused(op, name, message):
+    with pytest.raises(ValueError, match=message):
+        kernels.set_implementation(op, name)
+
+
+@pytest.mark.parametrize(
+    "value", ["linear_sample", "linear=reference", "linear_sample=quick", "=reference"]
+)
+def test_a_wrong_environment_variable_is_refused(value, monkeypatch):
+    monkeypatch.setenv("KERAS_EBFT_KERNELS", value)
+    with pytest.raises(ValueError, match="KERAS_EBFT_KERNELS"):
+        linear_sample()
+
+
+def linear_sample():
+    return kernels.linear_sample(ops.ones((1, 2)), ops.ones((3, 2)), ops.ones((1,)))
+
+
+def test_names_given_twice_are_refused():
+    record = dispatch.Implementation("one", "nowhere:none")
+    with pytest.raises(ValueError, match="different names"):
+        dispatch.register("made_up", (record, record))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_path_has_a_definition_that_runs_everywhere(op):
+    last = kernels.implementations(op)[-1]
+    assert last.name == "reference"
+    for backend in dispatch.BACKENDS:
+        for device in (CPU, Device("abacus"), Device("cuda", (5, 0))):
+            everything = call(
+                backend=backend,
+                device=device,
+                dtypes=frozenset(["float64", "int4"]),
+                head_size=1,
+                options=frozenset(["anything"]),
+            )
+            assert last.refusal(everything) is None
+
+
+def test_tensors_are_where_they_are():
+    tensor = ops.ones((2,))
+    assert device_of(tensor) == device_of(keras.Variable(tensor))
+    expected = "cpu"
+    if BACKEND == "torch":
+        expected = tensor.device.type
+        assert device_of(tensor.to("meta")) == Device("meta")
+    assert device_of(tensor).platform == expected
+
+
+def test_traced_tensors_are_where_the_backend_puts_them():
+    if BACKEND == "torch":
+        pytest.skip("PyTorch traces nothing here: tensors always have a device")
+    found = []
+
+    def function(x):
+        found.append(device_of(x))
+        return x
+
+    if BACKEND == "jax":
+        import jax
+
+        jax.jit(function)(ops.ones((2,)))
+    else:
+        import tensorflow as tf
+
+        tf.function(function)(ops.ones((2,)))
+    assert found == [device_of(ops.ones((2,)))]
+
+
+def test_a_distribution_is_an_option_of_every_call(path, monkeypatch):
+    path(options=())
+    assert run() == "fast"
+    monkeypatch.setattr(keras.distribution, "distribution", object)
+    assert run() == "plain"
+
+
+def test_fit_logs_once_which_implementations_run(caplog):
+    sampler = keras_ebft.BlockSampler(
+        rollout_length=2, stride=4, context_length=4, num_samples=2
+    )
+    network = keras_ebft.FeatureNetwork(layers=(1,))
+    model = keras_ebft.EBFTModel(llama(num_layers=1), sampler, network, seed=0)
+    model.compile("sgd", **QUICK)
+    x = documents(4, 10)
+    caplog.set_level(logging.INFO, "keras_ebft")
+
+    def logged():
+        messages = [r.message for r in caplog.records if "Kernels" in r.message]
+        caplog.clear()
+        return messages
+
+    model.fit(x, batch_size=2, validation_data=x[:2], verbose=0)
+    (message,) = logged()
+    for op in OPS:
+        assert f"{op}=" in message
+    assert "linear_logprob=reference" not in message
+    # Nothing is compiled anew, and yet known.
+    model.fit(x, batch_size=2, verbose=0)
+    assert logged() == [message]
+
+    kernels.set_implementation("linear_logprob", "reference")
+    model.compile("sgd", **QUICK)
+    model.fit(x, batch_size=2, verbose=0)
+    (message,) = logged()
+    assert "linear_logprob=reference" in message
+
+
+@pytest.mark.backend_independent
+def test_the_library_runs_without_triton():
+    """A process in which Triton cannot be imported.
+
+    Keras itself imports Pallas on JAX, so that it is never missing there.
+    """
+    script = """
+import sys
+# Importing what is None there raises ModuleNotFoundError.
+sys.modules["triton"] = None
+import keras_ebft
+from keras import ops
+from keras_ebft import kernels
+tokens, _ = kernels.linear_sample(
+    ops.ones((1, 2)), ops.ones((3, 2)), ops.convert_to_tensor([0.5])
+)
+print(ops.convert_to_numpy(tokens).tolist())
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert process.stdout.split("\n")[-2] == "[1]"
