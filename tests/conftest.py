@@ -66,3 +66,17 @@ def layout_vectors():
 @pytest.fixture(scope="session")
 def byte_lm():
     return helpers.byte_causal_lm()
+
+
+def pytest_generate_tests(metafunc):
+    """Contracts of kernels are tested with the specs of their path."""
+    specs = getattr(metafunc.cls, "specs", None)
+    if specs is None:
+        return
+    chosen = {
+        "spec": specs.SPECS,
+        "bfloat16_spec": [s for s in specs.SPECS if s.name in metafunc.cls.bfloat16],
+    }
+    for name, values in chosen.items():
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, values, ids=lambda spec: spec.name)
