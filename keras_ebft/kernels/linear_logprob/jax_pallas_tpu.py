@@ -38,16 +38,19 @@ class _Options(NamedTuple):
 
 
 def linear_logprob_pallas_tpu(
-    hidden, head, labels, *, temperature=1.0, soft_cap=None, interpret=False
+    hidden, head, labels, *, temperature=1.0, soft_cap=None, interpret=None
 ):
     """See `keras_ebft.kernels.linear_logprob`.
 
-    Logits are float32 throughout; products of float32 tensors are computed in
-    full float32 precision.
+    Logits are float32 throughout. Products of float32 tensors are as precise as
+    `jax_default_matmul_precision` asks, as they are everywhere in JAX.
 
     Args:
-        interpret: `False`, or what `pallas_call` takes to run without a TPU.
+        interpret: what `pallas_call` takes to run without a TPU; `None` for what
+            the machine needs.
     """
+    if interpret is None:
+        interpret = jax.default_backend() != "tpu"
     rows, width = hidden.shape
     tile = _tile_size(width * hidden.dtype.itemsize)
     row_tile = min(tile, _round_up(rows, LANES))
@@ -257,14 +260,8 @@ def _logits(hidden, head, options):
 
 def _dot(one, two, one_axis, two_axis):
     """Product summed over one axis of each, in float32."""
-    exact = one.dtype == jnp.float32
-    return lax.dot_general(
-        one,
-        two,
-        (((one_axis,), (two_axis,)), ((), ())),
-        precision=lax.Precision.HIGHEST if exact else None,
-        preferred_element_type=jnp.float32,
-    )
+    axes = (((one_axis,), (two_axis,)), ((), ()))
+    return lax.dot_general(one, two, axes, preferred_element_type=jnp.float32)
 
 
 def _tokens(tile, options, columns=None):

@@ -18,19 +18,33 @@ from keras_ebft.kernels.strided_attention import jax_pallas_ranges as ranges_of
 HIDDEN_SCORE = -1e30
 # Above what is hidden: a row that has seen nothing yet weighs hidden keys by 0.
 LOWEST_MAXIMUM = -1e20
-ROW_TILE = 64
+# Rows of a tile, keys of a tile, warps and stages, by the bytes of a query. Compiled
+# for capability 8.0 and 9.0 they fit into 99 KiB of shared memory, which the smallest
+# devices of either generation have.
+TILES = {
+    128: (64, 64, 4, 2),
+    256: (64, 64, 8, 2),
+    512: (32, 32, 8, 2),
+    1024: (16, 16, 4, 1),
+}
+MAX_WIDTH = 256
 DOCUMENT, OWN = 0, 2
 
 
 class _Options(NamedTuple):
     scale: float
     soft_cap: float | None
+    row_tile: int
     key_tile: int
+    warps: int
+    stages: int
     interpret: bool
 
     def compiler_options(self):
         return {
-            "compiler_params": plgpu.CompilerParams(num_warps=4, num_stages=2),
+            "compiler_params": plgpu.CompilerParams(
+                num_warps=self.warps, num_stages=self.stages
+            ),
             "interpret": self.interpret,
         }
 
@@ -52,8 +66,8 @@ def strided_attention_pallas_gpu(
 ):
     """See `keras_ebft.kernels.strided_attention`.
 
-    Scores are float32 throughout; products of float32 tensors are computed in
-    full float32 precision.
+    Scores are float32 throughout. Products of float32 tensors are as precise as
+    `jax_default_matmul_precision` asks, as they are everywhere in JAX.
 
     Args:
         interpret: bool, runs without a GPU; `None` for what the machine needs.
@@ -65,10 +79,12 @@ def strided_attention_pallas_gpu(
         document_value = document_key
     # Tiles have powers of two on all sides.
     padded_width = max(16, 2 ** (width - 1).bit_length())
+    tiles = TILES[max(128, padded_width * query.dtype.itemsize)]
+    row_tile, key_tile = tiles[:2]
     options = _Options(
         float(scale),
         None if soft_cap is None else float(soft_cap),
-        64 if padded_width * query.dtype.itemsize <= 256 else 32,
+        *tiles,
         jax.default_backend() != "gpu" if interpret is None else interpret,
     )
     ranges = ranges_of.row_ranges(
@@ -78,7 +94,7 @@ def strided_attention_pallas_gpu(
         starts=starts,
         query_offset=query_offset,
         sliding_window=sliding_window,
-        multiple=ROW_TILE,
+        multiple=row_tile,
     )
 
     def widen(tensor):
@@ -86,11 +102,11 @@ def strided_attention_pallas_gpu(
         return jnp.pad(tensor, padding)
 
     output = _range_attention(
-        ranges_of.to_rows(widen(query), key_heads, ROW_TILE),
-        ranges_of.to_rows(widen(key), key_heads, options.key_tile),
-        ranges_of.to_rows(widen(value), key_heads, options.key_tile),
-        ranges_of.document_keys(widen(document_key), options.key_tile),
-        ranges_of.document_keys(widen(document_value), options.key_tile),
+        ranges_of.to_rows(widen(query), key_heads, row_tile),
+        ranges_of.to_rows(widen(key), key_heads, key_tile),
+        ranges_of.to_rows(widen(value), key_heads, key_tile),
+        ranges_of.document_keys(widen(document_key), key_tile),
+        ranges_of.document_keys(widen(document_value), key_tile),
         ranges,
         options,
     )
@@ -107,7 +123,7 @@ def _forward(query, key, value, doc_key, doc_value, ranges, options):
     seen = _tiles_of_rows(parts, ranges, options)
     output, normaliser = pl.pallas_call(
         functools.partial(_forward_kernel, options=options),
-        grid=_grid(query, ROW_TILE),
+        grid=_grid(query, options.row_tile),
         out_shape=[
             jax.ShapeDtypeStruct(query.shape, query.dtype),
             jax.ShapeDtypeStruct(query.shape[:3], jnp.float32),
@@ -124,7 +140,7 @@ def _forward_kernel(
     output, normaliser, *, options,
 ):  # fmt: skip
     tile, head, batch = (pl.program_id(axis) for axis in range(3))
-    rows = pl.ds(tile * ROW_TILE, ROW_TILE)
+    rows = pl.ds(tile * options.row_tile, options.row_tile)
     own_query = query[batch, head, rows, :]
 
     def visit(part, keys, values, key_tile, carry):
@@ -142,7 +158,7 @@ def _forward_kernel(
         total = total * shrink + jnp.sum(weights, axis=1)
         return weighed * shrink[:, None] + found, now, total
 
-    zero = jnp.zeros((ROW_TILE,), jnp.float32)
+    zero = jnp.zeros((options.row_tile,), jnp.float32)
     carry = (jnp.zeros(own_query.shape, jnp.float32), zero + LOWEST_MAXIMUM, zero)
     for part, keys, values, seen in (
         (OWN, key, value, own_seen),
@@ -166,7 +182,7 @@ def _backward(options, residuals, upstream):
     document, own = (doc_key, doc_value), (key, value)
     query_gradient = pl.pallas_call(
         functools.partial(_query_gradient_kernel, options=options),
-        grid=_grid(query, ROW_TILE),
+        grid=_grid(query, options.row_tile),
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
         name="strided_attention_query_gradient",
         **options.compiler_options(),
@@ -190,7 +206,7 @@ def _query_gradient_kernel(
     doc_seen, own_seen, gradient, *, options,
 ):  # fmt: skip
     tile, head, batch = (pl.program_id(axis) for axis in range(3))
-    rows = pl.ds(tile * ROW_TILE, ROW_TILE)
+    rows = pl.ds(tile * options.row_tile, options.row_tile)
     own_rows = _rows((query, upstream, normaliser, delta), batch, head, rows)
 
     def visit(part, keys, values, key_tile, total):
@@ -238,7 +254,7 @@ def _key_gradients_kernel(
 
     def visit(row_tile, carry):
         key_total, value_total = carry
-        rows = pl.ds(row_tile * ROW_TILE, ROW_TILE)
+        rows = pl.ds(row_tile * options.row_tile, options.row_tile)
         own_rows = _rows((query, upstream, normaliser, delta), batch, head, rows)
         bounds = _bounds(ranges, batch, part, rows)
         weights, slope = _weights_and_slope(
@@ -285,7 +301,7 @@ def _tiles(ranges, part, key, options):
     return ranges_of.tiles_seen(
         ranges[:, part],
         ranges[:, part + 1],
-        ROW_TILE,
+        options.row_tile,
         options.key_tile,
         key.shape[2] // options.key_tile,
     )
@@ -330,11 +346,5 @@ def _seen(seen, batch, tile):
 
 def _dot(one, two, one_axis, two_axis):
     """Product summed over one axis of each, in float32."""
-    exact = one.dtype == jnp.float32
-    return lax.dot_general(
-        one,
-        two,
-        (((one_axis,), (two_axis,)), ((), ())),
-        precision=lax.Precision.HIGHEST if exact else None,
-        preferred_element_type=jnp.float32,
-    )
+    axes = (((one_axis,), (two_axis,)), ((), ()))
+    return lax.dot_general(one, two, axes, preferred_element_type=jnp.float32)

@@ -54,8 +54,8 @@ def strided_attention_pallas_tpu(
 ):
     """See `keras_ebft.kernels.strided_attention`.
 
-    Scores are float32 throughout; products of float32 tensors are computed in
-    full float32 precision.
+    Scores are float32 throughout. Products of float32 tensors are as precise as
+    `jax_default_matmul_precision` asks, as they are everywhere in JAX.
 
     Args:
         interpret: what `pallas_call` takes to run without a TPU; `None` for what
@@ -428,14 +428,8 @@ def _tile_at(seen, batch, tile, step):
 
 def _dot(one, two, one_axis, two_axis):
     """Product summed over one axis of each, in float32."""
-    exact = one.dtype == jnp.float32
-    return lax.dot_general(
-        one,
-        two,
-        (((one_axis,), (two_axis,)), ((), ())),
-        precision=lax.Precision.HIGHEST if exact else None,
-        preferred_element_type=jnp.float32,
-    )
+    axes = (((one_axis,), (two_axis,)), ((), ()))
+    return lax.dot_general(one, two, axes, preferred_element_type=jnp.float32)
 
 
 def _compile_options(options):
