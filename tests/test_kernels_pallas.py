@@ -9,8 +9,9 @@ from pathlib import Path
 
 import keras
 import pytest
-from helpers import flat
+from helpers import documents, flat, llama, to_numpy
 from kernel_contracts import (
+    FLOAT32_TOLERANCE,
     LinearLogprobContract,
     StridedAttentionContract,
     error,
@@ -18,6 +19,8 @@ from kernel_contracts import (
     implementation,
 )
 
+import keras_ebft
+from keras_ebft import kernels
 from keras_ebft.kernels.linear_logprob import specs as logprob_specs
 from keras_ebft.kernels.strided_attention import specs as strided_specs
 
@@ -56,28 +59,52 @@ def small_tiles(monkeypatch):
 
 @pytest.mark.usefixtures("small_tiles")
 class TestLogprobTpu(LinearLogprobContract):
+    fast = ("everything",)
     name = "pallas_tpu"
+
+    @pytest.mark.slow
+    def test_a_planted_wrong_gradient_is_noticed(self):
+        super().test_a_planted_wrong_gradient_is_noticed()
 
 
 @pytest.mark.usefixtures("small_tiles")
 class TestLogprobGpu(LinearLogprobContract):
+    fast = ("everything",)
     name = "pallas_gpu"
 
 
+class MostlySlow(StridedAttentionContract):
+    """Compiling an interpreted kernel and its gradients takes seconds a call."""
+
+    fast = ("everything",)
+
+    @pytest.mark.slow
+    def test_a_planted_wrong_gradient_is_noticed(self):
+        super().test_a_planted_wrong_gradient_is_noticed()
+
+    @pytest.mark.slow
+    def test_equals_float64_and_its_finite_differences(self):
+        super().test_equals_float64_and_its_finite_differences()
+
+
 @pytest.mark.usefixtures("small_tiles")
-class TestStridedTpu(StridedAttentionContract):
+class TestStridedTpu(MostlySlow, StridedAttentionContract):
     name = "pallas_tpu"
 
 
 @pytest.mark.usefixtures("small_tiles")
-class TestStridedGpu(StridedAttentionContract):
+class TestStridedGpu(MostlySlow, StridedAttentionContract):
     name = "pallas_gpu"
 
 
-CONTRACTS = [TestLogprobTpu, TestStridedTpu]
+WATCHED = [
+    pytest.param(TestLogprobTpu, id="linear_logprob"),
+    # Half a minute where there is one core only.
+    pytest.param(TestStridedTpu, id="strided_attention", marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize("contract", CONTRACTS, ids=lambda c: c.op)
+@pytest.mark.parametrize("contract", WATCHED)
 def test_no_races_and_nothing_unwritten_on_tpu(contract, monkeypatch):
     """The TPU's interpreter: memory starts as not-a-number, copies are watched."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
@@ -95,17 +122,24 @@ def test_no_races_and_nothing_unwritten_on_tpu(contract, monkeypatch):
     spec = {
         "linear_logprob": dataclasses.replace(logprob_specs.SPECS[-1], rows=130),
         "strided_attention": dataclasses.replace(
-            strided_specs.SPECS[-1], batch=1, length=140, blocks=16, stride=8
+            strided_specs.SPECS[-1],
+            batch=1,
+            heads=2,
+            kv_heads=1,
+            length=140,
+            blocks=16,
+            stride=8,
         ),
     }[contract.op]
     found = contract().measured(
-        spec, lambda *tensors, **options: contract().run(
+        spec,
+        lambda *tensors, **options: contract().run(
             *tensors, interpret=interpret, **options
         ),
     )
     assert not interpret_pallas_call.races.races_found
-    assert error(flat(found[0]), flat(expected(contract, spec)[0])) < 1e-5
-    assert error(flat(found[1]), flat(expected(contract, spec)[1])) < 1e-5
+    for one, two in zip(found, expected(contract, spec)):
+        assert error(flat(one), flat(two)) < FLOAT32_TOLERANCE
 
 
 LOGPROB = {"temperature": 0.6, "soft_cap": 30.0}
@@ -129,24 +163,30 @@ def call_and_gradients(op, name, spec, dtype, options):
     return jax.jit(function), arrays
 
 
-def cases():
-    """The benchmarks' shapes with every option, and sizes that divide nothing."""
-    logprob = dataclasses.replace(logprob_specs.BENCHMARK, rows=1000, vocabulary=4001)
-    yield "linear_logprob", logprob, LOGPROB
-    yield "linear_logprob", dataclasses.replace(logprob, width=72), {}
-    for head_size in (64, 80, 128, 256):
-        strided = dataclasses.replace(
-            strided_specs.BENCHMARK, heads=8, kv_heads=2, head_size=head_size
-        )
-        yield "strided_attention", strided, STRIDED
-    decode = dataclasses.replace(strided, queries=1, keys=7, blocks=33, length=275)
-    yield "strided_attention", decode, {"scale": 0.1, "query_offset": 3}
+LOGPROB_SPEC = logprob_specs.Spec("head", rows=600, width=256, vocabulary=4001)
+STRIDED_SPEC = strided_specs.Spec(
+    "blocks", blocks=33, queries=8, keys=8, heads=8, length=300, stride=8
+)
 
 
+def strided(head_size, **changes):
+    return dataclasses.replace(STRIDED_SPEC, head_size=head_size, **changes)
+
+
+# Every option, several tiles on every side, sizes that divide nothing; a step of
+# decoding is the last.
 CASES = [
-    pytest.param(*case, dtype, id=f"{case[0]}-{number}-{dtype}")
-    for number, case in enumerate(cases())
-    for dtype in ("bfloat16", "float32")
+    ("linear_logprob", LOGPROB_SPEC, LOGPROB, "bfloat16"),
+    ("linear_logprob", dataclasses.replace(LOGPROB_SPEC, width=72), {}, "float32"),
+    ("strided_attention", strided(64, tensor_anchors=True), STRIDED, "bfloat16"),
+    ("strided_attention", strided(80), {"scale": 0.1}, "float32"),
+    ("strided_attention", strided(256), STRIDED, "bfloat16"),
+    (
+        "strided_attention",
+        strided(128, queries=1, keys=7),
+        {"scale": 0.1, "query_offset": 3},
+        "float32",
+    ),
 ]
 
 
@@ -166,6 +206,37 @@ def test_lowers_for_gpu(op, spec, options, dtype):
     lowered = function.trace(*arrays).lower(lowering_platforms=("cuda",))
     kernels = {"linear_logprob": 2, "strided_attention": 4}[op]
     assert lowered.as_text().count("@__gpu$xla.gpu.triton") == kernels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pallas_tpu", "pallas_gpu"])
+def test_a_whole_step_is_the_same(name):
+    """Kernels inside a compiled train step, rollouts and gradients included."""
+    weights = {}
+    for chosen in (None, name):
+        for op in ("linear_logprob", "strided_attention"):
+            kernels.set_implementation(op, chosen)
+        sampler = keras_ebft.BlockSampler(3, 4, 4, num_samples=2)
+        features = keras_ebft.FeatureNetwork(layers=(1, 2))
+        model = keras_ebft.EBFTModel(
+            llama(hidden_dim=32), sampler, features, ce_weight=0.1, seed=0
+        )
+        model.compile(keras.optimizers.SGD(0.1))
+        with kernels.watch_choices() as choices:
+            model.fit(documents(2, 22), batch_size=2, verbose=0)
+        if chosen is not None:
+            assert choices["linear_logprob"] == choices["strided_attention"] == {name}
+        weights[chosen] = flat(to_numpy(w) for w in model.trainable_weights)
+    start = flat(to_numpy(w) for w in llama(hidden_dim=32).trainable_weights)
+    assert error(weights[name] - start, weights[None] - start) < 1e-4
+    assert error(weights[None], start) > 1e-4
+
+
+@pytest.fixture(autouse=True)
+def automatic():
+    yield
+    for op in ("linear_logprob", "strided_attention"):
+        kernels.set_implementation(op, None)
 
 
 LIBTPU = Path(sys.prefix) / "libtpu"

@@ -46,8 +46,7 @@ def linear_logprob_pallas_gpu(
     Logits are float32 throughout. Products of float32 tensors are as precise as
     `jax_default_matmul_precision` asks, as they are everywhere in JAX.
 
-    Args:
-        interpret: bool, runs without a GPU; `None` for what the machine needs.
+    `interpret` goes to `pallas_call`; `None` interprets where there is no GPU.
     """
     if interpret is None:
         interpret = jax.default_backend() != "gpu"
@@ -92,9 +91,7 @@ def _forward(hidden, head, labels, options):
     return (log_prob, entropy), residuals
 
 
-def _forward_kernel(
-    hidden, head, labels, highest, total, weighted, chosen, *, options
-):
+def _forward_kernel(hidden, head, labels, highest, total, weighted, chosen, *, options):
     """Online log-sum-exp, expected logit and the label's logit of a row tile."""
     rows = pl.ds(pl.program_id(0) * ROW_TILE, ROW_TILE)
     split = pl.program_id(1)
@@ -162,7 +159,7 @@ _linear_logprob.defvjp(_forward, _backward)
 
 
 def _chunk_gradients(hidden, head, per_row, options):
-    """Gradients of a chunk of rows: that of `hidden`, and its float32 part of `head`'s."""
+    """Gradients of a chunk of rows: `hidden`'s, and its part of `head`'s in float32."""
     rows, vocabulary = hidden.shape[0], head.shape[0]
     slope = pl.pallas_call(
         functools.partial(_logit_gradient_kernel, options=options),

@@ -45,9 +45,7 @@ def linear_logprob_pallas_tpu(
     Logits are float32 throughout. Products of float32 tensors are as precise as
     `jax_default_matmul_precision` asks, as they are everywhere in JAX.
 
-    Args:
-        interpret: what `pallas_call` takes to run without a TPU; `None` for what
-            the machine needs.
+    `interpret` goes to `pallas_call`; `None` interprets where there is no TPU.
     """
     if interpret is None:
         interpret = jax.default_backend() != "tpu"

@@ -9,7 +9,13 @@ _PALLAS = {
     "backends": ("jax",),
     "forced_platforms": ("cpu",),
     "dtypes": ("float32", "bfloat16"),
-    "options": ("tensor_anchors", "tensor_offset", "starts", "sliding_window", "soft_cap"),
+    "options": (
+        "tensor_anchors",
+        "tensor_offset",
+        "starts",
+        "sliding_window",
+        "soft_cap",
+    ),
 }
 
 IMPLEMENTATIONS = (

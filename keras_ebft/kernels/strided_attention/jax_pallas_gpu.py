@@ -69,8 +69,7 @@ def strided_attention_pallas_gpu(
     Scores are float32 throughout. Products of float32 tensors are as precise as
     `jax_default_matmul_precision` asks, as they are everywhere in JAX.
 
-    Args:
-        interpret: bool, runs without a GPU; `None` for what the machine needs.
+    `interpret` goes to `pallas_call`; `None` interprets where there is no GPU.
     """
     shape = ranges_of.Shape.of(query, key)
     key_heads, width = key.shape[4:]
@@ -214,9 +213,7 @@ def _query_gradient_kernel(
         keys = keys[batch, head, columns, :]
         values = values[batch, head, columns, :]
         bounds = _bounds(ranges, batch, part, rows)
-        _, slope = _weights_and_slope(
-            key_tile, own_rows, keys, values, bounds, options
-        )
+        _, slope = _weights_and_slope(key_tile, own_rows, keys, values, bounds, options)
         return total + _dot(slope.astype(keys.dtype), keys, 1, 0)
 
     total = jnp.zeros(own_rows[0].shape, jnp.float32)

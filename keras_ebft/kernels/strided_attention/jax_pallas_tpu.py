@@ -57,9 +57,7 @@ def strided_attention_pallas_tpu(
     Scores are float32 throughout. Products of float32 tensors are as precise as
     `jax_default_matmul_precision` asks, as they are everywhere in JAX.
 
-    Args:
-        interpret: what `pallas_call` takes to run without a TPU; `None` for what
-            the machine needs.
+    `interpret` goes to `pallas_call`; `None` interprets where there is no TPU.
     """
     shape = ranges_of.Shape.of(query, key)
     key_heads = key.shape[4]
@@ -267,9 +265,7 @@ def _visit_seen_keys(visit, own, document, ranges, options):
         tile = first + step_of_part
         is_seen = (step_of_part >= 0) & (tile < end)
         is_seen = is_seen if within is None else is_seen & within
-        pl.when(is_seen)(
-            functools.partial(visit, tile, key, value, ranges[which, :])
-        )
+        pl.when(is_seen)(functools.partial(visit, tile, key, value, ranges[which, :]))
 
 
 class _QueryGrid:
