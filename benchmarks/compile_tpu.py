@@ -24,7 +24,8 @@ from keras_ebft import kernels
 from keras_ebft.kernels.linear_logprob import specs as logprob
 from keras_ebft.kernels.strided_attention import specs as strided
 
-TINY_WIDTH = {"rows": 50, "vocabulary": 300, "width": 72}
+RAGGED = {"rows": 50, "vocabulary": 300, "width": 72}
+WIDEST = {"rows": 300, "vocabulary": 1000, "width": 16384}
 # A whole vocabulary makes a large array of random numbers, and no other kernel.
 HEAD = dataclasses.replace(logprob.BENCHMARK, rows=1000, vocabulary=8193)
 CASES = (
@@ -36,7 +37,8 @@ CASES = (
         {"soft_cap": 30.0},
     ),
     ("linear_logprob", dataclasses.replace(HEAD, width=8192), "float32", {}),
-    ("linear_logprob", dataclasses.replace(HEAD, **TINY_WIDTH), "bfloat16", {}),
+    ("linear_logprob", dataclasses.replace(HEAD, **WIDEST), "float32", {}),
+    ("linear_logprob", dataclasses.replace(HEAD, **RAGGED), "bfloat16", {}),
     ("strided_attention", strided.BENCHMARK, "bfloat16", {"scale": 0.1}),
     *(
         (

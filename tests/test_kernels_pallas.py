@@ -260,4 +260,4 @@ def test_compiles_for_tpu(chip):
         check=False,
     )
     assert process.returncode == 0, process.stderr[-2000:]
-    assert process.stdout.count("compiled in") == 12
+    assert process.stdout.count("compiled in") == 13

@@ -17,11 +17,10 @@ from jax.experimental.pallas import tpu as pltpu
 HIDDEN_LOGIT = -1e30
 LANES = 128
 MAX_TILE = 512
-# Bytes of one tile of hidden states or head; the backward pass holds about nine.
+# Bytes of one tile of hidden states or head. The backward pass holds about nine;
+# wider rows than `LANES` of which fit have larger tiles, and ask for more memory.
 TILE_BYTES = 2**22
-VMEM_LIMIT_BYTES = 48 * 2**20
-# Widest hidden state, in bytes, of which `LANES` rows still make a tile.
-MAX_WIDTH_BYTES = TILE_BYTES // LANES
+TILES_IN_MEMORY = 12
 
 
 class _Options(NamedTuple):
@@ -30,6 +29,7 @@ class _Options(NamedTuple):
     vocabulary: int
     row_tile: int
     vocabulary_tile: int
+    memory: int
     interpret: object
 
     @property
@@ -58,6 +58,7 @@ def linear_logprob_pallas_tpu(
         head.shape[0],
         row_tile,
         min(tile, _round_up(head.shape[0], LANES)),
+        TILES_IN_MEMORY * max(TILE_BYTES, LANES * width * hidden.dtype.itemsize),
         interpret,
     )
     padding = _round_up(rows, row_tile) - rows
@@ -288,7 +289,7 @@ def _compile_options(options):
     return {
         "compiler_params": pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=VMEM_LIMIT_BYTES,
+            vmem_limit_bytes=options.memory,
         ),
         "interpret": options.interpret,
     }
