@@ -209,6 +209,7 @@ def test_lowers_for_gpu(op, spec, options, dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("name", ["pallas_tpu", "pallas_gpu"])
 def test_a_whole_step_is_the_same(name):
     """Kernels inside a compiled train step, rollouts and gradients included."""
