@@ -58,7 +58,9 @@ def compile_kernel(kernel, pointers, floats, constants, options, capability):
     return Compiled(
         compiled.metadata.shared,
         *_resources(compiled.asm["ptx"]),
-        len(re.findall(r"(?:wgmma|tcgen05|mma)\S*\.mma|mma\.sync", compiled.asm["ptx"])),
+        len(
+            re.findall(r"(?:wgmma|tcgen05|mma)\S*\.mma|mma\.sync", compiled.asm["ptx"])
+        ),
     )
 
 

@@ -15,9 +15,10 @@ assert os.environ["KERAS_BACKEND"] == "torch"
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from kernel_contracts import LinearLogprobContract
+from kernel_contracts import LinearLogprobContract, StridedAttentionContract
 
 from keras_ebft.kernels.linear_logprob import torch_triton as logprob
+from keras_ebft.kernels.strided_attention import torch_triton as strided
 
 
 @pytest.fixture(autouse=True)
@@ -39,3 +40,11 @@ class TestLogprobTriton(LinearLogprobContract):
     def several_chunks(self, monkeypatch):
         monkeypatch.setattr(logprob, "CHUNK_ELEMENTS", 37 * 256)
         monkeypatch.setattr(logprob, "MIN_PROGRAMS", 3)
+
+
+class TestStridedTriton(StridedAttentionContract):
+    name = "triton"
+
+    @pytest.fixture(autouse=True)
+    def several_splits(self, monkeypatch):
+        monkeypatch.setattr(strided, "MIN_PROGRAMS", 16)

@@ -5,6 +5,17 @@ from keras_ebft.kernels.dispatch import Implementation
 _HERE = "keras_ebft.kernels.strided_attention"
 
 IMPLEMENTATIONS = (
+    Implementation(
+        "triton",
+        f"{_HERE}.torch_triton:strided_attention_triton",
+        backends=("torch",),
+        platforms=("cuda",),
+        min_capability=(8, 0),
+        dtypes=("float32", "bfloat16"),
+        head_sizes=range(1, 257),
+        options=("tensor_anchors", "starts", "sliding_window", "soft_cap"),
+        packages=("triton",),
+    ),
     Implementation("tiled", f"{_HERE}.tiled:strided_attention_tiled"),
     Implementation("reference", f"{_HERE}.reference:strided_attention_reference"),
 )
