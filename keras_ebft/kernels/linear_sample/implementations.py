@@ -5,6 +5,16 @@ from keras_ebft.kernels.dispatch import Implementation
 _HERE = "keras_ebft.kernels.linear_sample"
 
 IMPLEMENTATIONS = (
+    Implementation(
+        "triton",
+        f"{_HERE}.torch_triton:linear_sample_triton",
+        backends=("torch",),
+        platforms=("cuda",),
+        min_capability=(8, 0),
+        dtypes=("float32", "bfloat16"),
+        options=("soft_cap", "greedy"),
+        packages=("triton",),
+    ),
     Implementation("chunked", f"{_HERE}.chunked:linear_sample_chunked"),
     Implementation("reference", f"{_HERE}.reference:linear_sample_reference"),
 )

@@ -52,15 +52,15 @@ def choose_tiles(dtype, head_size, capability):
         capability: `(major, minor)`, or `None` in the interpreter.
     """
     if capability is None:
-        return Tiles(32, 16, 4, 1), Tiles(32, 16, 4, 1)
+        return Tiles(64, 16, 4, 1), Tiles(64, 16, 4, 1)
     if dtype == torch.float32:
         if head_size <= 64:
             return Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 1)
         return Tiles(32, 32, 4, 1), Tiles(16, 16, 4, 1)
     if head_size <= 64:
-        return Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 2)
+        return Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 2)
     if head_size <= 128:
-        return Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)
+        return Tiles(128, 64, 8, 2), Tiles(64, 32, 8, 2)
     return Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 1)
 
 

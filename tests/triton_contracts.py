@@ -4,30 +4,28 @@ Runs in a process of its own, started by `tests/test_triton.py`: whether Triton
 interprets is decided when it is imported.
 """
 
-import os
-import sys
-from pathlib import Path
-
 import pytest
-
-assert os.environ["TRITON_INTERPRET"] == "1"
-assert os.environ["KERAS_BACKEND"] == "torch"
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import torch
-from kernel_contracts import LinearLogprobContract, StridedAttentionContract
+from kernel_contracts import (
+    LinearLogprobContract,
+    LinearSampleContract,
+    StridedAttentionContract,
+)
 
 from keras_ebft.kernels.linear_logprob import torch_triton as logprob
 from keras_ebft.kernels.strided_attention import torch_triton as strided
+from keras_ebft.kernels.torch_triton_common import INTERPRETED
+
+assert INTERPRETED, "Run this through tests/test_triton.py."
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """New tensors hold NaN: what a kernel leaves out is noticed."""
+    """New tensors hold NaN or -1: what a kernel leaves out is noticed."""
 
     def empty(*shape, **options):
         tensor = real(*shape, **options)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
 
     real = torch.empty
     monkeypatch.setattr(torch, "empty", empty)
@@ -48,3 +46,7 @@ class TestStridedTriton(StridedAttentionContract):
     @pytest.fixture(autouse=True)
     def several_splits(self, monkeypatch):
         monkeypatch.setattr(strided, "MIN_PROGRAMS", 16)
+
+
+class TestSampleTriton(LinearSampleContract):
+    name = "triton"
