@@ -57,6 +57,8 @@ def choose_tiles(dtype, capability):
         return Tiles(32, 128, 16, 4, 1)
     if dtype == torch.float32:
         return Tiles(64, 64, 32, 4, 3)
+    if capability >= (10, 0):
+        return Tiles(128, 64, 64, 8, 4)
     if capability >= (9, 0):
         return Tiles(128, 128, 64, 8, 4)
     return Tiles(128, 128, 32, 8, 4)

@@ -44,7 +44,8 @@ class Tiles(NamedTuple):
 
 
 def choose_tiles(dtype, head_size, capability):
-    """`(forward, backward)` `Tiles`.
+    """`Tiles` of the forward kernel, of the gradients of queries and of document keys,
+    and of that of the blocks' own keys.
 
     Args:
         dtype: `torch.dtype` of the tensors.
@@ -52,16 +53,17 @@ def choose_tiles(dtype, head_size, capability):
         capability: `(major, minor)`, or `None` in the interpreter.
     """
     if capability is None:
-        return Tiles(64, 16, 4, 1), Tiles(64, 16, 4, 1)
+        return Tiles(64, 16, 4, 1), Tiles(64, 16, 4, 1), Tiles(64, 16, 4, 1)
     if dtype == torch.float32:
         if head_size <= 64:
-            return Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 1)
-        return Tiles(32, 32, 4, 1), Tiles(16, 16, 4, 1)
+            return Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)
+        return Tiles(32, 32, 8, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)
     if head_size <= 64:
-        return Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 2)
+        return Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 2)
     if head_size <= 128:
-        return Tiles(128, 64, 8, 2), Tiles(64, 32, 8, 2)
-    return Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 1)
+        forward = Tiles(128, 64 if capability >= (9, 0) else 32, 8, 2)
+        return forward, Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2)
+    return Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)
 
 
 def strided_attention_triton(
@@ -195,7 +197,7 @@ class _Attention:
         return query_found, *own, *self._document_gradients(upstream)
 
     def _own_gradients(self, upstream):
-        tiles = self.tiles[1]
+        tiles = self.tiles[2]
         found = [self._empty_like(tensor) for tensor in self.own[1:]]
         columns = self.blocks * self.samples * self.num_keys
         own_gradient[triton.cdiv(columns, tiles.keys), self.batch * self.kv_heads](
