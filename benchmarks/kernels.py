@@ -64,8 +64,9 @@ def milliseconds(function, rounds=5, target=0.1):
 
 
 def tensors(spec, dtype=DTYPE, gradients=True):
+    """The spec's tensors, rounded to bfloat16 whatever their dtype."""
     return [
-        torch.from_numpy(array).to(DEVICE, dtype).requires_grad_(gradients)
+        torch.from_numpy(array).to(DEVICE, DTYPE).to(dtype).requires_grad_(gradients)
         for array in spec.arrays().values()
     ]
 
@@ -117,7 +118,7 @@ def able(op, tensor, head_size, options):
 
 
 def distance(found, expected):
-    found, expected = found.double(), expected.double()
+    found, expected = found.detach().double(), expected.detach().double()
     return float((found - expected).norm() / expected.norm())
 
 

@@ -4,14 +4,18 @@ Runs in a process of its own, started by `tests/test_triton.py`: whether Triton
 interprets is decided when it is imported.
 """
 
+import numpy as np
 import pytest
 import torch
+from helpers import documents, family, flat, gradients, to_numpy
 from kernel_contracts import (
     LinearLogprobContract,
     LinearSampleContract,
     StridedAttentionContract,
 )
 
+import keras_ebft
+from keras_ebft import kernels
 from keras_ebft.kernels.linear_logprob import torch_triton as logprob
 from keras_ebft.kernels.strided_attention import torch_triton as strided
 from keras_ebft.kernels.torch_triton_common import INTERPRETED
@@ -50,3 +54,53 @@ class TestStridedTriton(StridedAttentionContract):
 
 class TestSampleTriton(LinearSampleContract):
     name = "triton"
+
+
+@pytest.fixture
+def forced():
+    """Function that forces an implementation of the paths that have kernels."""
+    paths = ("strided_attention", "linear_logprob", "linear_sample")
+
+    def force(name):
+        for op in paths:
+            kernels.set_implementation(op, name)
+
+    yield force
+    force(None)
+
+
+def test_a_step_with_kernels_equals_one_without(forced):
+    """Gemma 2, with a window and both soft caps: tokens, scores, gradient."""
+    sampler = keras_ebft.BlockSampler(
+        rollout_length=2, stride=5, context_length=4, num_samples=2
+    )
+    network = keras_ebft.FeatureNetwork(layers=(1,))
+    model = keras_ebft.EBFTModel(family("Gemma2"), sampler, network, seed=0)
+    x = documents(2, 12)
+
+    def measured():
+        rollouts = model.rollout(x, seed=3)
+        score = model.score(x, rollouts)
+        variables = model.causal_lm.trainable_variables
+
+        def loss():
+            scores = model.score(x, rollouts)
+            return scores["log_prob"].mean() + 0.3 * scores["document_log_prob"].mean()
+
+        tokens, log_prob = (
+            to_numpy(v) for v in (rollouts["token_ids"], score["log_prob"])
+        )
+        return tokens, log_prob, flat(gradients(loss, variables))
+
+    forced("reference")
+    tokens, log_prob, gradient = measured()
+    forced("triton")
+    with kernels.watch_choices() as choices:
+        found_tokens, found_log_prob, found_gradient = measured()
+    assert choices.pop("causal_attention")
+    assert set(map(frozenset, choices.values())) == {frozenset(["triton"])}
+    np.testing.assert_array_equal(found_tokens, tokens)
+    np.testing.assert_allclose(found_log_prob, log_prob, atol=1e-5)
+    size = np.linalg.norm(gradient)
+    assert np.linalg.norm(found_gradient - gradient) < 1e-5 * size
+    assert size > 0.1

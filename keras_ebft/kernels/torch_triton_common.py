@@ -1,13 +1,13 @@
 """What the Triton kernels share: settings, and logits of one tile."""
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 
-# Kernels are compiled or interpreted as it was when Triton was imported.
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+from keras_ebft.kernels.device import TRITON_INTERPRETED_ON
+
+# Decided when Triton is imported.
+INTERPRETED = bool(TRITON_INTERPRETED_ON)
 
 
 def dot_settings():

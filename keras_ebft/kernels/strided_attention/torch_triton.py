@@ -61,8 +61,7 @@ def choose_tiles(dtype, head_size, capability):
     if head_size <= 64:
         return Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 2)
     if head_size <= 128:
-        forward = Tiles(128, 64 if capability >= (9, 0) else 32, 8, 2)
-        return forward, Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2)
+        return Tiles(128, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2)
     return Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)
 
 
