@@ -12,10 +12,12 @@ from kernel_contracts import (
     LinearLogprobContract,
     LinearSampleContract,
     StridedAttentionContract,
+    implementation,
 )
 
 import keras_ebft
 from keras_ebft import kernels
+from keras_ebft.kernels.linear_logprob import specs as logprob_specs
 from keras_ebft.kernels.linear_logprob import torch_triton as logprob
 from keras_ebft.kernels.strided_attention import torch_triton as strided
 from keras_ebft.kernels.torch_triton_common import INTERPRETED
@@ -104,3 +106,33 @@ def test_a_step_with_kernels_equals_one_without(forced):
     size = np.linalg.norm(gradient)
     assert np.linalg.norm(found_gradient - gradient) < 1e-5 * size
     assert size > 0.1
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "head"])
+def test_linear_logprob_of_what_is_frozen(frozen):
+    """With adapters the head is not trained: its gradient must not be computed."""
+    spec = logprob_specs.SPECS[0]
+    arrays = {name: torch.from_numpy(v) for name, v in spec.arrays().items()}
+    trained = next(name for name in arrays if name != frozen)
+    arrays[trained].requires_grad_()
+    labels = torch.from_numpy(spec.places())
+    found = []
+    for name in ("triton", "reference"):
+        run = implementation("linear_logprob", name).load()
+        log_prob, _ = run(*arrays.values(), labels)
+        found.append(torch.autograd.grad(log_prob.sum(), arrays[trained])[0])
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+    assert arrays[frozen].grad is None
+
+
+def test_a_head_may_be_a_transposed_view():
+    """Untied heads are variables `[D, V]`."""
+    spec = logprob_specs.SPECS[0]
+    hidden, head = (torch.from_numpy(v) for v in spec.arrays().values())
+    view = head.T.contiguous().T
+    assert not view.is_contiguous()
+    labels = torch.from_numpy(spec.places())
+    for op, argument in (("linear_logprob", labels), ("linear_sample", torch.rand(37))):
+        run = implementation(op, "triton").load()
+        for one, two in zip(run(hidden, view, argument), run(hidden, head, argument)):
+            torch.testing.assert_close(one, two)

@@ -1,5 +1,7 @@
 """What the Triton kernels share: settings, and logits of one tile."""
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -8,6 +10,18 @@ from keras_ebft.kernels.device import TRITON_INTERPRETED_ON
 
 # Decided when Triton is imported.
 INTERPRETED = bool(TRITON_INTERPRETED_ON)
+
+
+def on_device_of(tensor):
+    """Context in which kernels run where a tensor is."""
+    if tensor.is_cuda:
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
+
+
+def capability_of(tensor):
+    """`(major, minor)` of a tensor's device; `None` in the interpreter."""
+    return None if INTERPRETED else torch.cuda.get_device_capability(tensor.device)
 
 
 def dot_settings():

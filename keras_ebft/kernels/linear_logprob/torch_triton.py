@@ -17,7 +17,11 @@ from keras_ebft.kernels.linear_logprob.torch_triton_kernels import (
     logit_gradient,
     reduce_logits,
 )
-from keras_ebft.kernels.torch_triton_common import INTERPRETED, dot_settings
+from keras_ebft.kernels.torch_triton_common import (
+    capability_of,
+    dot_settings,
+    on_device_of,
+)
 
 # Elements of the logits' gradient in memory at a time: 32 MiB in bfloat16.
 CHUNK_ELEMENTS = 2**24
@@ -74,18 +78,20 @@ class _LinearLogProb(torch.autograd.Function):
     def forward(ctx, hidden, head, labels, temperature, soft_cap):
         product = _Product(hidden, head, temperature, soft_cap)
         labels = labels.to(torch.int32).contiguous()
-        log_prob, entropy, normaliser = product.reduce(labels)
-        ctx.product, ctx.labels = (temperature, soft_cap), labels
-        ctx.save_for_backward(hidden, head, normaliser, entropy)
+        with on_device_of(hidden):
+            log_prob, entropy, normaliser = product.reduce(labels)
+        ctx.options = (temperature, soft_cap)
+        ctx.save_for_backward(hidden, head, labels, normaliser, entropy)
         return log_prob, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx, log_prob_upstream, entropy_upstream):
-        hidden, head, normaliser, entropy = ctx.saved_tensors
-        product = _Product(hidden, head, *ctx.product)
-        upstream = (log_prob_upstream.contiguous(), entropy_upstream.contiguous())
-        found = product.gradients(ctx.labels, normaliser, entropy, *upstream)
+        hidden, head, *rows = ctx.saved_tensors
+        product = _Product(hidden, head, *ctx.options)
+        rows += [log_prob_upstream.contiguous(), entropy_upstream.contiguous()]
+        with on_device_of(hidden):
+            found = product.gradients(ctx.needs_input_grad, *rows)
         return (*found, None, None, None)
 
 
@@ -96,8 +102,7 @@ class _Product:
         self.hidden = hidden.contiguous()
         # Any strides: an untied head is the transpose of its variable.
         self.head = head
-        capability = None if INTERPRETED else torch.cuda.get_device_capability()
-        self.tiles = choose_tiles(hidden.dtype, capability)
+        self.tiles = choose_tiles(hidden.dtype, capability_of(hidden))
         self.sizes = (
             hidden.shape[0],
             head.shape[0],
@@ -132,35 +137,51 @@ class _Product:
         )  # fmt: skip
         return _join(*parts)
 
-    def gradients(self, labels, normaliser, entropy, *upstream):
-        """Gradients with respect to `hidden` and `head`."""
+    def gradients(self, needed, *rows_of_numbers):
+        """Gradients with respect to `hidden` and `head`, `None` where not needed.
+
+        Args:
+            needed: which of the two are needed.
+            *rows_of_numbers: labels, log-normaliser, entropy and the gradients of
+                log-probabilities and entropy, `[R]`.
+        """
         rows, columns, width = self.sizes[:3]
+        device = self.hidden.device
+        hidden_gradient = head_gradient = None
+        if needed[0]:
+            hidden_gradient = torch.zeros((rows, width), device=device)
+        if needed[1]:
+            head_gradient = torch.empty(
+                (columns, width), dtype=self.head.dtype, device=device
+            )
         size = max(CHUNK_ELEMENTS // rows, self.tiles.columns)
-        size = min(triton.cdiv(size, self.tiles.columns) * self.tiles.columns, columns)
-        hidden_gradient = torch.zeros(
-            (rows, width), dtype=torch.float32, device=self.hidden.device
-        )
-        head_gradient = torch.empty(
-            (columns, width), dtype=self.head.dtype, device=self.head.device
-        )
+        size = triton.cdiv(size, self.tiles.columns) * self.tiles.columns
         for first in range(0, columns, size):
             chunk = slice(first, min(first + size, columns))
-            gradient = torch.empty(
-                (rows, chunk.stop - first),
-                dtype=self.hidden.dtype,
-                device=self.hidden.device,
-            )
-            grid = (
-                triton.cdiv(rows, self.tiles.rows),
-                triton.cdiv(gradient.shape[1], self.tiles.columns),
-            )
-            logit_gradient[grid](
-                self.hidden, self.head, labels, normaliser, entropy, *upstream,
-                gradient, *self.sizes, first, gradient.shape[1], **self.settings,
-            )  # fmt: skip
-            hidden_gradient += gradient @ self.head[chunk]
-            torch.matmul(gradient.T, self.hidden, out=head_gradient[chunk])
-        return hidden_gradient.to(self.hidden.dtype), head_gradient
+            gradient = self._logit_gradient(chunk, rows_of_numbers)
+            if needed[0]:
+                hidden_gradient += gradient @ self.head[chunk]
+            if needed[1]:
+                torch.matmul(gradient.T, self.hidden, out=head_gradient[chunk])
+        if needed[0]:
+            hidden_gradient = hidden_gradient.to(self.hidden.dtype)
+        return hidden_gradient, head_gradient
+
+    def _logit_gradient(self, chunk, rows_of_numbers):
+        """Gradient of the products with some of the tokens, `[R, chunk]`."""
+        rows, size = self.sizes[0], chunk.stop - chunk.start
+        gradient = torch.empty(
+            (rows, size), dtype=self.hidden.dtype, device=self.hidden.device
+        )
+        grid = (
+            triton.cdiv(rows, self.tiles.rows),
+            triton.cdiv(size, self.tiles.columns),
+        )
+        logit_gradient[grid](
+            self.hidden, self.head, *rows_of_numbers, gradient, *self.sizes,
+            chunk.start, size, **self.settings,
+        )  # fmt: skip
+        return gradient
 
 
 def _join(largest, total, moment, chosen):

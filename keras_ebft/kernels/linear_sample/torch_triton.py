@@ -16,7 +16,11 @@ from keras_ebft.kernels.linear_sample.torch_triton_kernels import (
     draw_in_group,
     reduce_groups,
 )
-from keras_ebft.kernels.torch_triton_common import INTERPRETED, dot_settings
+from keras_ebft.kernels.torch_triton_common import (
+    capability_of,
+    dot_settings,
+    on_device_of,
+)
 
 BELOW_ONE = 1.0 - 1e-6
 
@@ -50,7 +54,7 @@ def linear_sample_triton(
     hidden, head, uniform, *, temperature=1.0, top_k=None, top_p=1.0, soft_cap=None
 ):
     """See `keras_ebft.kernels.linear_sample`; without `top_k` and `top_p`."""
-    with torch.no_grad():
+    with torch.no_grad(), on_device_of(hidden):
         hidden = hidden.contiguous()
         greedy = temperature == 0.0
         product = _Product(hidden, head, temperature or 1.0, soft_cap)
@@ -76,8 +80,7 @@ class _Product:
 
     def __init__(self, hidden, head, temperature, soft_cap):
         self.hidden, self.head = hidden, head
-        capability = None if INTERPRETED else torch.cuda.get_device_capability()
-        self.tiles = choose_tiles(hidden.dtype, capability)
+        self.tiles = choose_tiles(hidden.dtype, capability_of(hidden))
         self.sizes = (
             hidden.shape[0],
             head.shape[0],

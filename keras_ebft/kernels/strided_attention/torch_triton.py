@@ -18,7 +18,11 @@ from keras_ebft.kernels.strided_attention.torch_triton_backward import (
     query_gradient,
 )
 from keras_ebft.kernels.strided_attention.torch_triton_forward import attend
-from keras_ebft.kernels.torch_triton_common import INTERPRETED, dot_settings
+from keras_ebft.kernels.torch_triton_common import (
+    capability_of,
+    dot_settings,
+    on_device_of,
+)
 
 # Programs that the gradient of document keys is split into at least.
 MIN_PROGRAMS = 512
@@ -56,8 +60,8 @@ def choose_tiles(dtype, head_size, capability):
         return Tiles(64, 16, 4, 1), Tiles(64, 16, 4, 1), Tiles(64, 16, 4, 1)
     if dtype == torch.float32:
         if head_size <= 64:
-            return Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)
-        return Tiles(32, 32, 8, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)
+            return Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)
+        return Tiles(32, 32, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)
     if head_size <= 64:
         return Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 2)
     if head_size <= 128:
@@ -103,7 +107,8 @@ class _StridedAttention(torch.autograd.Function):
         tensors = [query, key, value, *document]
         tensors = [None if t is None else t.contiguous() for t in tensors]
         call = _Attention(*tensors, anchors, starts, **options)
-        output, normaliser = call.forward()
+        with on_device_of(query):
+            output, normaliser = call.forward()
         ctx.save_for_backward(*tensors, anchors, starts, output, normaliser)
         ctx.options = options
         return output
@@ -115,7 +120,8 @@ class _StridedAttention(torch.autograd.Function):
         call = _Attention(*tensors, **ctx.options)
         upstream = upstream.contiguous()
         delta = (output.float() * upstream.float()).sum(dim=-1)
-        found = call.backward(upstream, normaliser, delta)
+        with on_device_of(upstream):
+            found = call.backward(upstream, normaliser, delta)
         return (*found, None, None, None)
 
 
@@ -138,8 +144,7 @@ class _Attention:
         self.offset = offset
         self.window = window
         self.scales = (scale, float(cap or 0.0))
-        capability = None if INTERPRETED else torch.cuda.get_device_capability()
-        self.tiles = choose_tiles(query.dtype, size, capability)
+        self.tiles = choose_tiles(query.dtype, size, capability_of(query))
         self.constants = {
             "WINDOW": window,
             "HAS_CAP": cap is not None,
