@@ -20,10 +20,16 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[jax,tensorflow,torch,data,test]"
 	touch $@
 
+# The compiler for TPUs, which needs none. It lies beside the packages, because JAX
+# looks for a TPU wherever it can import this. Where there is no build of it, the
+# tests that need it are skipped.
+$(VENV)/libtpu: | $(VENV)/.installed
+	-$(BIN)/python -m pip install --quiet --no-deps --target $@ "libtpu==0.0.42.*"
+
 demo: setup
 	KERAS_BACKEND=$(BACKEND) TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python examples/quickstart.py
 
-test: setup lint
+test: setup lint $(if $(SLOW),$(VENV)/libtpu)
 	$(BIN)/python tests/run_backends.py $(if $(SLOW),--slow) $(BACKENDS)
 
 lint: setup

@@ -66,3 +66,26 @@ def layout_vectors():
 @pytest.fixture(scope="session")
 def byte_lm():
     return helpers.byte_causal_lm()
+
+
+def pytest_generate_tests(metafunc):
+    """Contracts of kernels are tested with the specs of their path.
+
+    A class with `fast`, names of specs, leaves all others to the slow tests.
+    """
+    specs = getattr(metafunc.cls, "specs", None)
+    if specs is None:
+        return
+    fast = getattr(metafunc.cls, "fast", None)
+    chosen = {
+        "spec": specs.SPECS,
+        "bfloat16_spec": [s for s in specs.SPECS if s.name in metafunc.cls.bfloat16],
+    }
+    for name, values in chosen.items():
+        if name in metafunc.fixturenames:
+            marks = {s: fast and s.name not in fast for s in values}
+            parameters = [
+                pytest.param(s, id=s.name, marks=[pytest.mark.slow] if is_slow else [])
+                for s, is_slow in marks.items()
+            ]
+            metafunc.parametrize(name, parameters)

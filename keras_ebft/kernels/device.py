@@ -1,10 +1,14 @@
 """Where tensors live, asked of the running backend alone."""
 
+import os
 from typing import Any, NamedTuple
 
 import keras
 
 from keras_ebft.kernels.backend import backend_name
+
+# Where Triton kernels run besides GPUs: its interpreter, if it was asked for.
+TRITON_INTERPRETED_ON = ("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else ()
 
 
 class Device(NamedTuple):

@@ -1,10 +1,22 @@
 """The implementations of `linear_sample`, best first."""
 
+from keras_ebft.kernels.device import TRITON_INTERPRETED_ON
 from keras_ebft.kernels.dispatch import Implementation
 
 _HERE = "keras_ebft.kernels.linear_sample"
 
 IMPLEMENTATIONS = (
+    Implementation(
+        "triton",
+        f"{_HERE}.torch_triton:linear_sample_triton",
+        backends=("torch",),
+        platforms=("cuda",),
+        forced_platforms=TRITON_INTERPRETED_ON,
+        min_capability=(8, 0),
+        dtypes=("float32", "bfloat16"),
+        options=("soft_cap", "greedy"),
+        packages=("triton",),
+    ),
     Implementation("chunked", f"{_HERE}.chunked:linear_sample_chunked"),
     Implementation("reference", f"{_HERE}.reference:linear_sample_reference"),
 )

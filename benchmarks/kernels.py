@@ -1,0 +1,396 @@
+"""Builds, checks and times every kernel and a whole step, and writes JSON.
+
+    KERAS_BACKEND=torch python benchmarks/kernels.py results.json
+
+Made for one call on a borrowed GPU, of at most `--seconds` (450). Every number is
+measured in this call; what fails or is out of time says so in the JSON, and the exit
+code is then 1. `--tiny` runs the same code at toy sizes, on a CPU too, to see that it
+runs: its times mean nothing. Compared with, where installed: PyTorch's
+FlexAttention, Liger. Their times are of the forward pass and of forward and backward.
+"""
+
+import argparse
+import dataclasses
+import gc
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+import traceback
+
+os.environ.setdefault("KERAS_BACKEND", "torch")
+
+import keras
+import keras_hub
+import numpy as np
+import torch
+
+import keras_ebft
+from keras_ebft import kernels
+from keras_ebft.kernels import dispatch
+from keras_ebft.kernels.device import device_of
+from keras_ebft.kernels.linear_logprob import specs as logprob_specs
+from keras_ebft.kernels.linear_sample import specs as sample_specs
+from keras_ebft.kernels.strided_attention import specs as strided_specs
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16
+
+
+def synchronize():
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def milliseconds(function, rounds=5, target=0.1):
+    """Median over rounds of the mean time of a call, warmed up."""
+    function()
+    synchronize()
+    start = time.perf_counter()
+    function()
+    synchronize()
+    calls = max(1, min(50, int(target / (time.perf_counter() - start))))
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        synchronize()
+        times.append((time.perf_counter() - start) / calls)
+    return 1e3 * statistics.median(times)
+
+
+def tensors(spec, dtype=DTYPE, gradients=True):
+    """The spec's tensors, rounded to bfloat16 whatever their dtype."""
+    return [
+        torch.from_numpy(array).to(DEVICE, DTYPE).to(dtype).requires_grad_(gradients)
+        for array in spec.arrays().values()
+    ]
+
+
+def timed(function, arguments):
+    """Forward time, forward and backward time, and memory taken beyond the inputs."""
+    with torch.no_grad():
+        forward = milliseconds(lambda: function(*arguments))
+
+    outputs = function(*arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    weights = [torch.randn_like(output) for output in outputs]
+    del outputs
+
+    def both():
+        outputs = function(*arguments)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.autograd.grad(outputs, arguments, weights)
+
+    result = {"forward_ms": forward, "both_ms": milliseconds(both)}
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        both()
+        result["extra_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return result
+
+
+def ceilings(tiny):
+    """What the device does at best: a matrix product and a copy."""
+    size = 64 if tiny else 8192
+    one, two = (torch.randn(size, size, device=DEVICE, dtype=DTYPE) for _ in "ab")
+    product = milliseconds(lambda: one @ two)
+    source = torch.randn(2**10 if tiny else 2**29, device=DEVICE)
+    target = torch.empty_like(source)
+    copy = milliseconds(lambda: target.copy_(source))
+    return {
+        "matmul_tflops": 2 * size**3 / product / 1e9,
+        "copy_gb_per_s": 2 * source.nbytes / copy / 1e6,
+    }
+
+
+def able(op, tensor, head_size, options):
+    """The implementations that can run here, forced if need be."""
+    call = dispatch.Call(
+        op, "torch", device_of(tensor), frozenset(["bfloat16"]), head_size, options
+    )
+    return [i for i in kernels.implementations(op) if i.refusal(call) is None]
+
+
+def distance(found, expected):
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm())
+
+
+def checked(bind, spec, names):
+    """Errors of each implementation in bfloat16, against the definition in float64."""
+    exact = measure(bind(spec, "reference"), tensors(spec, torch.float64))
+    errors = {}
+    for name in names:
+        # Poison: freed memory is what a kernel's outputs are made of.
+        torch.full((2**20,), float("nan"), device=DEVICE)
+        found = measure(bind(spec, name), tensors(spec))
+        errors[name] = [distance(one, two) for one, two in zip(found, exact)]
+    return errors
+
+
+def measure(function, arguments):
+    """Outputs and gradients."""
+    outputs = function(*arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    random = torch.Generator().manual_seed(0)
+    weights = [
+        torch.randn(o.shape, generator=random).to(o.device, o.dtype) for o in outputs
+    ]
+    return [*outputs, *torch.autograd.grad(outputs, arguments, weights)]
+
+
+def load(op, name):
+    return next(i for i in kernels.implementations(op) if i.name == name).load()
+
+
+def bind_strided(spec, name):
+    run = load("strided_attention", name)
+    anchors, _ = spec.places()
+    return lambda *arguments: run(*arguments, anchors, **spec.options())
+
+
+def strided_attention(tiny):
+    small = dataclasses.replace(strided_specs.BENCHMARK, blocks=16, length=160)
+    spec = small if tiny else strided_specs.BENCHMARK
+    arguments = tensors(spec)
+    found = able("strided_attention", arguments[0], spec.head_size, spec.in_use())
+    names = [record.name for record in found]
+    seen = spec.samples * spec.queries * int(spec.places()[0].sum())
+    seen += spec.samples * spec.blocks * spec.queries * (spec.queries + 1) // 2
+    flops = 4 * spec.batch * spec.heads * spec.head_size * seen
+    result = {"errors": checked(bind_strided, small, names), "times": {}}
+    for name in names:
+        result["times"][name] = timed(bind_strided(spec, name), arguments)
+    if DEVICE == "cuda":
+        result["times"]["flex_attention"] = timed(*flex_attention(spec, arguments))
+    for times in result["times"].values():
+        times["forward_tflops"] = flops / times["forward_ms"] / 1e9
+        times["both_tflops"] = 3.5 * flops / times["both_ms"] / 1e9
+    return result
+
+
+def flex_attention(spec, arguments):
+    """The same attention by FlexAttention: keys of document and blocks in one row."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    anchors = torch.from_numpy(spec.places()[0]).to(DEVICE)
+    samples, blocks, steps, length = (
+        spec.samples, spec.blocks, spec.queries, spec.length,
+    )  # fmt: skip
+    count = samples * blocks * steps
+
+    def seen(_batch, _head, query, key):
+        own = key - length
+        same = (own // steps == query // steps) & (own % steps <= query % steps)
+        anchor = anchors[(query // steps) % blocks]
+        return torch.where(key < length, key < anchor, same)
+
+    mask = torch.compile(create_block_mask)(
+        seen, None, None, count, length + count, device=DEVICE
+    )
+    attend = torch.compile(flex_attention)
+
+    def joined(own, document):
+        own = own.reshape(spec.batch, count, spec.kv_heads, spec.head_size)
+        return torch.cat([document, own], dim=1).transpose(1, 2).detach()
+
+    query, key, value, document_key, document_value = arguments
+    query = query.reshape(spec.batch, count, spec.heads, spec.head_size)
+    rows = [
+        query.transpose(1, 2).detach().contiguous(),
+        joined(key, document_key).contiguous(),
+        joined(value, document_value).contiguous(),
+    ]
+    rows = [row.requires_grad_() for row in rows]
+
+    def run(query, key, value):
+        return attend(
+            query, key, value, block_mask=mask, scale=spec.scale, enable_gqa=True
+        )
+
+    return run, rows
+
+
+def bind_logprob(spec, name):
+    run = load("linear_logprob", name)
+    labels = torch.from_numpy(spec.places()).to(DEVICE)
+    return lambda *arguments: run(*arguments, labels, **spec.options())
+
+
+def linear_logprob(tiny):
+    small = dataclasses.replace(
+        logprob_specs.BENCHMARK, rows=200, width=128, vocabulary=3000
+    )
+    spec = small if tiny else logprob_specs.BENCHMARK
+    arguments = tensors(spec)
+    found = able("linear_logprob", arguments[0], None, spec.in_use())
+    names = [record.name for record in found]
+    flops = 2 * spec.rows * spec.width * spec.vocabulary
+    result = {"errors": checked(bind_logprob, small, names), "times": {}}
+    for name in names:
+        result["times"][name] = timed(bind_logprob(spec, name), arguments)
+    result["times"]["matmul alone"] = timed(lambda x, w: x @ w.T, arguments)
+    if importlib.util.find_spec("liger_kernel") and DEVICE == "cuda":
+        result["times"]["liger"] = timed(liger(spec), arguments)
+    for times in result["times"].values():
+        times["forward_tflops"] = flops / times["forward_ms"] / 1e9
+    return result
+
+
+def liger(spec):
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    labels = torch.from_numpy(spec.places()).long().to(DEVICE)
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+    return lambda hidden, head: loss(head, hidden / spec.temperature, labels)
+
+
+def linear_sample(tiny):
+    small = dataclasses.replace(
+        sample_specs.BENCHMARK, rows=200, width=128, vocabulary=3000
+    )
+    spec = small if tiny else sample_specs.BENCHMARK
+    uniform = torch.from_numpy(spec.places()).to(DEVICE)
+    result = {"same_tokens": {}, "times": {}}
+    for record in able("linear_sample", uniform, None, spec.in_use()):
+        run = record.load()
+        exact = load("linear_sample", "reference")(
+            *tensors(small, torch.float64, False), small_uniform(small),
+            **small.options(),
+        )[0]  # fmt: skip
+        found = run(
+            *tensors(small, DTYPE, False), small_uniform(small), **small.options()
+        )[0]
+        result["same_tokens"][record.name] = float((found == exact).float().mean())
+        arguments = tensors(spec, DTYPE, False)
+        spent = milliseconds(lambda: run(*arguments, uniform, **spec.options()))  # noqa: B023
+        result["times"][record.name] = {
+            "forward_ms": spent,
+            "head_gb_per_s": 2 * spec.vocabulary * spec.width / spent / 1e6,
+            "tflops": 2 * spec.rows * spec.vocabulary * spec.width / spent / 1e9,
+        }
+    return result
+
+
+def small_uniform(spec):
+    return torch.from_numpy(spec.places()).to(DEVICE)
+
+
+class Steps(keras.callbacks.Callback):
+    """Seconds of every step, the device's work included."""
+
+    def on_train_begin(self, logs=None):
+        """Forgets earlier steps."""
+        self.seconds = []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        """Starts the clock."""
+        synchronize()
+        self.start = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Stops it."""
+        synchronize()
+        self.seconds.append(time.perf_counter() - self.start)
+
+
+def whole_step(tiny):
+    """A Llama of one billion parameters, random weights: T=1024, c=s=G=8, n=4."""
+    sizes = {"vocabulary_size": 128256, "num_layers": 16, "num_query_heads": 32}
+    sizes |= {"num_key_value_heads": 8, "hidden_dim": 2048, "intermediate_dim": 8192}
+    length, batch = 1024, 4
+    if tiny:
+        sizes |= {"vocabulary_size": 500, "num_layers": 4, "hidden_dim": 512}
+        sizes |= {"intermediate_dim": 64}
+        length, batch = 64, 1
+    backbone = keras_hub.models.Llama3Backbone(
+        **sizes, tie_word_embeddings=True, dtype="bfloat16"
+    )
+    causal_lm = keras_hub.models.Llama3CausalLM(backbone, preprocessor=None)
+    model = keras_ebft.EBFTModel(causal_lm, seed=0)
+    model.compile()
+    random = np.random.default_rng(0)
+    shape = (5 * batch, length)
+    tokens = random.integers(0, sizes["vocabulary_size"], shape).astype("int32")
+    steps = Steps()
+    with kernels.watch_choices() as choices:
+        model.fit(tokens, batch_size=batch, verbose=0, callbacks=[steps])
+    seconds = statistics.median(steps.seconds[2:])
+    geometry = model.sampler.geometry(length)
+    generated = 4 * geometry.num_blocks * 8
+    head = sizes["vocabulary_size"] * sizes["hidden_dim"]
+    body = backbone.count_params() - head
+    # Forward passes of the body over document (S) and rollouts (R), backward twice
+    # each; the head draws once and scores once with gradient. Attention is left out.
+    of_body = length + generated + 0.75 * (length + generated) + generated
+    of_body += 2 * (length + generated)
+    flops = 2 * batch * (body * of_body + head * 4 * generated)
+    result = {
+        "seconds_per_step": seconds,
+        "all_steps": steps.seconds,
+        "documents_per_step": batch,
+        "model_tflops_per_step": flops / 1e12,
+        "achieved_tflops": flops / seconds / 1e12,
+        "kernels": {op: sorted(names) for op, names in choices.items()},
+    }
+    if DEVICE == "cuda":
+        result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return result
+
+
+SECTIONS = (ceilings, linear_logprob, strided_attention, linear_sample, whole_step)
+
+
+def describe():
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions |= {"keras": keras.__version__, "keras_hub": keras_hub.__version__}
+    if importlib.util.find_spec("triton"):
+        import triton
+
+        versions["triton"] = triton.__version__
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor()
+    return {"device": DEVICE, "name": name, "versions": versions}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("output")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--seconds", type=float, default=450.0)
+    arguments = parser.parse_args()
+    if DEVICE == "cpu" and not arguments.tiny:
+        parser.error("Expected a CUDA device. Use --tiny to run without one.")
+    start = time.monotonic()
+    results = {**describe(), "tiny": arguments.tiny}
+    failed = False
+    for section in SECTIONS:
+        begun = time.monotonic()
+        if begun - start > arguments.seconds:
+            results[section.__name__] = {"not run": "out of time"}
+            failed = True
+            continue
+        # One section's failure must not cost what the others measure.
+        try:
+            result = section(arguments.tiny)
+        except Exception:
+            result = {"failed": traceback.format_exc()}
+            failed = True
+        result["section_seconds"] = time.monotonic() - begun
+        results[section.__name__] = result
+        print(section.__name__, json.dumps(result, indent=1), flush=True)
+        with open(arguments.output, "w") as file:
+            json.dump(results, file, indent=1)
+        gc.collect()
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

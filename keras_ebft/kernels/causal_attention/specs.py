@@ -1,0 +1,77 @@
+"""Shapes and options for tests and benchmarks of `causal_attention`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One call: B rows of T tokens; see the signature."""
+
+    name: str
+    batch: int = 2
+    length: int = 13
+    heads: int = 4
+    kv_heads: int = 2
+    head_size: int = 8
+    starts: bool = False
+    sliding_window: Any = None
+    soft_cap: Any = None
+    scale: float = 0.4
+
+    def arrays(self, seed=0):
+        """The tensors that have gradients: dict of float32 NumPy arrays."""
+        random = np.random.default_rng(seed)
+        heads = {"query": self.heads, "key": self.kv_heads, "value": self.kv_heads}
+        return {
+            name: random.normal(
+                size=(self.batch, self.length, count, self.head_size)
+            ).astype("float32")
+            for name, count in heads.items()
+        }
+
+    def places(self):
+        """First token of each token's document, int32 `[B, T]`, or `None`."""
+        if not self.starts:
+            return None
+        index = np.arange(self.length, dtype="int32")
+        rows = [index // (5 + row) * (5 + row) for row in range(self.batch)]
+        return np.stack(rows).astype("int32")
+
+    def options(self):
+        """Keyword arguments that are no tensors."""
+        return {
+            "scale": self.scale,
+            "sliding_window": self.sliding_window,
+            "soft_cap": self.soft_cap,
+        }
+
+    def in_use(self):
+        """Names of the options in use, as the dispatcher knows them."""
+        used = {
+            "starts": self.starts,
+            "sliding_window": self.sliding_window is not None,
+            "soft_cap": self.soft_cap is not None,
+        }
+        return frozenset(name for name, value in used.items() if value)
+
+
+EVERYTHING = {"starts": True, "sliding_window": 3, "soft_cap": 1.5}
+
+# Every option off its default, sizes that divide nothing.
+SPECS = (
+    Spec("plain", length=37),
+    Spec("window", sliding_window=4, heads=2),
+    Spec("capped", soft_cap=1.5, kv_heads=1, head_size=5),
+    Spec("packed", starts=True),
+    Spec("two_tokens", length=2),
+    Spec("everything", **EVERYTHING),
+)
+# Small enough for finite differences, with everything in use.
+TINY = Spec("tiny", batch=1, length=8, head_size=3, **EVERYTHING)
+# The attention of Llama 3.2 1B.
+BENCHMARK = Spec(
+    "llama_1b", batch=1, length=1024, heads=32, kv_heads=8, head_size=64, scale=0.125
+)

@@ -1,0 +1,381 @@
+"""What every implementation of a hot path must do: one class per path.
+
+A test module subclasses a contract and names the implementation:
+
+    class TestChunked(LinearLogprobContract):
+        name = "chunked"
+"""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+from helpers import to_numpy
+from keras import ops
+
+from keras_ebft import kernels
+from keras_ebft.kernels.causal_attention import specs as causal_specs
+from keras_ebft.kernels.linear_logprob import specs as logprob_specs
+from keras_ebft.kernels.linear_sample import specs as sample_specs
+from keras_ebft.kernels.strided_attention import specs as strided_specs
+
+# Relative errors in the Euclidean norm. bfloat16 has 8 bits; what the plain
+# definition itself loses to them is allowed to everyone.
+FLOAT32_TOLERANCE = 1e-5
+BFLOAT16_TOLERANCE = 4e-3
+FINITE_DIFFERENCE_TOLERANCE = 1e-4
+
+
+def implementation(op, name):
+    """The record of an implementation."""
+    return next(i for i in kernels.implementations(op) if i.name == name)
+
+
+def tensor(array, dtype=None):
+    return ops.convert_to_tensor(array, dtype=dtype)
+
+
+def outputs_and_gradients(function, arrays, dtype="float32", seed=3):
+    """A function of tensors that returns a tuple of tensors, and its gradients.
+
+    Returns:
+        `(outputs, gradients)`, float64 NumPy arrays; gradients of the outputs'
+        sum weighted with random numbers.
+    """
+    tensors = [tensor(array, dtype) for array in arrays]
+    random = np.random.default_rng(seed)
+
+    def weights(outputs):
+        found = []
+        for output in outputs:
+            shape = tuple(output.shape)
+            found.append(tensor(random.normal(size=shape), output.dtype))
+        return tuple(found)
+
+    outputs, found = _DIFFERENTIATE[keras.backend.backend()](function, tensors, weights)
+    return [
+        [to_numpy(ops.cast(value, "float32")).astype("float64") for value in values]
+        for values in (outputs, found)
+    ]
+
+
+def _jax(function, tensors, weights):
+    import jax
+
+    def run(*tensors):
+        outputs, pull = jax.vjp(function, *tensors)
+        return outputs, pull(weights(outputs))
+
+    return jax.jit(run)(*tensors)
+
+
+def _torch(function, tensors, weights):
+    import torch
+
+    tensors = [t.requires_grad_() for t in tensors]
+    outputs = function(*tensors)
+    return outputs, torch.autograd.grad(outputs, tensors, weights(outputs))
+
+
+def _tensorflow(function, tensors, weights):
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        tape.watch(tensors)
+        outputs = function(*tensors)
+    return outputs, tape.gradient(outputs, tensors, weights(outputs))
+
+
+_DIFFERENTIATE = {"jax": _jax, "torch": _torch, "tensorflow": _tensorflow}
+
+
+def error(found, expected):
+    """Distance over the expected norm."""
+    assert found.shape == expected.shape
+    # An array of zeros, of keys that nobody sees, say, must be found as such.
+    return np.linalg.norm(found - expected) / (np.linalg.norm(expected) + 1e-30)
+
+
+@functools.cache
+def expected(contract, spec, dtype="float32", rounded=False):
+    """What the plain definition gives, from inputs rounded to bfloat16 or not."""
+    arrays = spec.arrays()
+    if rounded:
+        arrays = {
+            name: to_numpy(ops.cast(tensor(array, "bfloat16"), "float32"))
+            for name, array in arrays.items()
+        }
+    reference = implementation(contract.op, "reference").load()
+    return contract().measured(spec, reference, dtype, arrays)
+
+
+class Contract:
+    """What holds for every path with gradients.
+
+    A path's contract has `op`, `specs` and `float64(spec, arrays)`; a subclass of
+    it has `name`, and `run` if it needs something around the call.
+    """
+
+    op = name = specs = None
+
+    def run(self, *tensors, **options):
+        """Calls the implementation."""
+        return implementation(self.op, self.name).load()(*tensors, **options)
+
+    def bind(self, spec, run):
+        """`run` as a function of the spec's floating-point tensors alone."""
+        raise NotImplementedError
+
+    def supported(self, spec):
+        """Skips what the record says is not supported."""
+        options = implementation(self.op, self.name).options
+        if options is not None and not spec.in_use() <= set(options):
+            pytest.skip(f"{self.name} does not claim to support {spec.name}")
+
+    def measured(self, spec, run=None, dtype="float32", arrays=None):
+        arrays = spec.arrays() if arrays is None else arrays
+        function = self.bind(spec, run or self.run)
+        return outputs_and_gradients(function, list(arrays.values()), dtype)
+
+    def check(self, spec, run=None):
+        """Outputs and gradients are the definition's."""
+        found = self.measured(spec, run)
+        for found_part, expected_part in zip(found, expected(type(self), spec)):
+            for one, two in zip(found_part, expected_part):
+                assert np.isfinite(one).all()
+                assert error(one, two) < FLOAT32_TOLERANCE
+
+    def test_equals_the_definition(self, spec):
+        self.supported(spec)
+        self.check(spec)
+
+    def test_equals_the_definition_in_bfloat16(self, bfloat16_spec):
+        spec = bfloat16_spec
+        self.supported(spec)
+        exact = expected(type(self), spec, rounded=True)
+        plain = expected(type(self), spec, "bfloat16")
+        found = self.measured(spec, dtype="bfloat16")
+        for found_part, plain_part, exact_part in zip(found, plain, exact):
+            for one, two, three in zip(found_part, plain_part, exact_part):
+                allowed = 1.5 * error(two, three) + BFLOAT16_TOLERANCE
+                assert error(one, three) < allowed
+
+    def test_equals_float64_and_its_finite_differences(self):
+        spec = self.specs.TINY
+        self.supported(spec)
+        arrays = {k: v.astype("float64") for k, v in spec.arrays().items()}
+        outputs, found = self.measured(spec)
+        exact = self.float64(spec, **arrays)
+        for one, two in zip(outputs, exact):
+            assert error(one, two) < FLOAT32_TOLERANCE
+        random = np.random.default_rng(3)
+        weights = [random.normal(size=output.shape) for output in exact]
+
+        def weighted(changed):
+            outputs = self.float64(spec, **changed)
+            return sum(np.sum(w * o) for w, o in zip(weights, outputs))
+
+        for name, gradient in zip(arrays, found):
+            numeric = np.zeros(gradient.shape)
+            for index in np.ndindex(gradient.shape):
+                change = np.zeros(gradient.shape)
+                change[index] = 1e-4
+                up = weighted({**arrays, name: arrays[name] + change})
+                down = weighted({**arrays, name: arrays[name] - change})
+                numeric[index] = (up - down) / 2e-4
+            assert error(gradient, numeric) < FINITE_DIFFERENCE_TOLERANCE, name
+
+    def test_a_planted_wrong_gradient_is_noticed(self):
+        spec = self.specs.SPECS[0]
+        self.supported(spec)
+        for place in range(len(spec.arrays())):
+
+            def wrong(*tensors, _place=place, **options):
+                tensors = list(tensors)
+                planted = tensors[_place]
+                # Its own value, and a gradient that is one thousandth too large.
+                still = ops.stop_gradient(planted)
+                tensors[_place] = planted + 1e-3 * (planted - still)
+                return self.run(*tensors, **options)
+
+            with pytest.raises(AssertionError):
+                self.check(spec, wrong)
+
+
+def attention_float64(query, key, value, seen, scale, soft_cap):
+    """Attention of queries `[Q, d]` to keys `[P, d]` where `seen` `[Q, P]`."""
+    scores = query @ key.T * scale
+    scores = scores if soft_cap is None else soft_cap * np.tanh(scores / soft_cap)
+    scores = np.where(seen, scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True) @ value
+
+
+def parameters(specs, bfloat16):
+    """Decorator: the specs that a contract is tested with."""
+
+    def decorate(contract):
+        contract.specs = specs
+        contract.bfloat16 = bfloat16
+        return contract
+
+    return decorate
+
+
+@parameters(causal_specs, ("plain", "everything"))
+class CausalAttentionContract(Contract):
+    op = "causal_attention"
+
+    def bind(self, spec, run):
+        places = spec.places()
+        starts = None if places is None else tensor(places)
+        return lambda *tensors: (run(*tensors, starts=starts, **spec.options()),)
+
+    @staticmethod
+    def float64(spec, query, key, value):
+        output = np.zeros(query.shape)
+        index = np.arange(spec.length)
+        distance = index[:, None] - index
+        for b, h in np.ndindex(spec.batch, spec.heads):
+            seen = distance >= 0
+            if spec.sliding_window is not None:
+                seen = seen & (distance < spec.sliding_window)
+            if spec.starts:
+                seen = seen & (index >= spec.places()[b][:, None])
+            kv = h // (spec.heads // spec.kv_heads)
+            output[b, :, h] = attention_float64(
+                query[b, :, h], key[b, :, kv], value[b, :, kv], seen,
+                spec.scale, spec.soft_cap,
+            )  # fmt: skip
+        return [output]
+
+
+@parameters(strided_specs, ("plain", "everything"))
+class StridedAttentionContract(Contract):
+    op = "strided_attention"
+
+    def bind(self, spec, run):
+        anchors, starts = spec.places()
+        if spec.tensor_anchors:
+            anchors = tensor(anchors)
+        starts = None if starts is None else tensor(starts)
+
+        def function(*tensors):
+            places = () if anchors is None else (anchors,)
+            return (run(*tensors, *places, starts=starts, **spec.options()),)
+
+        return function
+
+    @staticmethod
+    def float64(spec, query, key, value, document_key=None, document_value=None):
+        output = np.zeros(query.shape)
+        anchors, starts = spec.places()
+        step = spec.query_offset + np.arange(spec.queries)
+        shape = (spec.batch, spec.samples, spec.blocks, spec.heads)
+        for b, j, k, h in np.ndindex(shape):
+            kv = h // (spec.heads // spec.kv_heads)
+            keys, values = key[b, j, k, :, kv], value[b, j, k, :, kv]
+            own = np.arange(spec.keys)
+            if document_key is not None:
+                anchor = np.broadcast_to(anchors, shape[::2])[b, k]
+                start = 0 if starts is None else starts[b, k]
+                own = np.concatenate([np.arange(start, anchor) - anchor, own])
+                keys = np.concatenate([document_key[b, start:anchor, kv], keys])
+                values = np.concatenate([document_value[b, start:anchor, kv], values])
+            distance = step[:, None] - own
+            seen = distance >= 0
+            if spec.sliding_window is not None:
+                seen &= distance < spec.sliding_window
+            output[b, j, k, :, h] = attention_float64(
+                query[b, j, k, :, h], keys, values, seen, spec.scale, spec.soft_cap
+            )
+        return [output]
+
+
+@parameters(logprob_specs, ("sampled", "everything"))
+class LinearLogprobContract(Contract):
+    op = "linear_logprob"
+
+    def bind(self, spec, run):
+        labels = tensor(spec.places())
+        return lambda *tensors: run(*tensors, labels, **spec.options())
+
+    @staticmethod
+    def float64(spec, hidden, head):
+        logits = hidden @ head.T
+        if spec.soft_cap is not None:
+            logits = spec.soft_cap * np.tanh(logits / spec.soft_cap)
+        log_p = logits / spec.temperature
+        largest = log_p.max(axis=1, keepdims=True)
+        log_p = log_p - largest - np.log(np.exp(log_p - largest).sum(1, keepdims=True))
+        entropy = -(np.exp(log_p) * log_p).sum(axis=1)
+        return [log_p[np.arange(spec.rows), spec.places()], entropy]
+
+
+@parameters(sample_specs, ("plain", "capped"))
+class LinearSampleContract:
+    """No gradients: tokens and their log-probabilities."""
+
+    op = "linear_sample"
+    name = None
+
+    run = Contract.run
+    supported = Contract.supported
+
+    def drawn(self, spec, run, dtype):
+        arrays = [tensor(array, dtype) for array in spec.arrays().values()]
+        tokens, log_prob = run(*arrays, tensor(spec.places()), **spec.options())
+        return to_numpy(tokens), to_numpy(log_prob)
+
+    def compare(self, spec, dtype, tolerance):
+        reference = implementation(self.op, "reference").load()
+        tokens, log_prob = self.drawn(spec, self.run, dtype)
+        expected, expected_log_prob = self.drawn(spec, reference, dtype)
+        assert tokens.dtype == np.int32
+        assert tokens.min() >= 0
+        assert tokens.max() < spec.vocabulary
+        same = tokens == expected
+        np.testing.assert_allclose(
+            log_prob[same], expected_log_prob[same], atol=tolerance
+        )
+        return same.mean()
+
+    def test_equals_the_definition(self, spec):
+        self.supported(spec)
+        # Rounding decides where a uniform number falls on the edge of two tokens.
+        assert self.compare(spec, "float32", 1e-5) == 1.0
+
+    def test_equals_the_definition_in_bfloat16(self, bfloat16_spec):
+        self.supported(bfloat16_spec)
+        assert self.compare(bfloat16_spec, "bfloat16", 3e-2) > 0.8
+
+    def test_draws_from_the_distribution(self):
+        """Chi-square against the exact distribution, edges of tiles included."""
+        spec = sample_specs.Spec("draws", rows=1, vocabulary=150, temperature=0.8)
+        arrays = spec.arrays()
+        logits = (arrays["hidden"] @ arrays["head"].T)[0].astype("float64") / 0.8
+        probability = np.exp(logits - logits.max())
+        probability /= probability.sum()
+        draws = 4096
+        uniform = np.random.default_rng(0).random(draws).astype("float32")
+        tokens, log_prob = self.run(
+            tensor(np.repeat(arrays["hidden"], draws, axis=0)),
+            tensor(arrays["head"]),
+            tensor(uniform),
+            **spec.options(),
+        )
+        tokens = to_numpy(tokens)
+        np.testing.assert_allclose(
+            to_numpy(log_prob), np.log(probability)[tokens], atol=1e-5
+        )
+        # Tokens expected less than five times are counted as one.
+        counts = np.bincount(tokens, minlength=150)
+        often = probability * draws >= 5
+        observed = np.append(counts[often], counts[~often].sum())
+        expected = draws * np.append(probability[often], probability[~often].sum())
+        freedom = len(observed) - 1
+        # Three standard deviations above the mean.
+        statistic = np.sum((observed - expected) ** 2 / expected)
+        assert statistic < freedom + 3 * np.sqrt(2 * freedom)
+        assert len(observed) > 20

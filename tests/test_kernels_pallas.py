@@ -1,0 +1,264 @@
+"""The Pallas kernels without their chips: interpreted, and lowered for each."""
+
+import dataclasses
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import pytest
+from helpers import documents, flat, llama, to_numpy
+from kernel_contracts import (
+    FLOAT32_TOLERANCE,
+    LinearLogprobContract,
+    StridedAttentionContract,
+    error,
+    expected,
+    implementation,
+)
+
+import keras_ebft
+from keras_ebft import kernels
+from keras_ebft.kernels.linear_logprob import specs as logprob_specs
+from keras_ebft.kernels.strided_attention import specs as strided_specs
+
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "jax", reason="Pallas is a kernel language of JAX."
+)
+
+
+def module_of(op, platform):
+    """A kernel's module; as an attribute, the path's function hides its package."""
+    return importlib.import_module(f"keras_ebft.kernels.{op}.jax_pallas_{platform}")
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several tiles along every axis, the last of them ragged."""
+    for op in ("linear_logprob", "strided_attention"):
+        tpu = module_of(op, "tpu")
+        monkeypatch.setattr(tpu, "LANES", 8)
+    for name in ("KEY_TILE", "OWN_KEY_TILE", "MAX_ROW_TILE"):
+        monkeypatch.setattr(module_of("strided_attention", "tpu"), name, 8)
+    monkeypatch.setattr(module_of("linear_logprob", "tpu"), "MAX_TILE", 32)
+    tiles = module_of("strided_attention", "gpu").TILES
+    monkeypatch.setattr(
+        module_of("strided_attention", "gpu"),
+        "TILES",
+        dict.fromkeys(tiles, (16, 16, 4, 2)),
+    )
+    gpu = module_of("linear_logprob", "gpu")
+    monkeypatch.setattr(gpu, "ROW_TILE", 16)
+    monkeypatch.setattr(gpu, "VOCABULARY_TILE", 32)
+    monkeypatch.setattr(gpu, "PROGRAMS", 8)
+    # One row tile of gradients at a time.
+    monkeypatch.setattr(gpu, "CHUNK_BYTES", 1)
+
+
+@pytest.mark.usefixtures("small_tiles")
+class TestLogprobTpu(LinearLogprobContract):
+    fast = ("everything",)
+    name = "pallas_tpu"
+
+    @pytest.mark.slow
+    def test_a_planted_wrong_gradient_is_noticed(self):
+        super().test_a_planted_wrong_gradient_is_noticed()
+
+
+@pytest.mark.usefixtures("small_tiles")
+class TestLogprobGpu(LinearLogprobContract):
+    fast = ("everything",)
+    name = "pallas_gpu"
+
+
+class MostlySlow(StridedAttentionContract):
+    """Compiling an interpreted kernel and its gradients takes seconds a call."""
+
+    fast = ("everything",)
+
+    @pytest.mark.slow
+    def test_a_planted_wrong_gradient_is_noticed(self):
+        super().test_a_planted_wrong_gradient_is_noticed()
+
+    @pytest.mark.slow
+    def test_equals_float64_and_its_finite_differences(self):
+        super().test_equals_float64_and_its_finite_differences()
+
+
+@pytest.mark.usefixtures("small_tiles")
+class TestStridedTpu(MostlySlow, StridedAttentionContract):
+    name = "pallas_tpu"
+
+
+@pytest.mark.usefixtures("small_tiles")
+class TestStridedGpu(MostlySlow, StridedAttentionContract):
+    name = "pallas_gpu"
+
+
+WATCHED = [
+    pytest.param(TestLogprobTpu, id="linear_logprob"),
+    # Half a minute where there is one core only.
+    pytest.param(TestStridedTpu, id="strided_attention", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("contract", WATCHED)
+def test_no_races_and_nothing_unwritten_on_tpu(contract, monkeypatch):
+    """The TPU's interpreter: memory starts as not-a-number, copies are watched."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+    from jax.experimental.pallas import tpu
+
+    monkeypatch.setattr(module_of("linear_logprob", "tpu"), "MAX_TILE", 128)
+    for name in ("KEY_TILE", "MAX_ROW_TILE"):
+        monkeypatch.setattr(module_of("strided_attention", "tpu"), name, 128)
+    interpret = tpu.InterpretParams(
+        detect_races=True,
+        uninitialized_memory="nan",
+        out_of_bounds_reads="uninitialized",
+    )
+    # More than one tile of rows, of keys and of the vocabulary.
+    spec = {
+        "linear_logprob": dataclasses.replace(logprob_specs.SPECS[-1], rows=130),
+        "strided_attention": dataclasses.replace(
+            strided_specs.SPECS[-1],
+            batch=1,
+            heads=2,
+            kv_heads=1,
+            length=140,
+            blocks=16,
+            stride=8,
+        ),
+    }[contract.op]
+    found = contract().measured(
+        spec,
+        lambda *tensors, **options: contract().run(
+            *tensors, interpret=interpret, **options
+        ),
+    )
+    assert not interpret_pallas_call.races.races_found
+    for one, two in zip(found, expected(contract, spec)):
+        assert error(flat(one), flat(two)) < FLOAT32_TOLERANCE
+
+
+LOGPROB = {"temperature": 0.6, "soft_cap": 30.0}
+STRIDED = {"scale": 0.1, "sliding_window": 300, "soft_cap": 30.0}
+
+
+def call_and_gradients(op, name, spec, dtype, options):
+    """A function of shaped arrays that runs a kernel and its backward pass."""
+    import jax
+
+    run = implementation(op, name).load()
+    arrays = [jax.ShapeDtypeStruct(a.shape, dtype) for a in spec.arrays().values()]
+    places = spec.places()
+    places = places if isinstance(places, tuple) else (places,)
+
+    def summed(*arrays):
+        outputs = run(*arrays, *places[:1], interpret=False, **options)
+        return sum(out.astype("float32").sum() for out in jax.tree.leaves(outputs))
+
+    function = jax.value_and_grad(summed, argnums=tuple(range(len(arrays))))
+    return jax.jit(function), arrays
+
+
+LOGPROB_SPEC = logprob_specs.Spec("head", rows=600, width=256, vocabulary=4001)
+STRIDED_SPEC = strided_specs.Spec(
+    "blocks", blocks=33, queries=8, keys=8, heads=8, length=300, stride=8
+)
+
+
+def strided(head_size, **changes):
+    return dataclasses.replace(STRIDED_SPEC, head_size=head_size, **changes)
+
+
+# Every option, several tiles on every side, sizes that divide nothing; a step of
+# decoding is the last.
+CASES = [
+    ("linear_logprob", LOGPROB_SPEC, LOGPROB, "bfloat16"),
+    ("linear_logprob", dataclasses.replace(LOGPROB_SPEC, width=72), {}, "float32"),
+    ("strided_attention", strided(64, tensor_anchors=True), STRIDED, "bfloat16"),
+    ("strided_attention", strided(80), {"scale": 0.1}, "float32"),
+    ("strided_attention", strided(256), STRIDED, "bfloat16"),
+    (
+        "strided_attention",
+        strided(128, queries=1, keys=7),
+        {"scale": 0.1, "query_offset": 3},
+        "float32",
+    ),
+]
+
+
+@pytest.mark.parametrize(("op", "spec", "options", "dtype"), CASES)
+def test_lowers_for_tpu(op, spec, options, dtype):
+    import jax
+
+    function, arrays = call_and_gradients(op, "pallas_tpu", spec, dtype, options)
+    exported = jax.export.export(function, platforms=["tpu"])(*arrays)
+    kernels = {"linear_logprob": 3, "strided_attention": 4}[op]
+    assert exported.mlir_module().count("@tpu_custom_call") == kernels
+
+
+@pytest.mark.parametrize(("op", "spec", "options", "dtype"), CASES)
+def test_lowers_for_gpu(op, spec, options, dtype):
+    function, arrays = call_and_gradients(op, "pallas_gpu", spec, dtype, options)
+    lowered = function.trace(*arrays).lower(lowering_platforms=("cuda",))
+    kernels = {"linear_logprob": 2, "strided_attention": 4}[op]
+    assert lowered.as_text().count("@__gpu$xla.gpu.triton") == kernels
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("name", ["pallas_tpu", "pallas_gpu"])
+def test_a_whole_step_is_the_same(name):
+    """Kernels inside a compiled train step, rollouts and gradients included."""
+    weights = {}
+    for chosen in (None, name):
+        for op in ("linear_logprob", "strided_attention"):
+            kernels.set_implementation(op, chosen)
+        sampler = keras_ebft.BlockSampler(3, 4, 4, num_samples=2)
+        features = keras_ebft.FeatureNetwork(layers=(1, 2))
+        model = keras_ebft.EBFTModel(
+            llama(hidden_dim=32), sampler, features, ce_weight=0.1, seed=0
+        )
+        model.compile(keras.optimizers.SGD(0.1))
+        with kernels.watch_choices() as choices:
+            model.fit(documents(2, 22), batch_size=2, verbose=0)
+        if chosen is not None:
+            assert choices["linear_logprob"] == choices["strided_attention"] == {name}
+        weights[chosen] = flat(to_numpy(w) for w in model.trainable_weights)
+    start = flat(to_numpy(w) for w in llama(hidden_dim=32).trainable_weights)
+    assert error(weights[name] - start, weights[None] - start) < 1e-4
+    assert error(weights[None], start) > 1e-4
+
+
+@pytest.fixture(autouse=True)
+def automatic():
+    yield
+    for op in ("linear_logprob", "strided_attention"):
+        kernels.set_implementation(op, None)
+
+
+LIBTPU = Path(sys.prefix) / "libtpu"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not LIBTPU.exists(),
+    reason="Needs the TPU compiler beside the environment, 700 MB that "
+    "`make test SLOW=1` installs.",
+)
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_compiles_for_tpu(chip):
+    root = Path(__file__).parent.parent
+    process = subprocess.run(
+        [sys.executable, root / "benchmarks" / "compile_tpu.py", chip],
+        env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{LIBTPU}"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert process.stdout.count("compiled in") == 13

@@ -1,0 +1,138 @@
+"""Triton kernels under their contracts, interpreted on the CPU.
+
+Runs in a process of its own, started by `tests/test_triton.py`: whether Triton
+interprets is decided when it is imported.
+"""
+
+import numpy as np
+import pytest
+import torch
+from helpers import documents, family, flat, gradients, to_numpy
+from kernel_contracts import (
+    LinearLogprobContract,
+    LinearSampleContract,
+    StridedAttentionContract,
+    implementation,
+)
+
+import keras_ebft
+from keras_ebft import kernels
+from keras_ebft.kernels.linear_logprob import specs as logprob_specs
+from keras_ebft.kernels.linear_logprob import torch_triton as logprob
+from keras_ebft.kernels.strided_attention import torch_triton as strided
+from keras_ebft.kernels.torch_triton_common import INTERPRETED
+
+assert INTERPRETED, "Run this through tests/test_triton.py."
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """New tensors hold NaN or -1: what a kernel leaves out is noticed."""
+
+    def empty(*shape, **options):
+        tensor = real(*shape, **options)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
+
+    real = torch.empty
+    monkeypatch.setattr(torch, "empty", empty)
+
+
+class TestLogprobTriton(LinearLogprobContract):
+    name = "triton"
+
+    @pytest.fixture(autouse=True)
+    def several_chunks(self, monkeypatch):
+        monkeypatch.setattr(logprob, "CHUNK_ELEMENTS", 37 * 256)
+        monkeypatch.setattr(logprob, "MIN_PROGRAMS", 3)
+
+
+class TestStridedTriton(StridedAttentionContract):
+    name = "triton"
+
+    @pytest.fixture(autouse=True)
+    def several_splits(self, monkeypatch):
+        monkeypatch.setattr(strided, "MIN_PROGRAMS", 16)
+
+
+class TestSampleTriton(LinearSampleContract):
+    name = "triton"
+
+
+@pytest.fixture
+def forced():
+    """Function that forces an implementation of the paths that have kernels."""
+    paths = ("strided_attention", "linear_logprob", "linear_sample")
+
+    def force(name):
+        for op in paths:
+            kernels.set_implementation(op, name)
+
+    yield force
+    force(None)
+
+
+def test_a_step_with_kernels_equals_one_without(forced):
+    """Gemma 2, with a window and both soft caps: tokens, scores, gradient."""
+    sampler = keras_ebft.BlockSampler(
+        rollout_length=2, stride=5, context_length=4, num_samples=2
+    )
+    network = keras_ebft.FeatureNetwork(layers=(1,))
+    model = keras_ebft.EBFTModel(family("Gemma2"), sampler, network, seed=0)
+    x = documents(2, 12)
+
+    def measured():
+        rollouts = model.rollout(x, seed=3)
+        score = model.score(x, rollouts)
+        variables = model.causal_lm.trainable_variables
+
+        def loss():
+            scores = model.score(x, rollouts)
+            return scores["log_prob"].mean() + 0.3 * scores["document_log_prob"].mean()
+
+        tokens, log_prob = (
+            to_numpy(v) for v in (rollouts["token_ids"], score["log_prob"])
+        )
+        return tokens, log_prob, flat(gradients(loss, variables))
+
+    forced("reference")
+    tokens, log_prob, gradient = measured()
+    forced("triton")
+    with kernels.watch_choices() as choices:
+        found_tokens, found_log_prob, found_gradient = measured()
+    assert choices.pop("causal_attention")
+    assert set(map(frozenset, choices.values())) == {frozenset(["triton"])}
+    np.testing.assert_array_equal(found_tokens, tokens)
+    np.testing.assert_allclose(found_log_prob, log_prob, atol=1e-5)
+    size = np.linalg.norm(gradient)
+    assert np.linalg.norm(found_gradient - gradient) < 1e-5 * size
+    assert size > 0.1
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "head"])
+def test_linear_logprob_of_what_is_frozen(frozen):
+    """With adapters the head is not trained: its gradient must not be computed."""
+    spec = logprob_specs.SPECS[0]
+    arrays = {name: torch.from_numpy(v) for name, v in spec.arrays().items()}
+    trained = next(name for name in arrays if name != frozen)
+    arrays[trained].requires_grad_()
+    labels = torch.from_numpy(spec.places())
+    found = []
+    for name in ("triton", "reference"):
+        run = implementation("linear_logprob", name).load()
+        log_prob, _ = run(*arrays.values(), labels)
+        found.append(torch.autograd.grad(log_prob.sum(), arrays[trained])[0])
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+    assert arrays[frozen].grad is None
+
+
+def test_a_head_may_be_a_transposed_view():
+    """Untied heads are variables `[D, V]`."""
+    spec = logprob_specs.SPECS[0]
+    hidden, head = (torch.from_numpy(v) for v in spec.arrays().values())
+    view = head.T.contiguous().T
+    assert not view.is_contiguous()
+    labels = torch.from_numpy(spec.places())
+    for op, argument in (("linear_logprob", labels), ("linear_sample", torch.rand(37))):
+        run = implementation(op, "triton").load()
+        for one, two in zip(run(hidden, view, argument), run(hidden, head, argument)):
+            torch.testing.assert_close(one, two)
