@@ -7,7 +7,7 @@ from keras import Variable, ops
 
 from keras_ebft import BlockGeometry
 from keras_ebft.kernels import row_chunks, strided_attention
-from keras_ebft.kernels.linear_logprob import linear_logprob
+from keras_ebft.kernels.linear_logprob import chunked, linear_logprob
 from keras_ebft.kernels.linear_logprob.reference import linear_logprob_reference
 from keras_ebft.kernels.linear_sample import linear_sample
 from keras_ebft.kernels.linear_sample.reference import (
@@ -27,23 +27,27 @@ def normal(*shape):
 def small_chunks(monkeypatch):
     monkeypatch.setattr(row_chunks, "CHUNK_ELEMENTS", 400)
     monkeypatch.setattr(row_chunks, "MIN_CHUNK_ROWS", 4)
+    monkeypatch.setattr(chunked, "ROWS", 8)
+    monkeypatch.setattr(chunked, "TOKENS", 16)
 
 
 @pytest.mark.parametrize(
     ("rows", "columns", "expected"),
-    [(10, 10, (1, 10)), (2**14, 1024, (2, 2**13)), (100, 2**20, (2, 50))],
+    [(10, 10, (1, 10)), (2**12, 1024, (2, 2**11)), (100, 2**20, (2, 50))],
 )
 def test_chunk_rows(rows, columns, expected):
     assert row_chunks.chunk_rows(rows, columns) == expected
 
 
 @pytest.mark.parametrize("rows", [1, 8, 37])
+# Divided by tiles, divided by a few more of them, and by none (a prime).
+@pytest.mark.parametrize("tokens", [16, 50, 53])
 @pytest.mark.parametrize(
     "options", [{}, {"temperature": 0.6}, {"temperature": 1.7, "soft_cap": 2.0}]
 )
-def test_linear_logprob_in_chunks(small_chunks, rows, options):
-    hidden, head = Variable(normal(rows, 8)), Variable(normal(50, 8))
-    labels = ops.convert_to_tensor(RANDOM.integers(0, 50, rows).astype("int32"))
+def test_linear_logprob_in_chunks(small_chunks, rows, tokens, options):
+    hidden, head = Variable(normal(rows, 8)), Variable(normal(tokens, 8))
+    labels = ops.convert_to_tensor(RANDOM.integers(0, tokens, rows).astype("int32"))
     log_prob_weight, entropy_weight = (
         ops.convert_to_tensor(normal(rows)) for _ in range(2)
     )

@@ -130,3 +130,124 @@ def run_in_state(model, state, function):
         value = function()
     updated = [scope.get_current_value(v) for v in model.non_trainable_variables]
     return value, [(trainable, updated, *others)]
+
+
+def differentiable(forward, backward, tensors, num_differentiated):
+    """Calls a function whose gradient is written out.
+
+    Args:
+        forward: function of `tensors` that returns a tuple: the result, and what
+            else `backward` needs, without gradient of its own.
+        backward: function `(tensors, outputs, upstream)`, with what `forward`
+            returned and the gradient by the result; returns the gradients by the
+            first `num_differentiated` tensors.
+        tensors: tuple of tensors; neither function may close over others.
+        num_differentiated: int; the remaining tensors have no gradient.
+
+    Returns:
+        The result, the first output of `forward`.
+    """
+    return _DIFFERENTIABLE[keras.backend.backend()](
+        forward, backward, tensors, [None] * (len(tensors) - num_differentiated)
+    )
+
+
+def _differentiable_jax(forward, backward, tensors, no_gradients):
+    import jax
+
+    @jax.custom_vjp
+    def function(*tensors):
+        return forward(*tensors)[0]
+
+    def with_residuals(*tensors):
+        outputs = forward(*tensors)
+        return outputs[0], (tensors, outputs)
+
+    def gradient(residuals, upstream):
+        return (*backward(*residuals, upstream), *no_gradients)
+
+    function.defvjp(with_residuals, gradient)
+    return function(*tensors)
+
+
+def _differentiable_tensorflow(forward, backward, tensors, no_gradients):
+    import tensorflow as tf
+
+    @tf.custom_gradient
+    def function(*tensors):
+        outputs = forward(*tensors)
+
+        def gradient(upstream):
+            return [*backward(tensors, outputs, upstream), *no_gradients]
+
+        return outputs[0], gradient
+
+    return function(*tensors)
+
+
+def _differentiable_torch(forward, backward, tensors, no_gradients):
+    import torch
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *tensors):
+            outputs = forward(*tensors)
+            # Saved the official way, so that rematerialisation can drop them.
+            ctx.save_for_backward(*tensors, *outputs)
+            return outputs[0]
+
+        @staticmethod
+        def backward(ctx, upstream):
+            saved = ctx.saved_tensors
+            inputs, outputs = saved[: len(tensors)], saved[len(tensors) :]
+            with torch.no_grad():
+                return (*backward(inputs, outputs, upstream), *no_gradients)
+
+    return Function.apply(*tensors)
+
+
+_DIFFERENTIABLE = {
+    "jax": _differentiable_jax,
+    "tensorflow": _differentiable_tensorflow,
+    "torch": _differentiable_torch,
+}
+
+
+def scan_tiles(function, count, carry, like):
+    """Calls a function on 0 ... count - 1, one after the other, without gradient.
+
+    Args:
+        function: function `(index, carry) -> (carry, outputs)` of tuples of
+            tensors; `index` is an int where the backend runs op by op (PyTorch),
+            otherwise a tensor.
+        count: int, at least 1.
+        carry: tuple of tensors.
+        like: tuple of `(shape, dtype)` of the outputs.
+
+    Returns:
+        `(carry, stacked)`: the last carry, and outputs stacked on a new first axis.
+    """
+    ops = keras.ops
+    if keras.backend.backend() == "torch":
+        # Updating in place would copy everything stacked so far each time.
+        found = []
+        for index in range(count):
+            carry, outputs = function(index, carry)
+            found.append(outputs)
+        return carry, tuple(ops.stack(outputs) for outputs in zip(*found))
+    if count == 1:
+        carry, outputs = function(ops.convert_to_tensor(0, dtype="int32"), carry)
+        return carry, tuple(output[None] for output in outputs)
+    num_carried = len(carry)
+
+    def body(index, state):
+        carry, outputs = function(index, state[:num_carried])
+        stacked = (
+            ops.slice_update(whole, (index, *(0 for _ in output.shape)), output[None])
+            for whole, output in zip(state[num_carried:], outputs)
+        )
+        return (*carry, *stacked)
+
+    stacked = (ops.zeros((count, *shape), dtype=dtype) for shape, dtype in like)
+    state = ops.fori_loop(0, count, body, (*carry, *stacked))
+    return state[:num_carried], state[num_carried:]

@@ -257,7 +257,7 @@ def parse_environment(value):
         if not equals or op not in _registry:
             raise ValueError(
                 f"Expected {ENVIRONMENT_VARIABLE} to be like "
-                '"linear_logprob=reference,strided_attention=tiled", with paths '
+                '"linear_logprob=reference,strided_attention=blockwise", with paths '
                 f"{sorted(_registry)}. Received: {value!r}."
             )
         _find(op, name, ENVIRONMENT_VARIABLE)

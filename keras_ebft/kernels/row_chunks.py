@@ -1,7 +1,7 @@
 """Splits rows into equal chunks, so that `[rows, vocabulary]` never exists."""
 
-# Floats of one `[rows, vocabulary]` chunk: 32 MiB in float32.
-CHUNK_ELEMENTS = 2**23
+# Floats of one `[rows, vocabulary]` chunk: 8 MiB in float32.
+CHUNK_ELEMENTS = 2**21
 # Fewer rows than this would leave matrix products bound by reading the head.
 MIN_CHUNK_ROWS = 64
 

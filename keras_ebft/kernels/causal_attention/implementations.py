@@ -5,5 +5,6 @@ from keras_ebft.kernels.dispatch import Implementation
 _HERE = "keras_ebft.kernels.causal_attention"
 
 IMPLEMENTATIONS = (
+    Implementation("blockwise", f"{_HERE}.blockwise:causal_attention_blockwise"),
     Implementation("reference", f"{_HERE}.reference:causal_attention_reference"),
 )

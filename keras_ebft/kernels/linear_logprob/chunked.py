@@ -1,111 +1,192 @@
-"""`linear_logprob` over chunks of rows, recomputing logits in the backward pass."""
+"""`linear_logprob` in tiles of rows and tokens, made again in the backward pass.
+
+Logits exist one tile at a time, whatever the number of rows and the vocabulary;
+between the passes one normaliser per row stays in memory.
+"""
+
+from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_ebft.kernels.linear_logprob.reference import (
-    log_prob_and_entropy,
-    scaled_logits,
-)
-from keras_ebft.kernels.row_chunks import chunk_rows
+from keras_ebft.kernels.backend import differentiable, scan_tiles
+from keras_ebft.kernels.linear_logprob.reference import scaled_logits
+
+# A tile of logits, 8 MiB in float32: small enough for a cache, large enough for
+# products at full speed.
+ROWS = 1024
+TOKENS = 2048
+# Logits of tokens that are not there: weighed with 0, so its square must be finite.
+NO_LOGIT = -1e15
 
 
 def linear_logprob_chunked(hidden, head, labels, *, temperature=1.0, soft_cap=None):
     """See `keras_ebft.kernels.linear_logprob`."""
-    rows = hidden.shape[0]
-    num_chunks, size = chunk_rows(rows, head.shape[0])
-    padding = num_chunks * size - rows
-    hidden = ops.pad(hidden, ((0, padding), (0, 0)))
-    labels = ops.pad(labels, ((0, padding),))
-    options = {"temperature": temperature, "soft_cap": soft_cap}
+    tiles = _Tiles(hidden.shape[0], head.shape[0])
 
-    # One stacked output: PyTorch's `custom_gradient` allows no more. Labels are an
-    # argument, and floats (exact up to 2^24), because JAX allows neither a closure
-    # over traced values nor the same gradient for integers as the others.
-    @ops.custom_gradient
-    def log_prob_and_entropy_rows(hidden, head, float_labels):
-        labels = ops.cast(float_labels, "int32")
+    def logits_of(hidden, head, index):
+        logits = scaled_logits(hidden, head, temperature=temperature, soft_cap=soft_cap)
+        return tiles.without_padding(logits, index)
 
-        def gradient(*args, upstream=None):
-            upstream = args[-1] if upstream is None else upstream
-            found = _backward(
-                hidden, head, labels, upstream, num_chunks, size, **options
-            )
-            return (*found, ops.zeros_like(float_labels))
+    def forward(hidden, head, labels):
+        scores = _forward(tiles, logits_of, *tiles.pad(hidden, head, labels))
+        scores = ops.reshape(ops.transpose(scores, (1, 0, 2)), (3, -1))
+        return scores[:2, : tiles.rows], scores[2]
 
-        return _forward(hidden, head, labels, num_chunks, size, **options), gradient
+    def slope(logits):
+        if soft_cap is None:
+            return 1.0 / temperature
+        # Logits times temperature over the cap are the tanh itself.
+        squared = ops.square(logits * (temperature / soft_cap))
+        return (1.0 - squared) / temperature
 
-    stacked = log_prob_and_entropy_rows(hidden, head, ops.cast(labels, "float32"))
-    return stacked[0, :rows], stacked[1, :rows]
-
-
-def _forward(hidden, head, labels, num_chunks, size, **options):
-    def chunk(start):
-        logits = scaled_logits(_rows(hidden, start, size), head, **options)
-        return ops.stack(log_prob_and_entropy(logits, _rows(labels, start, size))[:2])
-
-    if num_chunks == 1:
-        return chunk(0)
-
-    def body(index, output):
-        start = index * size
-        return ops.slice_update(output, (0, start), chunk(start))
-
-    output = ops.zeros((2, num_chunks * size), dtype="float32")
-    return ops.fori_loop(0, num_chunks, body, output)
-
-
-def _backward(hidden, head, labels, upstream, num_chunks, size, **options):
-    def chunk(start):
-        hidden_rows = _rows(hidden, start, size)
-        logit_gradient = _logit_gradient(
-            hidden_rows,
-            head,
-            _rows(labels, start, size),
-            ops.slice(upstream, (0, start), (2, size)),
-            **options,
+    def backward(tensors, outputs, upstream):
+        scores, normaliser = outputs
+        hidden, head, labels = tiles.pad(*tensors)
+        given = _Given(
+            labels, normaliser, *(tiles.pad_rows(v) for v in (scores[1], *upstream))
         )
-        logit_gradient = ops.cast(logit_gradient, head.dtype)
-        head_part = ops.matmul(ops.transpose(logit_gradient), hidden_rows)
-        return ops.matmul(logit_gradient, head), ops.cast(head_part, "float32")
+        by_hidden, by_head = _backward(tiles, logits_of, slope, hidden, head, given)
+        by_head = ops.reshape(by_head, (-1, by_head.shape[-1]))
+        dtype = head.dtype
+        return (
+            ops.cast(by_hidden[: tiles.rows], dtype),
+            ops.cast(by_head[: tiles.tokens], dtype),
+        )
 
-    if num_chunks == 1:
-        hidden_gradient, head_gradient = chunk(0)
-        return hidden_gradient, ops.cast(head_gradient, head.dtype)
-
-    def body(index, carry):
-        hidden_gradient, head_gradient = carry
-        start = index * size
-        hidden_part, head_part = chunk(start)
-        hidden_gradient = ops.slice_update(hidden_gradient, (start, 0), hidden_part)
-        return hidden_gradient, head_gradient + head_part
-
-    start = (ops.zeros_like(hidden), ops.zeros(head.shape, dtype="float32"))
-    hidden_gradient, head_gradient = ops.fori_loop(0, num_chunks, body, start)
-    return hidden_gradient, ops.cast(head_gradient, head.dtype)
+    scores = differentiable(forward, backward, (hidden, head, labels), 2)
+    return scores[0], scores[1]
 
 
-def _logit_gradient(hidden, head, labels, upstream, *, temperature, soft_cap):
-    """Gradient with respect to the uncapped, unscaled logits of one chunk.
+class _Given(NamedTuple):
+    """What the gradient needs of each row, `[R]` each."""
+
+    labels: Any
+    normaliser: Any
+    entropy: Any
+    by_log_prob: Any
+    by_entropy: Any
+
+
+class _Tiles:
+    """Rows and tokens cut into equal parts, the last ones padded if need be."""
+
+    def __init__(self, rows, tokens):
+        self.rows, self.tokens = rows, tokens
+        self.row_tiles = -(-rows // ROWS)
+        self.size = -(-rows // self.row_tiles)
+        self.token_tiles = _even_split(tokens, -(-tokens // TOKENS))
+        self.width = -(-tokens // self.token_tiles)
+
+    def pad(self, hidden, head, labels):
+        """The same with rows and tokens that fill all tiles."""
+        padding = self.token_tiles * self.width - self.tokens
+        head = ops.pad(head, ((0, padding), (0, 0))) if padding else head
+        return self.pad_rows(hidden), head, self.pad_rows(labels)
+
+    def pad_rows(self, tensor):
+        padding = self.row_tiles * self.size - self.rows
+        if not padding:
+            return tensor
+        return ops.pad(tensor, ((0, padding), *((0, 0) for _ in tensor.shape[1:])))
+
+    def rows_at(self, tensor, index):
+        return _cut(tensor, index * self.size, self.size)
+
+    def tokens_at(self, head, index):
+        return _cut(head, index * self.width, self.width)
+
+    def without_padding(self, logits, index):
+        """Logits of a tile of tokens, hidden where tokens are padding."""
+        if self.token_tiles * self.width == self.tokens:
+            return logits
+        token = index * self.width + ops.arange(self.width, dtype="int32")
+        return ops.where(token < self.tokens, logits, NO_LOGIT)
+
+    def one_hot(self, labels, index):
+        """Which token of a tile is a row's label, bool `[rows, tokens]`."""
+        token = index * self.width + ops.arange(self.width, dtype="int32")
+        return labels[:, None] == token
+
+
+def _forward(tiles, logits_of, hidden, head, labels):
+    """Log-probability, entropy and normaliser, float32 `[row tiles, 3, size]`."""
+
+    def row_tile(row_index, carry):
+        rows, row_labels = (tiles.rows_at(v, row_index) for v in (hidden, labels))
+
+        def see(index, state):
+            largest, total, weighted, chosen = state
+            logits = logits_of(rows, tiles.tokens_at(head, index), index)
+            new_largest = ops.maximum(largest, ops.max(logits, axis=-1))
+            shrink = ops.exp(largest - new_largest)
+            weights = ops.exp(logits - new_largest[:, None])
+            label_logit = ops.where(tiles.one_hot(row_labels, index), logits, 0.0)
+            return (
+                new_largest,
+                total * shrink + ops.sum(weights, axis=-1),
+                weighted * shrink + ops.sum(weights * logits, axis=-1),
+                chosen + ops.sum(label_logit, axis=-1),
+            )
+
+        zeros = ops.zeros((tiles.size,), dtype="float32")
+        state = (zeros + NO_LOGIT, zeros, zeros, zeros)
+        state = ops.fori_loop(0, tiles.token_tiles, see, state)
+        largest, total, weighted, chosen = state
+        normaliser = largest + ops.log(total)
+        entropy = normaliser - weighted / total
+        return carry, (ops.stack([chosen - normaliser, entropy, normaliser]),)
+
+    like = (((3, tiles.size), "float32"),)
+    return scan_tiles(row_tile, tiles.row_tiles, (), like)[1][0]
+
+
+def _backward(tiles, logits_of, slope, hidden, head, given):
+    """Gradients by hidden states `[R, D]` and head `[token tiles, width, D]`.
 
     d log_prob / dz = onehot - p;  d entropy / dz = -p (log p + entropy).
     """
-    logits = scaled_logits(hidden, head, temperature=temperature, soft_cap=soft_cap)
-    _, entropy, normaliser = log_prob_and_entropy(logits, labels)
-    log_probability = logits - normaliser[:, None]
-    probability = ops.exp(log_probability)
-    token = ops.arange(logits.shape[1], dtype="int32")
-    onehot = ops.cast(token[None, :] == labels[:, None], "float32")
-    gradient = upstream[0][:, None] * (onehot - probability) - upstream[1][
-        :, None
-    ] * probability * (log_probability + entropy[:, None])
-    if soft_cap is not None:
-        # z temperature / cap is the tanh itself.
-        slope = 1.0 - ops.square(logits * (temperature / soft_cap))
-        gradient = gradient * slope
-    return gradient / temperature
+
+    def token_tile(index, carry):
+        tokens = tiles.tokens_at(head, index)
+
+        def push(row_index, state):
+            by_hidden, by_tokens = state
+            rows = tiles.rows_at(hidden, row_index)
+            row = _Given(*(tiles.rows_at(v, row_index) for v in given))
+            logits = logits_of(rows, tokens, index)
+            log_p = logits - row.normaliser[:, None]
+            p = ops.exp(log_p)
+            hit = ops.cast(tiles.one_hot(row.labels, index), "float32")
+            change = row.by_log_prob[:, None] * (hit - p)
+            change -= row.by_entropy[:, None] * p * (log_p + row.entropy[:, None])
+            change = ops.cast(change * slope(logits), hidden.dtype)
+            part = ops.cast(ops.matmul(change, tokens), "float32")
+            start = row_index * tiles.size
+            part = part + _cut(by_hidden, start, tiles.size)
+            by_rows = ops.matmul(ops.transpose(change), rows)
+            return (
+                ops.slice_update(by_hidden, (start, 0), part),
+                by_tokens + ops.cast(by_rows, "float32"),
+            )
+
+        state = (carry[0], ops.zeros(tokens.shape, dtype="float32"))
+        by_hidden, by_tokens = ops.fori_loop(0, tiles.row_tiles, push, state)
+        return (by_hidden,), (ops.cast(by_tokens, head.dtype),)
+
+    carry = (ops.zeros(hidden.shape, dtype="float32"),)
+    like = (((tiles.width, head.shape[1]), head.dtype),)
+    carry, stacked = scan_tiles(token_tile, tiles.token_tiles, carry, like)
+    return carry[0], stacked[0]
 
 
-def _rows(tensor, start, size):
-    if len(tensor.shape) == 1:
-        return ops.slice(tensor, (start,), (size,))
-    return ops.slice(tensor, (start, 0), (size, tensor.shape[1]))
+def _even_split(size, least):
+    """The smallest number of equal parts from `least` up, if there is one nearby."""
+    for parts in range(least, 2 * least + 1):
+        if size % parts == 0:
+            return parts
+    return least
+
+
+def _cut(tensor, start, size):
+    begin = (start, *(0 for _ in tensor.shape[1:]))
+    return ops.slice(tensor, begin, (size, *tensor.shape[1:]))

@@ -18,6 +18,6 @@ IMPLEMENTATIONS = (
         options=("tensor_anchors", "starts", "sliding_window", "soft_cap"),
         packages=("triton",),
     ),
-    Implementation("tiled", f"{_HERE}.tiled:strided_attention_tiled"),
+    Implementation("blockwise", f"{_HERE}.blockwise:strided_attention_blockwise"),
     Implementation("reference", f"{_HERE}.reference:strided_attention_reference"),
 )

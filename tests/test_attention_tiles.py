@@ -1,0 +1,121 @@
+"""Attention in tiles against its plain definition, forward and backward."""
+
+import numpy as np
+import pytest
+from helpers import flat, gradients, to_numpy
+from keras import Variable, ops
+
+from keras_ebft.kernels import attention_tiles
+from keras_ebft.kernels.causal_attention import blockwise as causal
+from keras_ebft.kernels.causal_attention.reference import causal_attention_reference
+from keras_ebft.kernels.strided_attention import blockwise as strided
+from keras_ebft.kernels.strided_attention.reference import strided_attention_reference
+
+RANDOM = np.random.default_rng(0)
+OPTIONS = [
+    {},
+    {"sliding_window": 5},
+    {"sliding_window": 9, "soft_cap": 1.5},
+]
+
+
+def normal(*shape):
+    return RANDOM.normal(size=shape).astype("float32")
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(attention_tiles, "KEY_TILE", 7)
+    monkeypatch.setattr(attention_tiles, "LARGE_KEY_TILE", 8)
+    monkeypatch.setattr(causal, "QUERY_TILE", 6)
+    monkeypatch.setattr(strided, "FEWEST_QUERIES", 1)
+    monkeypatch.setattr(strided, "TILES", 3)
+
+
+def compare(function, reference, variables, **options):
+    """Outputs and gradients of two functions of the same variables."""
+    tensors = [variable.value for variable in variables]
+    found = to_numpy(function(*tensors, **options))
+    expected = to_numpy(reference(*tensors, **options))
+    np.testing.assert_allclose(found, expected, atol=3e-6)
+    weight = ops.convert_to_tensor(normal(*found.shape))
+
+    def gradients_of(attention):
+        def weighted():
+            values = [variable.value for variable in variables]
+            return ops.sum(attention(*values, **options) * weight)
+
+        return gradients(weighted, variables)
+
+    ours, theirs = gradients_of(function), gradients_of(reference)
+    for one, two in zip(ours, theirs):
+        size = np.linalg.norm(flat([two]))
+        assert size > 0.1
+        assert np.linalg.norm(flat([one]) - flat([two])) < 1e-5 * size
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("length", [1, 6, 31])
+def test_causal(length, packed, options):
+    if packed:
+        documents = np.array([[0, 0, 3, 3, 9], [0, 1, 1, 14, 14]], dtype="int32")
+        starts = np.repeat(documents, 7, axis=1)[:, :length]
+        starts = np.minimum(starts, np.arange(length, dtype="int32"))
+        options = {
+            **options,
+            "starts": ops.convert_to_tensor(starts),
+        }
+    variables = [Variable(normal(2, length, heads, 4)) for heads in (4, 2, 2)]
+    if length == 1:
+        # One key has all the weight: nothing moves by queries and keys.
+        values = [variable.value for variable in variables]
+        output = causal.causal_attention_blockwise(*values, scale=0.6, **options)
+        expected = np.repeat(to_numpy(values[2]), 2, axis=2)
+        np.testing.assert_allclose(to_numpy(output), expected, atol=1e-6)
+        return
+    compare(
+        causal.causal_attention_blockwise,
+        causal_attention_reference,
+        variables,
+        scale=0.6,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("anchors", ["known", "tensor", "packed", "known packed"])
+@pytest.mark.parametrize("blocks", [1, 5])
+def test_strided(blocks, anchors, options):
+    known = np.array([2, 9, 10, 17, 23], dtype="int32")[:blocks]
+    per_row = np.stack([known, np.array([20, 3, 1, 8, 14])[:blocks]]).astype("int32")
+    options = dict(options)
+    options["anchors"] = known if "known" in anchors else ops.convert_to_tensor(per_row)
+    if "packed" in anchors:
+        rows = np.stack([known, known]) if "known" in anchors else per_row
+        starts = (rows * np.array([[0.5], [0.9]])).astype("int32")
+        options["starts"] = ops.convert_to_tensor(starts)
+    own = [Variable(normal(2, 3, blocks, 4, heads, 4)) for heads in (4, 2, 2)]
+    document = [Variable(normal(2, 25, 2, 4)) for _ in range(2)]
+    compare(
+        strided.strided_attention_blockwise,
+        strided_attention_reference,
+        [*own, *document],
+        scale=0.6,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_one_query_of_a_longer_block(step):
+    anchors = np.array([1, 8, 22], dtype="int32")
+    query = ops.convert_to_tensor(normal(1, 2, 3, 1, 4, 4))
+    own = [ops.convert_to_tensor(normal(1, 2, 3, 5, 2, 4)) for _ in range(2)]
+    document = [ops.convert_to_tensor(normal(1, 25, 2, 4)) for _ in range(2)]
+    arguments = (query, *own, *document, anchors)
+    options = {"scale": 0.6, "query_offset": step, "sliding_window": 4}
+    np.testing.assert_allclose(
+        to_numpy(strided.strided_attention_blockwise(*arguments, **options)),
+        to_numpy(strided_attention_reference(*arguments, **options)),
+        atol=2e-6,
+    )
