@@ -13,7 +13,10 @@ from kernel_contracts import (
 )
 
 from keras_ebft import kernels
-from keras_ebft.kernels import row_chunks
+from keras_ebft.kernels import attention_tiles, row_chunks
+from keras_ebft.kernels.causal_attention import blockwise as causal
+from keras_ebft.kernels.linear_logprob import chunked
+from keras_ebft.kernels.strided_attention import blockwise as strided
 
 OPS = ("causal_attention", "linear_logprob", "linear_sample", "strided_attention")
 
@@ -22,18 +25,34 @@ OPS = ("causal_attention", "linear_logprob", "linear_sample", "strided_attention
 def small_chunks(monkeypatch):
     monkeypatch.setattr(row_chunks, "CHUNK_ELEMENTS", 400)
     monkeypatch.setattr(row_chunks, "MIN_CHUNK_ROWS", 8)
+    monkeypatch.setattr(chunked, "ROWS", 8)
+    monkeypatch.setattr(chunked, "TOKENS", 64)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(attention_tiles, "KEY_TILE", 7)
+    monkeypatch.setattr(attention_tiles, "LARGE_KEY_TILE", 8)
+    monkeypatch.setattr(causal, "QUERY_TILE", 6)
+    monkeypatch.setattr(strided, "FEWEST_QUERIES", 1)
 
 
 class TestCausalReference(CausalAttentionContract):
     name = "reference"
 
 
+@pytest.mark.usefixtures("small_tiles")
+class TestCausalBlockwise(CausalAttentionContract):
+    name = "blockwise"
+
+
 class TestStridedReference(StridedAttentionContract):
     name = "reference"
 
 
-class TestStridedTiled(StridedAttentionContract):
-    name = "tiled"
+@pytest.mark.usefixtures("small_tiles")
+class TestStridedBlockwise(StridedAttentionContract):
+    name = "blockwise"
 
 
 class TestLogprobReference(LinearLogprobContract):
