@@ -308,3 +308,10 @@ print(ops.convert_to_numpy(tokens).tolist())
         check=True,
     )
     assert process.stdout.split("\n")[-2] == "[1]"
+
+
+def test_what_is_not_proven_runs_only_if_forced(path):
+    path(only_forced=True)
+    assert run() == "plain"
+    dispatch.set_implementation("made_up", "fast")
+    assert run() == "fast"

@@ -63,6 +63,8 @@ class Implementation:
         head_sizes: container of ints, or `None` for all.
         options: tuple of names of supported options; `None` for all.
         packages: tuple of Python packages that must be installed.
+        only_forced: bool, whether it is never chosen automatically, because it has
+            not been proven on its hardware yet.
     """
 
     name: str
@@ -75,9 +77,12 @@ class Implementation:
     head_sizes: Any = None
     options: Any = None
     packages: tuple = ()
+    only_forced: bool = False
 
     def refusal(self, call, forced=False):
         """Why a call cannot run, as a phrase after "it needs"; `None` if it can."""
+        if self.only_forced and not forced:
+            return "to be forced"
         if call.backend not in self.backends:
             return f"the backend {_one_of(self.backends)}, not {call.backend}"
         missing = [name for name in self.packages if not _is_installed(name)]

@@ -11,6 +11,7 @@ IMPLEMENTATIONS = (
         f"{_HERE}.torch_triton:linear_sample_triton",
         backends=("torch",),
         platforms=("cuda",),
+        only_forced=True,
         forced_platforms=TRITON_INTERPRETED_ON,
         min_capability=(8, 0),
         dtypes=("float32", "bfloat16"),
