@@ -34,26 +34,35 @@ def make_model(shape, **config):
     """A compiled `EBFTModel` on a random Llama.
 
     Args:
-        shape: dict with `rollout`, `stride`, `context`, `samples`, `dtype`.
+        shape: dict, see `step.DEFAULTS`.
         **config: replaces entries of `LLAMA`.
     """
     import keras
     import keras_hub
 
-    import keras_ebft
-
     keras.utils.set_random_seed(0)
     backbone = keras_hub.models.LlamaBackbone(
         **{**LLAMA, **config}, dtype=shape["dtype"]
     )
+    return compiled_model(keras_hub.models.LlamaCausalLM(backbone), shape)
+
+
+def compiled_model(causal_lm, shape):
+    """A compiled `EBFTModel` of a shape; `rematerialize` and `micro_batches` too."""
+    import keras
+
+    import keras_ebft
+
     model = keras_ebft.EBFTModel(
-        keras_hub.models.LlamaCausalLM(backbone),
+        causal_lm,
         sampler=keras_ebft.BlockSampler(
             rollout_length=shape["rollout"],
             stride=shape["stride"],
             context_length=shape["context"],
             num_samples=shape["samples"],
         ),
+        rematerialize=bool(shape.get("rematerialize", 0)),
+        micro_batches=shape.get("micro_batches", 1),
         seed=0,
     )
     model.compile(keras.optimizers.AdamW(1e-6, beta_2=0.95, weight_decay=0.0))

@@ -26,6 +26,8 @@ DEFAULTS = {
     "layers": 8,
     "width": 256,
     "dtype": "float32",
+    "rematerialize": 0,
+    "micro_batches": 1,
     "repeats": 3,
 }
 PHASES = ("prefill", "rollout", "features", "rewards", "policy", "optimizer", "step")
