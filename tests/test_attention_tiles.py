@@ -17,6 +17,7 @@ OPTIONS = [
     {"sliding_window": 5},
     {"sliding_window": 9, "soft_cap": 1.5},
 ]
+ANCHORS = ("known", "tensor", "packed", "known packed")
 
 
 def normal(*shape):
@@ -54,9 +55,14 @@ def compare(function, reference, variables, **options):
         assert np.linalg.norm(flat([one]) - flat([two])) < 1e-5 * size
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("length", [1, 6, 31])
+@pytest.mark.parametrize(
+    ("length", "packed", "options"),
+    [
+        (1, False, {}),
+        (6, True, OPTIONS[2]),
+        *((31, packed, options) for packed in (False, True) for options in OPTIONS),
+    ],
+)
 def test_causal(length, packed, options):
     if packed:
         documents = np.array([[0, 0, 3, 3, 9], [0, 1, 1, 14, 14]], dtype="int32")
@@ -83,9 +89,15 @@ def test_causal(length, packed, options):
     )
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("anchors", ["known", "tensor", "packed", "known packed"])
-@pytest.mark.parametrize("blocks", [1, 5])
+@pytest.mark.parametrize(
+    ("blocks", "anchors", "options"),
+    [
+        (1, "packed", OPTIONS[1]),
+        *((5, anchors, OPTIONS[2]) for anchors in ANCHORS),
+        (5, "known", {}),
+        (5, "tensor", OPTIONS[1]),
+    ],
+)
 def test_strided(blocks, anchors, options):
     known = np.array([2, 9, 10, 17, 23], dtype="int32")[:blocks]
     per_row = np.stack([known, np.array([20, 3, 1, 8, 14])[:blocks]]).astype("int32")
