@@ -79,7 +79,9 @@ def test_a_probe_learns_and_leaves_the_policy_alone(policy):
     alone = train(*policy, None, epochs=6)[0].causal_lm.get_weights()
     critic = keras_ebft.Critic("all", keras.optimizers.Adam(0.1))
     model, history = train(*policy, critic, epochs=6)
-    np.testing.assert_array_equal(flat(model.causal_lm.get_weights()), flat(alone))
+    # Within rounding: with the probe XLA compiles another program.
+    found = flat(model.causal_lm.get_weights())
+    np.testing.assert_allclose(found, flat(alone), rtol=0, atol=1e-6)
     assert history["critic_loss"][-1] < history["critic_loss"][0] - 0.1
     assert history["critic_accuracy"][-1] > 0.6
     # One optimizer for each: no momentum for the policy, two slots for the head.
