@@ -26,10 +26,16 @@ $(VENV)/.installed: pyproject.toml
 $(VENV)/libtpu: | $(VENV)/.installed
 	-$(BIN)/python -m pip install --quiet --no-deps --target $@ "libtpu==0.0.42.*"
 
+# Triton's compiler and interpreter, which need no GPU. Beside the packages, because
+# PyTorch imports it wherever it can, and in a process with JAX or TensorFlow, which
+# bring an LLVM too, that aborts. Its tests are skipped where there is no build.
+$(VENV)/triton: | $(VENV)/.installed
+	-$(BIN)/python -m pip install --quiet --no-deps --target $@ "triton==3.9.*"
+
 demo: setup
 	KERAS_BACKEND=$(BACKEND) TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python examples/quickstart.py
 
-test: setup lint $(if $(SLOW),$(VENV)/libtpu)
+test: setup lint $(if $(SLOW),$(VENV)/libtpu $(VENV)/triton)
 	$(BIN)/python tests/run_backends.py $(if $(SLOW),--slow) $(BACKENDS)
 
 lint: setup

@@ -13,7 +13,6 @@ from pathlib import Path
 import keras
 import pytest
 
-# First: Triton and JAX in one process abort, each with an LLVM of its own.
 if keras.backend.backend() != "torch":
     pytest.skip("Triton kernels belong to the torch backend", allow_module_level=True)
 pytest.importorskip("triton", reason="triton is not installed (it has no such wheel)")
