@@ -1,11 +1,10 @@
 """Shared fixtures: reference vectors and the tiny checkpoints they were made with."""
 
 import functools
-import sys
 from pathlib import Path
 
+import early_triton  # noqa: F401 (before anything else)
 import helpers
-import keras
 import keras_hub
 import numpy as np
 import pytest
@@ -13,10 +12,6 @@ import pytest
 import keras_ebft
 
 DATA = Path(__file__).parent / "data"
-BESIDE = Path(sys.prefix) / "triton"
-if keras.backend.backend() == "torch" and BESIDE.is_dir():
-    # Where the Makefile puts Triton, out of reach of the other backends.
-    sys.path.append(str(BESIDE))
 CLASSES = {
     "llama": keras_hub.models.LlamaCausalLM,
     "gpt2": keras_hub.models.GPT2CausalLM,
