@@ -68,6 +68,19 @@ def test_linear_logprob_in_chunks(small_chunks, rows, tokens, options):
     assert size > 0.1
 
 
+def test_gradients_have_the_dtypes_of_what_they_are_by(small_chunks):
+    """Under a mixed policy hidden states are half precision, the head is not."""
+    hidden, head = Variable(normal(5, 8), dtype="bfloat16"), Variable(normal(50, 8))
+    labels = ops.convert_to_tensor(np.arange(5, dtype="int32"))
+
+    def loss():
+        return ops.sum(linear_logprob(hidden.value, head.value, labels)[0])
+
+    by_hidden, by_head = gradients(loss, [hidden, head])
+    assert "bfloat16" in str(by_hidden.dtype)
+    assert "float32" in str(by_head.dtype)
+
+
 def test_linear_logprob_against_float64():
     hidden, head = normal(3, 4), normal(5, 4)
     labels = np.array([0, 4, 2], dtype="int32")

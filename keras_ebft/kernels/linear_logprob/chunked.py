@@ -46,10 +46,9 @@ def linear_logprob_chunked(hidden, head, labels, *, temperature=1.0, soft_cap=No
         given = _Given(labels, normaliser, *(tiles.pad_rows(v) for v in by_row))
         by_hidden, by_head = _backward(tiles, logits_of, slope, hidden, head, given)
         by_head = ops.reshape(by_head, (-1, by_head.shape[-1]))
-        dtype = head.dtype
         return (
-            ops.cast(by_hidden[: tiles.rows], dtype),
-            ops.cast(by_head[: tiles.tokens], dtype),
+            ops.cast(by_hidden[: tiles.rows], hidden.dtype),
+            ops.cast(by_head[: tiles.tokens], head.dtype),
         )
 
     scores = differentiable(forward, backward, (hidden, head, labels), 2)
@@ -158,7 +157,7 @@ def _backward(tiles, logits_of, slope, hidden, head, given):
             hit = ops.cast(tiles.one_hot(row.labels, index), "float32")
             change = row.by_log_prob[:, None] * (hit - p)
             change -= row.by_entropy[:, None] * p * (log_p + row.entropy[:, None])
-            change = ops.cast(change * slope(logits), hidden.dtype)
+            change = ops.cast(change * slope(logits), head.dtype)
             part = ops.cast(ops.matmul(change, tokens), "float32")
             start = row_index * tiles.size
             part = part + _cut(by_hidden, start, tiles.size)
