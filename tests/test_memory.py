@@ -35,7 +35,7 @@ SETTINGS = {
     "both": {"rematerialize": True, "micro_batches": 4},
 }
 # Of the largest gradient; float32 rounds to 1e-7 of it.
-TOLERANCE = 2e-6
+TOLERANCE = 5e-6
 
 
 def build(causal_lm, **options):
@@ -171,12 +171,17 @@ def step_cases():
             )
 
 
+def make_critic():
+    # Adam would make a step of full size of a gradient that is rounding alone.
+    return keras_ebft.Critic(optimizer=keras.optimizers.SGD(0.5), train_features=True)
+
+
 @pytest.mark.parametrize(("setting", "with_critic"), list(step_cases()))
 def test_a_step_is_the_same(setting, with_critic):
     """Sampling, features, rewards and the reference as well."""
     found = []
     for changes in ({}, SETTINGS[setting]):
-        critic = keras_ebft.Critic(train_features=True) if with_critic else None
+        critic = make_critic() if with_critic else None
         keras.utils.set_random_seed(1)
         model = build(
             make("Llama", num_layers=1),
@@ -197,8 +202,9 @@ def test_a_step_is_the_same(setting, with_critic):
         found.append((logs, flat(model.causal_lm.get_weights()), model))
     (logs, weights, first), (other_logs, other_weights, second) = found
     np.testing.assert_allclose(other_logs, logs, rtol=2e-5, atol=1e-6)
-    np.testing.assert_allclose(other_weights, weights, atol=2e-6)
-    assert np.abs(weights - before).max() > 1e-2
+    change = np.abs(weights - before).max()
+    assert change > 1e-2
+    np.testing.assert_allclose(other_weights, weights, rtol=0, atol=TOLERANCE * change)
     # With a critic the feature network learns, too.
     one, other = (flat(m.frozen_network.get_weights()) for m in (first, second))
     np.testing.assert_allclose(other, one, atol=2e-6)
