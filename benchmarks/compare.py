@@ -74,14 +74,14 @@ def random_rollouts(shape):
     return generator.integers(0, shape["vocabulary"], size).astype("int32")
 
 
-def run_reference(checkout, folder, shape):
+def run_reference(checkout, folder, shape, attention):
     """Seconds per phase and in all, memory, log-probabilities of given rollouts."""
     import torch
     from reference import ReferenceStep
 
     tokens = harness.random_tokens(shape, shape["vocabulary"])
     with without_scripts():
-        step = ReferenceStep(checkout, folder, shape, tokens)
+        step = ReferenceStep(checkout, folder, shape, tokens, attention)
     rollouts = random_rollouts(shape)
     with torch.no_grad():
         given = step.log_prob(step.sequences(rollouts))[:, tokens.shape[1] - 1 :]
@@ -176,12 +176,21 @@ def main():
     parser.add_argument("--results", help="write results/<name>.json and .md")
     parser.add_argument("--side", help="one side, in this process")
     parser.add_argument("--folder", type=Path)
+    parser.add_argument(
+        "--attention",
+        choices=("eager", "sdpa"),
+        default="eager",
+        help="theirs: as their trainer loads models, or PyTorch's fused attention",
+    )
     arguments = parser.parse_args()
     shape = own.shape_of(arguments)
     if arguments.side:
         if arguments.side == "reference":
             found = run_reference(
-                arguments.reference.resolve(), arguments.folder, shape
+                arguments.reference.resolve(),
+                arguments.folder,
+                shape,
+                arguments.attention,
             )
         else:
             found = run_own(arguments.folder, shape)
@@ -194,7 +203,7 @@ def main():
         def run(side, backend):
             return harness.run_alone(
                 [__file__, "--side", side, "--folder", folder, "--reference",
-                 arguments.reference, *options],
+                 arguments.reference, "--attention", arguments.attention, *options],
                 {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"},
             )  # fmt: skip
 
@@ -215,7 +224,11 @@ def main():
     if arguments.results:
         given = [f"--{k} {v}" for k, v in shape.items() if v != own.DEFAULTS[k]]
         command = " ".join(
-            ["python benchmarks/compare.py --reference <checkout>", *given]
+            [
+                "python benchmarks/compare.py --reference <checkout>",
+                f"--attention {arguments.attention}",
+                *given,
+            ]
         )
         record = {"shape": shape, "found": found}
         harness.write_results(arguments.results, command, "\n\n".join(texts), record)

@@ -76,9 +76,11 @@ class ReferenceStep:
         folder: model in Hugging Face layout.
         shape: dict, see `step.DEFAULTS`.
         tokens: int array `[B, T]`.
+        attention: str, `"eager"` as their trainer loads models, or `"sdpa"`,
+            PyTorch's fused attention.
     """
 
-    def __init__(self, checkout, folder, shape, tokens):
+    def __init__(self, checkout, folder, shape, tokens, attention):
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -89,7 +91,9 @@ class ReferenceStep:
         self.blocks = length // shape["stride"] + 1
 
         def model():
-            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            return AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation=attention
+            )
 
         policy = model()
         self.actor = self.theirs.actor(policy, temperature=0.6)
