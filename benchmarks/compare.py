@@ -227,6 +227,7 @@ def main():
             [
                 "python benchmarks/compare.py --reference <checkout>",
                 f"--attention {arguments.attention}",
+                f"--backends {' '.join(arguments.backends)}",
                 *given,
             ]
         )
