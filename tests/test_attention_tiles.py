@@ -1,5 +1,9 @@
 """Attention in tiles against its plain definition, forward and backward."""
 
+import gc
+import weakref
+
+import keras
 import numpy as np
 import pytest
 from helpers import flat, gradients, to_numpy
@@ -31,6 +35,16 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(causal, "QUERY_TILE", 6)
     monkeypatch.setattr(strided, "FEWEST_QUERIES", 1)
     monkeypatch.setattr(strided, "TILES", 3)
+
+
+def tiled_attentions(options):
+    """The functions that share tiles of blocks: one more on PyTorch, without cap."""
+    functions = [strided.strided_attention_blockwise]
+    if keras.backend.backend() == "torch" and "soft_cap" not in options:
+        from keras_ebft.kernels.strided_attention import torch_fused
+
+        functions.append(torch_fused.strided_attention_fused)
+    return functions
 
 
 def compare(function, reference, variables, **options):
@@ -94,8 +108,8 @@ def test_causal(length, packed, options):
     [
         (1, "packed", OPTIONS[1]),
         *((5, anchors, OPTIONS[2]) for anchors in ANCHORS),
+        *((5, anchors, OPTIONS[1]) for anchors in ANCHORS),
         (5, "known", {}),
-        (5, "tensor", OPTIONS[1]),
     ],
 )
 def test_strided(blocks, anchors, options):
@@ -109,13 +123,14 @@ def test_strided(blocks, anchors, options):
         options["starts"] = ops.convert_to_tensor(starts)
     own = [Variable(normal(2, 3, blocks, 4, heads, 4)) for heads in (4, 2, 2)]
     document = [Variable(normal(2, 25, 2, 4)) for _ in range(2)]
-    compare(
-        strided.strided_attention_blockwise,
-        strided_attention_reference,
-        [*own, *document],
-        scale=0.6,
-        **options,
-    )
+    for attention in tiled_attentions(options):
+        compare(
+            attention,
+            strided_attention_reference,
+            [*own, *document],
+            scale=0.6,
+            **options,
+        )
 
 
 @pytest.mark.parametrize("step", [0, 2])
@@ -126,8 +141,33 @@ def test_one_query_of_a_longer_block(step):
     document = [ops.convert_to_tensor(normal(1, 25, 2, 4)) for _ in range(2)]
     arguments = (query, *own, *document, anchors)
     options = {"scale": 0.6, "query_offset": step, "sliding_window": 4}
-    np.testing.assert_allclose(
-        to_numpy(strided.strided_attention_blockwise(*arguments, **options)),
-        to_numpy(strided_attention_reference(*arguments, **options)),
-        atol=2e-6,
-    )
+    for attention in tiled_attentions(options):
+        np.testing.assert_allclose(
+            to_numpy(attention(*arguments, **options)),
+            to_numpy(strided_attention_reference(*arguments, **options)),
+            atol=2e-6,
+        )
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="elsewhere compilers decide"
+)
+def test_tensors_are_freed_without_the_garbage_collector():
+    """A step's tensors in reference cycles would pile up from step to step."""
+    anchors = np.array([1, 8, 22], dtype="int32")
+    gc.collect()
+    gc.disable()
+    try:
+        for attention in tiled_attentions({}):
+            shapes = [(1, 2, 3, 5, heads, 4) for heads in (4, 2, 2)]
+            shapes += [(1, 25, 2, 4)] * 2
+            tensors = [ops.convert_to_tensor(normal(*shape)) for shape in shapes]
+            tensors = [tensor.requires_grad_() for tensor in tensors]
+            alive = [weakref.ref(tensor) for tensor in tensors]
+            output = attention(*tensors, anchors, scale=0.6)
+            alive.append(weakref.ref(output))
+            output.sum().backward()
+            del tensors, output
+            assert [reference() for reference in alive] == [None] * len(alive)
+    finally:
+        gc.enable()

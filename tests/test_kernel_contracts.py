@@ -3,6 +3,7 @@
 import ast
 from pathlib import Path
 
+import keras
 import pytest
 from kernel_contracts import (
     CausalAttentionContract,
@@ -19,6 +20,10 @@ from keras_ebft.kernels.linear_logprob import chunked
 from keras_ebft.kernels.strided_attention import blockwise as strided
 
 OPS = ("causal_attention", "linear_logprob", "linear_sample", "strided_attention")
+
+on_torch = pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="PyTorch's own fused attention"
+)
 
 
 @pytest.fixture
@@ -46,6 +51,11 @@ class TestCausalBlockwise(CausalAttentionContract):
     name = "blockwise"
 
 
+@on_torch
+class TestCausalFused(CausalAttentionContract):
+    name = "fused"
+
+
 class TestStridedReference(StridedAttentionContract):
     name = "reference"
 
@@ -53,6 +63,12 @@ class TestStridedReference(StridedAttentionContract):
 @pytest.mark.usefixtures("small_tiles")
 class TestStridedBlockwise(StridedAttentionContract):
     name = "blockwise"
+
+
+@on_torch
+@pytest.mark.usefixtures("small_tiles")
+class TestStridedFused(StridedAttentionContract):
+    name = "fused"
 
 
 class TestLogprobReference(LinearLogprobContract):

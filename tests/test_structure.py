@@ -103,11 +103,11 @@ def test_only_their_owners_touch_private_and_backend_modules():
             assert path == PACKAGE / "kernels" / "backend.py"
 
 
-KERNEL_LANGUAGES = ("torch_triton", "jax_pallas")
+KERNEL_LANGUAGES = ("torch_triton", "torch_fused", "jax_pallas")
 
 
 def is_kernel(path):
-    """Whether a module is written in a kernel language."""
+    """Whether a module is written in a kernel language, or for one backend."""
     return path.name.startswith(KERNEL_LANGUAGES)
 
 

@@ -94,22 +94,25 @@ def tile_attention(query, key, value, ranges, scores, own=None):
     """
     seen = None if own is None else own.seen
     floats = [query, key, value] + ([] if own is None else [own.key, own.value])
+    # What the functions below close over stays alive until the gradient is known.
+    num_floats, has_own = len(floats), own is not None
 
     # Bounds known beforehand stay NumPy, what steps compute are arguments.
     static = isinstance(ranges.first, np.ndarray) and isinstance(
         ranges.last, np.ndarray
     )
+    known_bounds = (ranges.first, ranges.last) if static else None
     given = [ranges.low, ranges.high]
     given += [] if static else [ranges.first, ranges.last]
     given += [] if own is None else [seen]
     given = [ops.convert_to_tensor(tensor) for tensor in given]
 
     def unpack(tensors):
-        query, key, value, *own_keys = tensors[: len(floats)]
-        low, high, *rest = tensors[len(floats) :]
-        bounds = (ranges.first, ranges.last) if static else rest[:2]
+        query, key, value, *own_keys = tensors[:num_floats]
+        low, high, *rest = tensors[num_floats:]
+        bounds = known_bounds if static else rest[:2]
         shared = _KeyTiles(key, value, Ranges(low, high, *bounds))
-        return query, shared, OwnKeys(*own_keys, rest[-1]) if own_keys else None
+        return query, shared, OwnKeys(*own_keys, rest[-1]) if has_own else None
 
     def forward(*tensors):
         return _attend(*unpack(tensors), scores)
@@ -117,7 +120,7 @@ def tile_attention(query, key, value, ranges, scores, own=None):
     def backward(tensors, outputs, upstream):
         return _attend_gradient(*unpack(tensors), scores, *outputs, upstream)
 
-    return differentiable(forward, backward, (*floats, *given), len(floats))
+    return differentiable(forward, backward, (*floats, *given), num_floats)
 
 
 def _attend(query, shared, own, scores):
@@ -126,19 +129,16 @@ def _attend(query, shared, own, scores):
 
     def attend_tile(index, carry):
         tile = _tile(query, index)
-        rows = _rows(tile)
+        rows = rows_of(tile)
 
         def see(start, size, state):
             key, value, seen = shared.at(index, start, size)
             found = ops.where(seen, scores.of(rows, key), HIDDEN_SCORE)
             return _see(state, found, value, query.dtype)
 
-        state = _see_own(tile, own, index, scores)
+        state = see_own(query, own, index, scores)
         state = shared.for_each_seen(index, see, state)
-        largest, total, output = state
-        total = ops.maximum(total, SMALLEST_SUM)
-        output = ops.cast(output / total[..., None], query.dtype)
-        log_normaliser = largest + ops.log(total)
+        output, log_normaliser = finish(state, query.dtype)
         return carry, (
             ops.reshape(output, (*shape, width)),
             ops.reshape(log_normaliser, shape),
@@ -159,7 +159,7 @@ def _attend_gradient(query, shared, own, scores, output, log_normaliser, upstrea
     )
 
     def tile_gradient(index, carry):
-        tile = _Pushed(
+        tile = Pushed(
             *(_tile(t, index) for t in (query, upstream, log_normaliser, delta))
         )
         rows = tile.rows()
@@ -179,7 +179,7 @@ def _attend_gradient(query, shared, own, scores, output, log_normaliser, upstrea
             by_query, *own_gradients = tile.gradients(
                 _tile(own.key, index), _tile(own.value, index), own.seen, scores
             )
-            by_query = _rows(by_query)
+            by_query = rows_of(by_query)
         state = (by_query, *carry)
         by_query, *carry = shared.for_each_seen(index, see, state)
         found = (ops.reshape(by_query, tile.query.shape), *own_gradients)
@@ -193,7 +193,7 @@ def _attend_gradient(query, shared, own, scores, output, log_normaliser, upstrea
     return (stacked[0], *shared_gradients, *stacked[1:])
 
 
-class _Pushed(NamedTuple):
+class Pushed(NamedTuple):
     """Queries, and what their gradient by scores needs."""
 
     query: Any
@@ -203,10 +203,10 @@ class _Pushed(NamedTuple):
 
     def rows(self):
         """The same with the queries of all groups on one axis."""
-        shape = _rows(self.query).shape[:-1]
-        return _Pushed(
-            _rows(self.query),
-            _rows(self.upstream),
+        shape = rows_of(self.query).shape[:-1]
+        return Pushed(
+            rows_of(self.query),
+            rows_of(self.upstream),
             ops.reshape(self.log_normaliser, shape),
             ops.reshape(self.delta, shape),
         )
@@ -291,9 +291,10 @@ def _add(total, part, start):
     return ops.slice_update(total, (0, 0, start, 0), part)
 
 
-def _see_own(tile, own, index, scores):
-    """What queries have seen of their own keys: `(largest, total, output)`."""
-    rows = _rows(tile)
+def see_own(query, own, index, scores):
+    """What a tile of queries has seen of its own keys: `(largest, total, output)`."""
+    tile = _tile(query, index)
+    rows = rows_of(tile)
     if own is None:
         shape = tuple(rows.shape[:-1])
         return (
@@ -309,7 +310,7 @@ def _see_own(tile, own, index, scores):
     return (
         ops.reshape(largest, rows.shape[:-1]),
         ops.reshape(ops.sum(weights, axis=-1), rows.shape[:-1]),
-        _rows(ops.cast(output, "float32")),
+        rows_of(ops.cast(output, "float32")),
     )
 
 
@@ -327,7 +328,14 @@ def _see(state, found, value, dtype):
     )
 
 
-def _rows(tile):
+def finish(state, dtype):
+    """`(output, log_normaliser)` of the online softmax once all keys were seen."""
+    largest, total, output = state
+    total = ops.maximum(total, SMALLEST_SUM)
+    return ops.cast(output / total[..., None], dtype), largest + ops.log(total)
+
+
+def rows_of(tile):
     """`[B, Hkv, C, Q, d]` as `[B, Hkv, M, d]`."""
     batch, heads, groups, queries, width = tile.shape
     return ops.reshape(tile, (batch, heads, groups * queries, width))

@@ -1,5 +1,7 @@
 """Gradients and loops that each backend spells in its own way."""
 
+import functools
+
 import keras
 
 from keras_ebft.kernels.backend import backend_name
@@ -59,24 +61,35 @@ def _differentiable_tensorflow(forward, backward, tensors, no_gradients):
 
 
 def _differentiable_torch(forward, backward, tensors, no_gradients):
+    return _torch_function().apply(forward, backward, no_gradients, *tensors)
+
+
+@functools.cache
+def _torch_function():
+    """One class for all calls: a class of each call, which refers to itself, would
+    keep the call's tensors until Python looks for cycles.
+    """
     import torch
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, *tensors):
+        def forward(ctx, forward, backward, no_gradients, *tensors):
             outputs = forward(*tensors)
             # Saved the official way, so that rematerialisation can drop them.
             ctx.save_for_backward(*tensors, *outputs)
+            ctx.pull, ctx.no_gradients = backward, no_gradients
+            ctx.num_inputs = len(tensors)
             return outputs[0]
 
         @staticmethod
         def backward(ctx, upstream):
             saved = ctx.saved_tensors
-            inputs, outputs = saved[: len(tensors)], saved[len(tensors) :]
+            inputs, outputs = saved[: ctx.num_inputs], saved[ctx.num_inputs :]
             with torch.no_grad():
-                return (*backward(inputs, outputs, upstream), *no_gradients)
+                gradients = ctx.pull(inputs, outputs, upstream)
+            return (None, None, None, *gradients, *ctx.no_gradients)
 
-    return Function.apply(*tensors)
+    return Function
 
 
 _DIFFERENTIABLE = {

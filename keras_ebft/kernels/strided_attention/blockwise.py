@@ -33,8 +33,9 @@ def strided_attention_blockwise(
     query_offset=0,
     sliding_window=None,
     soft_cap=None,
+    attend=tile_attention,
 ):
-    """See `keras_ebft.kernels.strided_attention`."""
+    """See `keras_ebft.kernels.strided_attention`; `attend` is a `tile_attention`."""
     if document_key is None:
         return strided_attention_reference(
             query, key, value,
@@ -43,7 +44,7 @@ def strided_attention_blockwise(
         )  # fmt: skip
     step = ops.arange(query.shape[3], dtype="int32") + query_offset
     layout = _Layout(query.shape, key.shape[-2])
-    output = tile_attention(
+    output = attend(
         layout.queries(query),
         ops.transpose(document_key, (0, 2, 1, 3)),
         ops.transpose(document_value, (0, 2, 1, 3)),

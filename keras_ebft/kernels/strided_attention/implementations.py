@@ -50,6 +50,14 @@ IMPLEMENTATIONS = (
         options=("tensor_anchors", "starts", "sliding_window", "soft_cap"),
         packages=("triton",),
     ),
+    Implementation(
+        "fused",
+        f"{_HERE}.torch_fused:strided_attention_fused",
+        backends=("torch",),
+        platforms=("cpu",),
+        dtypes=("float32", "bfloat16"),
+        options=("tensor_anchors", "tensor_offset", "starts", "sliding_window"),
+    ),
     Implementation("blockwise", f"{_HERE}.blockwise:strided_attention_blockwise"),
     Implementation("reference", f"{_HERE}.reference:strided_attention_reference"),
 )

@@ -1,0 +1,155 @@
+"""`tile_attention` for PyTorch on CPU, shared keys met by PyTorch's fused attention.
+
+Op by op, every step of the online softmax takes scores through memory once more;
+PyTorch's kernel keeps them in the cache. It returns the log-normaliser of each query
+too, which is what it takes to join its output with that of a block's own keys, and
+to push the gradient of the joined output back through either part.
+"""
+
+import torch
+
+from keras_ebft.kernels.attention_tiles import (
+    LOWEST_SCORE,
+    OwnKeys,
+    Pushed,
+    Ranges,
+    finish,
+    rows_of,
+    see_own,
+)
+from keras_ebft.kernels.gradients import differentiable, scan_tiles
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def fused_tile_attention(query, key, value, ranges, scores, own):
+    """See `tile_attention`; `scores` without soft cap, `own` keys always given."""
+    floats = (query, key, value, own.key, own.value)
+    # What the functions below close over stays alive until the gradient is known.
+    first, last = ([int(bound) for bound in bounds] for bounds in ranges[2:])
+    given = (ranges.low, ranges.high, own.seen)
+
+    def unpack(tensors):
+        query, key, value, own_key, own_value, low, high, seen = tensors
+        shared = _SharedKeys(key, value, Ranges(low, high, first, last), scores)
+        return query, shared, OwnKeys(own_key, own_value, seen)
+
+    def forward(*tensors):
+        query, shared, own = unpack(tensors)
+        return _attend(query, shared, own, scores)
+
+    def backward(tensors, outputs, upstream):
+        query, shared, own = unpack(tensors)
+        return _attend_gradient(query, shared, own, scores, *outputs, upstream)
+
+    return differentiable(forward, backward, (*floats, *given), len(floats))
+
+
+def _attend(query, shared, own, scores):
+    """`(output, log_normaliser)`, the latter float32 `[N, B, Hkv, C, Q]`."""
+
+    def attend_tile(index, carry):
+        state = shared.see(
+            index, rows_of(query[index]), see_own(query, own, index, scores)
+        )
+        output, log_normaliser = finish(state, query.dtype)
+        shape = query.shape[1:]
+        return carry, (output.reshape(shape), log_normaliser.reshape(shape[:-1]))
+
+    return scan_tiles(attend_tile, query.shape[0], (), ())[1]
+
+
+def _attend_gradient(query, shared, own, scores, output, log_normaliser, upstream):
+    """Gradients by query, key, value and own key and value."""
+    delta = (upstream.float() * output.float()).sum(dim=-1)
+    by_key = torch.zeros_like(shared.key, dtype=torch.float32)
+    by_value = torch.zeros_like(by_key)
+
+    def tile_gradient(index, carry):
+        tile = Pushed(
+            query[index], upstream[index], log_normaliser[index], delta[index]
+        )
+        by_query, *by_own = tile.gradients(
+            own.key[index], own.value[index], own.seen, scores
+        )
+        by_query += shared.push(
+            index, tile.rows(), rows_of(output[index]), by_key, by_value
+        ).reshape(by_query.shape)
+        return carry, tuple(g.to(query.dtype) for g in (by_query, *by_own))
+
+    stacked = scan_tiles(tile_gradient, query.shape[0], (), ())[1]
+    shared_gradients = (g.to(query.dtype) for g in (by_key, by_value))
+    return (stacked[0], *shared_gradients, *stacked[1:])
+
+
+class _SharedKeys:
+    """Keys and values `[B, Hkv, T, d]`, and which of them each query sees."""
+
+    def __init__(self, key, value, ranges: Ranges, scores):
+        self.key, self.value = key, value
+        self.ranges = ranges
+        self.scale = scores.scale
+
+    def see(self, index, query, state):
+        """The online softmax `state` once a tile of queries has seen its keys."""
+        seen = self._seen(index)
+        if seen is None:
+            return state
+        start, stop, mask = seen
+        output, log_normaliser = _forward(
+            query,
+            self.key[:, :, start:stop],
+            self.value[:, :, start:stop],
+            attn_mask=mask,
+            scale=self.scale,
+        )
+        largest, total, weighted = state
+        new_largest = torch.maximum(largest, log_normaliser)
+        shrink, share = (
+            (largest - new_largest).exp(),
+            (log_normaliser - new_largest).exp(),
+        )
+        return (
+            new_largest,
+            total * shrink + share,
+            weighted * shrink[..., None] + output * share[..., None],
+        )
+
+    def push(self, index, tile, output, by_key, by_value):
+        """Gradient by a tile of queries; adds those by keys and values in place.
+
+        With the output and log-normaliser of all keys together, the kernel's
+        gradient is that of its part of them.
+        """
+        seen = self._seen(index)
+        if seen is None:
+            return torch.zeros_like(tile.query)
+        start, stop, mask = seen
+        by_query, key_part, value_part = _backward(
+            tile.upstream,
+            tile.query,
+            self.key[:, :, start:stop],
+            self.value[:, :, start:stop],
+            output,
+            tile.log_normaliser,
+            0.0,
+            False,
+            attn_mask=mask,
+            scale=self.scale,
+        )
+        by_key[:, :, start:stop] += key_part
+        by_value[:, :, start:stop] += value_part
+        return by_query
+
+    def _seen(self, index):
+        """`(start, stop, mask)` of what a tile sees; `None` if that is nothing."""
+        low, high = self.ranges.low[index], self.ranges.high[index]
+        start, stop = self.ranges.first[index], self.ranges.last[index]
+        if start >= stop:
+            return None
+        place = torch.arange(start, stop, dtype=low.dtype)
+        hidden = (place < low[..., None]) | (place >= high[..., None])
+        mask = torch.zeros(hidden.shape, dtype=self.key.dtype)
+        # Finite: a query that sees none of these keys then weighs them with 0.
+        return start, stop, mask.masked_fill_(hidden, LOWEST_SCORE)[:, None]
