@@ -10,6 +10,7 @@ about numbers or speed.
 
 import argparse
 import dataclasses
+import functools
 import os
 import time
 
@@ -22,6 +23,7 @@ from jax.sharding import SingleDeviceSharding
 
 from keras_ebft import kernels
 from keras_ebft.kernels.linear_logprob import specs as logprob
+from keras_ebft.kernels.linear_sample import specs as sample
 from keras_ebft.kernels.strided_attention import specs as strided
 
 RAGGED = {"rows": 50, "vocabulary": 300, "width": 72}
@@ -71,10 +73,41 @@ CASES = (
 )
 
 
+# Nothing of these is made, only shapes: the rollouts of one document, and of 16.
+ROLLOUTS = sample.BENCHMARK
+SAMPLES = (
+    (ROLLOUTS, "bfloat16", {"temperature": 0.6}),
+    (ROLLOUTS, "bfloat16", {"temperature": 0.0, "soft_cap": 30.0}),
+    (dataclasses.replace(ROLLOUTS, rows=16 * 508), "bfloat16", {"temperature": 0.6}),
+    (dataclasses.replace(ROLLOUTS, **RAGGED), "bfloat16", {"soft_cap": 30.0}),
+    (dataclasses.replace(ROLLOUTS, width=5376), "bfloat16", {"soft_cap": 30.0}),
+    (dataclasses.replace(ROLLOUTS, width=16384), "float32", {}),
+)
+
+
+def kernel(op):
+    """The implementation for TPUs."""
+    records = kernels.implementations(op)
+    return next(r for r in records if r.name == "pallas_tpu").load()
+
+
+def compile_sampling(spec, dtype, options, device):
+    """Compiles sampling; returns seconds."""
+    sharding = SingleDeviceSharding(device)
+    shapes = ((spec.rows, spec.width), (spec.vocabulary, spec.width), (spec.rows,))
+    arrays = [
+        jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
+        for shape, kind in zip(shapes, (dtype, dtype, "float32"))
+    ]
+    run = functools.partial(kernel("linear_sample"), interpret=False, **options)
+    start = time.monotonic()
+    jax.jit(run).lower(*arrays).compile()
+    return time.monotonic() - start
+
+
 def compile_case(op, spec, dtype, options, device):
     """Compiles one kernel with its backward pass; returns seconds."""
-    records = kernels.implementations(op)
-    run = next(r for r in records if r.name == "pallas_tpu").load()
+    run = kernel(op)
     places = spec.places()
     places = places if isinstance(places, tuple) else (places,)
     sharding = SingleDeviceSharding(device)
@@ -102,13 +135,21 @@ def main():
         )
         for op, spec, dtype, options in CASES:
             seconds = compile_case(op, spec, dtype, options, topology.devices[0])
-            sizes = dataclasses.asdict(spec)
-            sizes = [sizes[name] for name in ("width", "head_size") if name in sizes]
-            print(
-                f"{chip} {op} {dtype} width {sizes[0]} {sorted(options)}: "
-                f"compiled in {seconds:.1f} s",
-                flush=True,
-            )
+            report(chip, op, spec, dtype, options, seconds)
+        for spec, dtype, options in SAMPLES:
+            seconds = compile_sampling(spec, dtype, options, topology.devices[0])
+            report(chip, "linear_sample", spec, dtype, options, seconds)
+
+
+def report(chip, op, spec, dtype, options, seconds):
+    """Prints one line."""
+    sizes = dataclasses.asdict(spec)
+    sizes = [sizes[name] for name in ("width", "head_size") if name in sizes]
+    print(
+        f"{chip} {op} {dtype} width {sizes[0]} {sorted(options)}: "
+        f"compiled in {seconds:.1f} s",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

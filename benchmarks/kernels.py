@@ -4,9 +4,11 @@
 
 Made for one call on a borrowed GPU, of at most `--seconds` (450). Every number is
 measured in this call; what fails or is out of time says so in the JSON, and the exit
-code is then 1. `--tiny` runs the same code at toy sizes, on a CPU too, to see that it
-runs: its times mean nothing. Compared with, where installed: PyTorch's
-FlexAttention, Liger. Their times are of the forward pass and of forward and backward.
+code is then 1. The step is measured with what is chosen by itself and with every
+Triton kernel forced; utilisation is of the measured matrix product. `--tiny` runs the
+same code at toy sizes, on a CPU too, to see that it runs: its times mean nothing.
+Compared with, where installed: PyTorch's FlexAttention, Liger. Their times are of the
+forward pass and of forward and backward.
 """
 
 import argparse
@@ -114,7 +116,43 @@ def able(op, tensor, head_size, options):
     call = dispatch.Call(
         op, "torch", device_of(tensor), frozenset(["bfloat16"]), head_size, options
     )
-    return [i for i in kernels.implementations(op) if i.refusal(call) is None]
+    found = kernels.implementations(op)
+    return [i for i in found if i.refusal(call, forced=True) is None]
+
+
+def attempt(function, *arguments):
+    """What a function returns, or its traceback: one failure must not cost the rest."""
+    try:
+        return function(*arguments)
+    except Exception:
+        return {"failed": traceback.format_exc()}
+
+
+def has_failed(result):
+    """Whether anything in a nested result failed."""
+    if not isinstance(result, dict):
+        return False
+    return "failed" in result or any(has_failed(value) for value in result.values())
+
+
+def with_ratios(times, key):
+    """Adds to every entry its time over that of each entry it is compared with."""
+    for own in times.values():
+        if key in own:
+            own["time_over"] = {
+                name: own[key] / other[key]
+                for name, other in times.items()
+                if other is not own and key in other
+            }
+
+
+def timings(bind, spec, names, arguments):
+    """Times of implementations and of the compiled definition, by name."""
+    times = {name: attempt(timed, bind(spec, name), arguments) for name in names}
+    if DEVICE == "cuda":
+        plain = torch.compile(bind(spec, "reference"))
+        times["reference, compiled"] = attempt(timed, plain, arguments)
+    return times
 
 
 def distance(found, expected):
@@ -125,13 +163,14 @@ def distance(found, expected):
 def checked(bind, spec, names):
     """Errors of each implementation in bfloat16, against the definition in float64."""
     exact = measure(bind(spec, "reference"), tensors(spec, torch.float64))
-    errors = {}
-    for name in names:
+
+    def errors_of(name):
         # Poison: freed memory is what a kernel's outputs are made of.
         torch.full((2**20,), float("nan"), device=DEVICE)
         found = measure(bind(spec, name), tensors(spec))
-        errors[name] = [distance(one, two) for one, two in zip(found, exact)]
-    return errors
+        return [distance(one, two) for one, two in zip(found, exact)]
+
+    return {name: attempt(errors_of, name) for name in names}
 
 
 def measure(function, arguments):
@@ -164,14 +203,17 @@ def strided_attention(tiny):
     seen = spec.samples * spec.queries * int(spec.places()[0].sum())
     seen += spec.samples * spec.blocks * spec.queries * (spec.queries + 1) // 2
     flops = 4 * spec.batch * spec.heads * spec.head_size * seen
-    result = {"errors": checked(bind_strided, small, names), "times": {}}
-    for name in names:
-        result["times"][name] = timed(bind_strided(spec, name), arguments)
+    result = {"errors": checked(bind_strided, small, names)}
+    result["times"] = timings(bind_strided, spec, names, arguments)
     if DEVICE == "cuda":
-        result["times"]["flex_attention"] = timed(*flex_attention(spec, arguments))
+        result["times"]["flex_attention"] = attempt(
+            lambda: timed(*flex_attention(spec, arguments))
+        )
     for times in result["times"].values():
-        times["forward_tflops"] = flops / times["forward_ms"] / 1e9
-        times["both_tflops"] = 3.5 * flops / times["both_ms"] / 1e9
+        if "failed" not in times:
+            times["forward_tflops"] = flops / times["forward_ms"] / 1e9
+            times["both_tflops"] = 3.5 * flops / times["both_ms"] / 1e9
+    with_ratios(result["times"], "both_ms")
     return result
 
 
@@ -232,14 +274,15 @@ def linear_logprob(tiny):
     found = able("linear_logprob", arguments[0], None, spec.in_use())
     names = [record.name for record in found]
     flops = 2 * spec.rows * spec.width * spec.vocabulary
-    result = {"errors": checked(bind_logprob, small, names), "times": {}}
-    for name in names:
-        result["times"][name] = timed(bind_logprob(spec, name), arguments)
+    result = {"errors": checked(bind_logprob, small, names)}
+    result["times"] = timings(bind_logprob, spec, names, arguments)
     result["times"]["matmul alone"] = timed(lambda x, w: x @ w.T, arguments)
     if importlib.util.find_spec("liger_kernel") and DEVICE == "cuda":
-        result["times"]["liger"] = timed(liger(spec), arguments)
+        result["times"]["liger"] = attempt(lambda: timed(liger(spec), arguments))
     for times in result["times"].values():
-        times["forward_tflops"] = flops / times["forward_ms"] / 1e9
+        if "failed" not in times:
+            times["forward_tflops"] = flops / times["forward_ms"] / 1e9
+    with_ratios(result["times"], "both_ms")
     return result
 
 
@@ -258,23 +301,32 @@ def linear_sample(tiny):
     spec = small if tiny else sample_specs.BENCHMARK
     uniform = torch.from_numpy(spec.places()).to(DEVICE)
     result = {"same_tokens": {}, "times": {}}
+    exact = load("linear_sample", "reference")(
+        *tensors(small, torch.float64, False), small_uniform(small), **small.options()
+    )[0]
+
+    def agreement(run):
+        arguments = tensors(small, DTYPE, False)
+        found = run(*arguments, small_uniform(small), **small.options())[0]
+        return float((found == exact).float().mean())
+
+    def spent(run):
+        arguments = tensors(spec, DTYPE, False)
+        elapsed = milliseconds(lambda: run(*arguments, uniform, **spec.options()))
+        return {
+            "forward_ms": elapsed,
+            "head_gb_per_s": 2 * spec.vocabulary * spec.width / elapsed / 1e6,
+            "tflops": 2 * spec.rows * spec.vocabulary * spec.width / elapsed / 1e9,
+        }
+
     for record in able("linear_sample", uniform, None, spec.in_use()):
         run = record.load()
-        exact = load("linear_sample", "reference")(
-            *tensors(small, torch.float64, False), small_uniform(small),
-            **small.options(),
-        )[0]  # fmt: skip
-        found = run(
-            *tensors(small, DTYPE, False), small_uniform(small), **small.options()
-        )[0]
-        result["same_tokens"][record.name] = float((found == exact).float().mean())
-        arguments = tensors(spec, DTYPE, False)
-        spent = milliseconds(lambda: run(*arguments, uniform, **spec.options()))  # noqa: B023
-        result["times"][record.name] = {
-            "forward_ms": spent,
-            "head_gb_per_s": 2 * spec.vocabulary * spec.width / spent / 1e6,
-            "tflops": 2 * spec.rows * spec.vocabulary * spec.width / spent / 1e9,
-        }
+        result["same_tokens"][record.name] = attempt(agreement, run)
+        result["times"][record.name] = attempt(spent, run)
+    if DEVICE == "cuda":
+        plain = torch.compile(load("linear_sample", "reference"))
+        result["times"]["reference, compiled"] = attempt(spent, plain)
+    with_ratios(result["times"], "forward_ms")
     return result
 
 
@@ -301,6 +353,28 @@ class Steps(keras.callbacks.Callback):
 
 
 def whole_step(tiny):
+    """A step with what is chosen by itself and, where it runs, with every kernel."""
+    result = {"automatic": attempt(step, tiny)}
+    paths = ("strided_attention", "linear_logprob", "linear_sample")
+    device = torch.empty((), device=DEVICE)
+    forced = [
+        op
+        for op in paths
+        if any(i.name == "triton" for i in able(op, device, 64, frozenset()))
+    ]
+    if forced:
+        for op in forced:
+            kernels.set_implementation(op, "triton")
+        if DEVICE == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+        result["triton"] = attempt(step, tiny)
+        for op in forced:
+            kernels.set_implementation(op, None)
+    return result
+
+
+def step(tiny):
     """A Llama of one billion parameters, random weights: T=1024, c=s=G=8, n=4."""
     sizes = {"vocabulary_size": 128256, "num_layers": 16, "num_query_heads": 32}
     sizes |= {"num_key_value_heads": 8, "hidden_dim": 2048, "intermediate_dim": 8192}
@@ -319,6 +393,8 @@ def whole_step(tiny):
     shape = (5 * batch, length)
     tokens = random.integers(0, sizes["vocabulary_size"], shape).astype("int32")
     steps = Steps()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     with kernels.watch_choices() as choices:
         model.fit(tokens, batch_size=batch, verbose=0, callbacks=[steps])
     seconds = statistics.median(steps.seconds[2:])
@@ -326,10 +402,12 @@ def whole_step(tiny):
     generated = 4 * geometry.num_blocks * 8
     head = sizes["vocabulary_size"] * sizes["hidden_dim"]
     body = backbone.count_params() - head
-    # Forward passes of the body over document (S) and rollouts (R), backward twice
-    # each; the head draws once and scores once with gradient. Attention is left out.
-    of_body = length + generated + 0.75 * (length + generated) + generated
-    of_body += 2 * (length + generated)
+    # Forward passes of the body over documents, and over rollouts but for each
+    # block's last token; features of both; backward twice each. The head draws once
+    # and scores once with gradient. Attention is left out.
+    read = generated * 7 // 8
+    of_body = length + read + 0.75 * (length + generated) + read
+    of_body += 2 * (length + read)
     flops = 2 * batch * (body * of_body + head * 4 * generated)
     result = {
         "seconds_per_step": seconds,
@@ -375,12 +453,15 @@ def main():
             results[section.__name__] = {"not run": "out of time"}
             failed = True
             continue
-        # One section's failure must not cost what the others measure.
-        try:
-            result = section(arguments.tiny)
-        except Exception:
-            result = {"failed": traceback.format_exc()}
-            failed = True
+        result = attempt(section, arguments.tiny)
+        failed |= has_failed(result)
+        if section is whole_step and "matmul_tflops" in results["ceilings"]:
+            for measured in result.values():
+                if "achieved_tflops" in measured:
+                    measured["model_flop_utilisation"] = (
+                        measured["achieved_tflops"]
+                        / results["ceilings"]["matmul_tflops"]
+                    )
         result["section_seconds"] = time.monotonic() - begun
         results[section.__name__] = result
         print(section.__name__, json.dumps(result, indent=1), flush=True)

@@ -13,6 +13,7 @@ from keras_ebft.kernels.linear_sample import linear_sample
 from keras_ebft.kernels.linear_sample.reference import (
     invert_cumulative,
     linear_sample_reference,
+    take,
 )
 from keras_ebft.kernels.strided_attention.reference import strided_attention_reference
 
@@ -129,6 +130,20 @@ def test_a_weight_of_zero_is_never_drawn(uniform):
         ops.convert_to_tensor(weights), ops.convert_to_tensor(np.float32([uniform]))
     )
     assert to_numpy(index)[0] in (130, 200)
+
+
+def test_rounding_of_running_sums_draws_no_weight_of_zero():
+    """Goals where running sums of many groups, nine in ten empty, end."""
+    random = np.random.default_rng(0)
+    weights = np.zeros((64, 500 * 128), dtype="float32")
+    weights[:, ::128] = random.random((64, 500)) * (random.random((64, 500)) < 0.1)
+    ends = np.cumsum(weights[:, ::128], axis=1, dtype="float32")
+    weights = ops.convert_to_tensor(weights)
+    for place in range(20, 500, 40):
+        uniform = ops.convert_to_tensor(ends[:, place] / ends[:, -1])
+        index = ops.convert_to_numpy(invert_cumulative(weights, uniform))
+        drawn = ops.convert_to_numpy(take(weights, ops.convert_to_tensor(index)))
+        assert (drawn > 0).all()
 
 
 def test_linear_sample_draws_from_the_distribution(small_chunks):

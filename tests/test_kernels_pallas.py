@@ -1,8 +1,10 @@
 """The Pallas kernels without their chips: interpreted, and lowered for each."""
 
 import dataclasses
+import functools
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from helpers import documents, flat, llama, to_numpy
 from kernel_contracts import (
     FLOAT32_TOLERANCE,
     LinearLogprobContract,
+    LinearSampleContract,
     StridedAttentionContract,
     error,
     expected,
@@ -22,6 +25,7 @@ from kernel_contracts import (
 import keras_ebft
 from keras_ebft import kernels
 from keras_ebft.kernels.linear_logprob import specs as logprob_specs
+from keras_ebft.kernels.linear_sample import specs as sample_specs
 from keras_ebft.kernels.strided_attention import specs as strided_specs
 
 pytestmark = pytest.mark.skipif(
@@ -29,20 +33,27 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+FORCED = ("linear_logprob", "linear_sample", "strided_attention")
+
+
 def module_of(op, platform):
     """A kernel's module; as an attribute, the path's function hides its package."""
     return importlib.import_module(f"keras_ebft.kernels.{op}.jax_pallas_{platform}")
 
 
+def head_tpu():
+    """What the TPU kernels over the output head share."""
+    return importlib.import_module("keras_ebft.kernels.jax_pallas_head_tpu")
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several tiles along every axis, the last of them ragged."""
-    for op in ("linear_logprob", "strided_attention"):
-        tpu = module_of(op, "tpu")
-        monkeypatch.setattr(tpu, "LANES", 8)
+    monkeypatch.setattr(module_of("strided_attention", "tpu"), "LANES", 8)
+    monkeypatch.setattr(head_tpu(), "LANES", 8)
+    monkeypatch.setattr(head_tpu(), "MAX_TILE", 32)
     for name in ("KEY_TILE", "OWN_KEY_TILE", "MAX_ROW_TILE"):
         monkeypatch.setattr(module_of("strided_attention", "tpu"), name, 8)
-    monkeypatch.setattr(module_of("linear_logprob", "tpu"), "MAX_TILE", 32)
     tiles = module_of("strided_attention", "gpu").TILES
     monkeypatch.setattr(
         module_of("strided_attention", "gpu"),
@@ -55,6 +66,8 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(gpu, "PROGRAMS", 8)
     # One row tile of gradients at a time.
     monkeypatch.setattr(gpu, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(module_of("linear_sample", "gpu"), "ROW_TILE", 16)
+    monkeypatch.setattr(module_of("linear_sample", "tpu"), "GROUPS_PER_STEP", 4)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -70,6 +83,16 @@ class TestLogprobTpu(LinearLogprobContract):
 @pytest.mark.usefixtures("small_tiles")
 class TestLogprobGpu(LinearLogprobContract):
     fast = ("everything",)
+    name = "pallas_gpu"
+
+
+@pytest.mark.usefixtures("small_tiles")
+class TestSampleTpu(LinearSampleContract):
+    name = "pallas_tpu"
+
+
+@pytest.mark.usefixtures("small_tiles")
+class TestSampleGpu(LinearSampleContract):
     name = "pallas_gpu"
 
 
@@ -104,20 +127,31 @@ WATCHED = [
 ]
 
 
-@pytest.mark.parametrize("contract", WATCHED)
-def test_no_races_and_nothing_unwritten_on_tpu(contract, monkeypatch):
-    """The TPU's interpreter: memory starts as not-a-number, copies are watched."""
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+def watchful_interpreter():
+    """Memory starts as not-a-number, copies are watched."""
     from jax.experimental.pallas import tpu
 
-    monkeypatch.setattr(module_of("linear_logprob", "tpu"), "MAX_TILE", 128)
-    for name in ("KEY_TILE", "MAX_ROW_TILE"):
-        monkeypatch.setattr(module_of("strided_attention", "tpu"), name, 128)
-    interpret = tpu.InterpretParams(
+    return tpu.InterpretParams(
         detect_races=True,
         uninitialized_memory="nan",
         out_of_bounds_reads="uninitialized",
     )
+
+
+def races_found():
+    """Whether the last kernel that was watched had any."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    return interpret_pallas_call.races.races_found
+
+
+@pytest.mark.parametrize("contract", WATCHED)
+def test_no_races_and_nothing_unwritten_on_tpu(contract, monkeypatch):
+    """The TPU's interpreter: memory starts as not-a-number, copies are watched."""
+    monkeypatch.setattr(head_tpu(), "MAX_TILE", 128)
+    for name in ("KEY_TILE", "MAX_ROW_TILE"):
+        monkeypatch.setattr(module_of("strided_attention", "tpu"), name, 128)
+    interpret = watchful_interpreter()
     # More than one tile of rows, of keys and of the vocabulary.
     spec = {
         "linear_logprob": dataclasses.replace(logprob_specs.SPECS[-1], rows=130),
@@ -137,9 +171,45 @@ def test_no_races_and_nothing_unwritten_on_tpu(contract, monkeypatch):
             *tensors, interpret=interpret, **options
         ),
     )
-    assert not interpret_pallas_call.races.races_found
+    assert not races_found()
     for one, two in zip(found, expected(contract, spec)):
         assert error(flat(one), flat(two)) < FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_sampling_has_no_races_and_leaves_nothing_unwritten_on_tpu(
+    temperature, monkeypatch
+):
+    """Two tiles of rows, three of the vocabulary, the last of them ragged."""
+    monkeypatch.setattr(head_tpu(), "MAX_TILE", 128)
+    spec = sample_specs.Spec("watched", rows=130, temperature=temperature, soft_cap=2.0)
+    contract = TestSampleTpu()
+    contract.check_tokens(
+        spec, functools.partial(contract.run, interpret=watchful_interpreter())
+    )
+    assert not races_found()
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_tiling_leaves_tokens_as_they_are(platform, small_tiles, monkeypatch):
+    """Whole and small tiles: the same numbers draw the same tokens."""
+    spec = sample_specs.Spec("tiled", rows=300, vocabulary=1000, temperature=0.7)
+    arrays = [keras.ops.convert_to_tensor(array) for array in spec.arrays().values()]
+    found = []
+    for tile in (None, 16, 128, 512):
+        if tile and platform == "tpu":
+            monkeypatch.setattr(head_tpu(), "MAX_TILE", tile)
+            rows_at_once = {16: 1, 128: 2, 512: 8}[tile]
+            sample = module_of("linear_sample", "tpu")
+            monkeypatch.setattr(sample, "GROUPS_PER_STEP", rows_at_once)
+        elif tile:
+            monkeypatch.setattr(module_of("linear_sample", "gpu"), "ROW_TILE", tile)
+        run = implementation("linear_sample", f"pallas_{platform}").load()
+        tokens, _ = run(*arrays, spec.places(), **spec.options())
+        found.append(to_numpy(tokens))
+    for tokens in found[1:]:
+        assert (tokens == found[0]).all()
+    assert len(set(found[0].tolist())) > 100
 
 
 LOGPROB = {"temperature": 0.6, "soft_cap": 30.0}
@@ -208,6 +278,66 @@ def test_lowers_for_gpu(op, spec, options, dtype):
     assert lowered.as_text().count("@__gpu$xla.gpu.triton") == kernels
 
 
+# Options, dtype, kernels: greedy needs no second pass.
+SAMPLING = [
+    ({"temperature": 0.6, "soft_cap": 30.0}, "bfloat16", 2),
+    ({}, "float32", 2),
+    ({"temperature": 0.0}, "bfloat16", 1),
+]
+# The rollouts of one document, and a shape that divides nothing.
+SHAPES = [(508, 2048, 128256), (37, 200, 300)]
+
+
+def sampling(name, options, dtype, shape):
+    """A compiled kernel and the shapes of its arguments."""
+    import jax
+
+    rows, width, vocabulary = shape
+    run = implementation("linear_sample", name).load()
+    arrays = [(rows, width), (vocabulary, width), (rows,)]
+    arrays = [
+        jax.ShapeDtypeStruct(array, kind)
+        for array, kind in zip(arrays, (dtype, dtype, "float32"))
+    ]
+    return jax.jit(functools.partial(run, interpret=False, **options)), arrays
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("options", "dtype", "kernels"), SAMPLING)
+def test_sampling_lowers_for_tpu(options, dtype, kernels, shape):
+    import jax
+
+    function, arrays = sampling("pallas_tpu", options, dtype, shape)
+    exported = jax.export.export(function, platforms=["tpu"])(*arrays)
+    text = exported.mlir_module()
+    assert text.count("@tpu_custom_call") == kernels
+    assert_no_logits(text, shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("options", "dtype", "kernels"), SAMPLING)
+def test_sampling_lowers_for_gpu(options, dtype, kernels, shape):
+    function, arrays = sampling("pallas_gpu", options, dtype, shape)
+    text = function.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@__gpu$xla.gpu.triton") == kernels
+    assert_no_logits(text, shape)
+
+
+def assert_no_logits(text, shape):
+    """Nothing but the head is as large as the vocabulary; rows are fewer than wide."""
+    rows, width, vocabulary = shape
+    sizes = [
+        [int(size) for size in found.split("x")[:-1]]
+        for found in re.findall(r"tensor<((?:\d+x)+)", text)
+    ]
+    # What is kept per group of 128 tokens, of a few more where tiles are larger.
+    groups = -(-vocabulary // 128)
+    assert any(s[0] == rows and groups <= s[-1] < groups + 4 for s in sizes)
+    large = [s for s in sizes if max(s) >= vocabulary]
+    assert large
+    assert all(s[0] == vocabulary and s[1] >= width for s in large), large
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("name", ["pallas_tpu", "pallas_gpu"])
@@ -215,7 +345,7 @@ def test_a_whole_step_is_the_same(name):
     """Kernels inside a compiled train step, rollouts and gradients included."""
     weights = {}
     for chosen in (None, name):
-        for op in ("linear_logprob", "strided_attention"):
+        for op in FORCED:
             kernels.set_implementation(op, chosen)
         sampler = keras_ebft.BlockSampler(3, 4, 4, num_samples=2)
         features = keras_ebft.FeatureNetwork(layers=(1, 2))
@@ -226,7 +356,7 @@ def test_a_whole_step_is_the_same(name):
         with kernels.watch_choices() as choices:
             model.fit(documents(2, 22), batch_size=2, verbose=0)
         if chosen is not None:
-            assert choices["linear_logprob"] == choices["strided_attention"] == {name}
+            assert all(choices[op] == {name} for op in FORCED)
         weights[chosen] = flat(to_numpy(w) for w in model.trainable_weights)
     start = flat(to_numpy(w) for w in llama(hidden_dim=32).trainable_weights)
     assert error(weights[name] - start, weights[None] - start) < 1e-4
@@ -236,7 +366,7 @@ def test_a_whole_step_is_the_same(name):
 @pytest.fixture(autouse=True)
 def automatic():
     yield
-    for op in ("linear_logprob", "strided_attention"):
+    for op in FORCED:
         kernels.set_implementation(op, None)
 
 
@@ -261,4 +391,4 @@ def test_compiles_for_tpu(chip):
         check=False,
     )
     assert process.returncode == 0, process.stderr[-2000:]
-    assert process.stdout.count("compiled in") == 13
+    assert process.stdout.count("compiled in") == 19

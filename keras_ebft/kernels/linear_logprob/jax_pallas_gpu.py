@@ -15,7 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-HIDDEN_LOGIT = -1e30
+from keras_ebft.kernels import jax_pallas_head_gpu as tiles
+from keras_ebft.kernels.jax_pallas_head import HIDDEN_LOGIT, dot
+
 ROW_TILE = 128
 VOCABULARY_TILE = 128
 # Programs that keep a large GPU busy; with fewer row tiles each one's vocabulary
@@ -31,12 +33,6 @@ class _Options(NamedTuple):
     splits: int
     interpret: bool
 
-    def compiler_options(self):
-        return {
-            "compiler_params": plgpu.CompilerParams(num_warps=8, num_stages=3),
-            "interpret": self.interpret,
-        }
-
 
 def linear_logprob_pallas_gpu(
     hidden, head, labels, *, temperature=1.0, soft_cap=None, interpret=None
@@ -48,19 +44,19 @@ def linear_logprob_pallas_gpu(
 
     `interpret` goes to `pallas_call`; `None` interprets where there is no GPU.
     """
-    if interpret is None:
-        interpret = jax.default_backend() != "gpu"
-    rows, width = hidden.shape
-    row_padding = -rows % ROW_TILE
-    width_padding = -width % _depth(hidden.dtype)
-    row_tiles = (rows + row_padding) // ROW_TILE
+    rows = hidden.shape[0]
+    padding = -rows % ROW_TILE
+    row_tiles = (rows + padding) // ROW_TILE
     splits = min(-(-PROGRAMS // row_tiles), pl.cdiv(head.shape[0], VOCABULARY_TILE))
-    soft_cap = None if soft_cap is None else float(soft_cap)
-    options = _Options(float(temperature), soft_cap, splits, interpret)
-    # A width of whole tiles, as every large model has, leaves the head as it is.
-    hidden = jnp.pad(hidden, ((0, row_padding), (0, width_padding)))
-    head = jnp.pad(head, ((0, 0), (0, width_padding)))
-    labels = jnp.pad(labels.astype("int32"), (0, row_padding))
+    options = _Options(
+        float(temperature),
+        None if soft_cap is None else float(soft_cap),
+        splits,
+        tiles.interprets(interpret),
+    )
+    hidden = jnp.pad(hidden, ((0, padding), (0, 0)))
+    hidden, head = tiles.pad_width(hidden, head)
+    labels = jnp.pad(labels.astype("int32"), (0, padding))
     log_prob, entropy = _linear_logprob(hidden, head, labels, options)
     return log_prob[:rows], entropy[:rows]
 
@@ -78,7 +74,7 @@ def _forward(hidden, head, labels, options):
         grid=(rows // ROW_TILE, options.splits),
         out_shape=[partial] * 4,
         name="linear_logprob_forward",
-        **options.compiler_options(),
+        **tiles.compiler_options(options.interpret),
     )(hidden, head, labels)
     # What the parts of the vocabulary found, as one.
     overall = jnp.max(highest, axis=0)
@@ -112,10 +108,10 @@ def _forward_kernel(hidden, head, labels, highest, total, weighted, chosen, *, o
         )
 
     zero = jnp.zeros((ROW_TILE,), jnp.float32)
-    tiles = pl.cdiv(head.shape[0], VOCABULARY_TILE)
-    per_split = pl.cdiv(tiles, options.splits)
+    num_tiles = pl.cdiv(head.shape[0], VOCABULARY_TILE)
+    per_split = pl.cdiv(num_tiles, options.splits)
     first = split * per_split
-    last = jnp.minimum(first + per_split, tiles)
+    last = jnp.minimum(first + per_split, num_tiles)
     found = lax.fori_loop(first, last, add, (zero + HIDDEN_LOGIT, zero, zero, zero))
     for ref, value in zip((highest, total, weighted, chosen), found):
         ref[split, rows] = value
@@ -166,10 +162,10 @@ def _chunk_gradients(hidden, head, per_row, options):
         grid=(rows // ROW_TILE, pl.cdiv(vocabulary, VOCABULARY_TILE)),
         out_shape=jax.ShapeDtypeStruct((rows, vocabulary), head.dtype),
         name="linear_logprob_logit_gradient",
-        **options.compiler_options(),
+        **tiles.compiler_options(options.interpret),
     )(hidden, head, *per_row)
-    hidden_gradient = _dot(slope, head, 1, 0).astype(hidden.dtype)
-    return hidden_gradient, _dot(slope, hidden, 0, 0)
+    hidden_gradient = dot(slope, head, 1, 0).astype(hidden.dtype)
+    return hidden_gradient, dot(slope, hidden, 0, 0)
 
 
 def _logit_gradient_kernel(hidden, head, *refs, options):
@@ -203,35 +199,5 @@ def _logit_gradient_kernel(hidden, head, *refs, options):
 
 
 def _logits(hidden, head, rows, tile, options):
-    """Capped logits over the temperature of one tile, and its token ids.
-
-    Logits past the vocabulary are `HIDDEN_LOGIT`.
-    """
-    depth = _depth(hidden.dtype)
     columns = pl.ds(tile * VOCABULARY_TILE, VOCABULARY_TILE)
-    token = tile * VOCABULARY_TILE + jnp.arange(VOCABULARY_TILE, dtype=jnp.int32)
-    within = token < head.shape[0]
-    inside = jnp.broadcast_to(within[:, None], (VOCABULARY_TILE, depth))
-
-    def add(step, total):
-        part = pl.ds(step * depth, depth)
-        head_tile = plgpu.load(head.at[columns, part], mask=inside, other=0.0)
-        return total + _dot(hidden[rows, part], head_tile, 1, 1)
-
-    logits = jnp.zeros((ROW_TILE, VOCABULARY_TILE), jnp.float32)
-    logits = lax.fori_loop(0, hidden.shape[1] // depth, add, logits)
-    if options.soft_cap is not None:
-        logits = options.soft_cap * jnp.tanh(logits * (1.0 / options.soft_cap))
-    logits = logits * (1.0 / options.temperature)
-    return jnp.where(within[None, :], logits, HIDDEN_LOGIT), token
-
-
-def _dot(one, two, one_axis, two_axis):
-    """Product summed over one axis of each, in float32."""
-    axes = (((one_axis,), (two_axis,)), ((), ()))
-    return lax.dot_general(one, two, axes, preferred_element_type=jnp.float32)
-
-
-def _depth(dtype):
-    """Columns of hidden states read at a time: 128 bytes a row."""
-    return 128 // dtype.itemsize
+    return tiles.logits_tile(hidden, head, rows, columns, options)

@@ -1,40 +1,17 @@
 """`linear_logprob` for TPU: a Pallas kernel that keeps logits on the chip.
 
-Logits are held transposed, `[vocabulary tile, row tile]`: sums over the
-vocabulary are then plain additions of registers, and what is kept per row lies
-along the lanes, `[1, R]`, without padding.
+`jax_pallas_head_tpu` says how tiles of logits are held.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-HIDDEN_LOGIT = -1e30
-LANES = 128
-MAX_TILE = 512
-# Bytes of one tile of hidden states or head. The backward pass holds about nine;
-# wider rows than `LANES` of which fit have larger tiles, and ask for more memory.
-TILE_BYTES = 2**22
-TILES_IN_MEMORY = 12
-
-
-class _Options(NamedTuple):
-    temperature: float
-    soft_cap: float | None
-    vocabulary: int
-    row_tile: int
-    vocabulary_tile: int
-    memory: int
-    interpret: object
-
-    @property
-    def num_vocabulary_tiles(self):
-        return pl.cdiv(self.vocabulary, self.vocabulary_tile)
+from keras_ebft.kernels import jax_pallas_head_tpu as tiles
+from keras_ebft.kernels.jax_pallas_head import HIDDEN_LOGIT, dot
 
 
 def linear_logprob_pallas_tpu(
@@ -47,21 +24,9 @@ def linear_logprob_pallas_tpu(
 
     `interpret` goes to `pallas_call`; `None` interprets where there is no TPU.
     """
-    if interpret is None:
-        interpret = jax.default_backend() != "tpu"
-    rows, width = hidden.shape
-    tile = _tile_size(width * hidden.dtype.itemsize)
-    row_tile = min(tile, _round_up(rows, LANES))
-    options = _Options(
-        float(temperature),
-        None if soft_cap is None else float(soft_cap),
-        head.shape[0],
-        row_tile,
-        min(tile, _round_up(head.shape[0], LANES)),
-        TILES_IN_MEMORY * max(TILE_BYTES, LANES * width * hidden.dtype.itemsize),
-        interpret,
-    )
-    padding = _round_up(rows, row_tile) - rows
+    rows = hidden.shape[0]
+    options = tiles.make_options(hidden, head, temperature, soft_cap, interpret)
+    padding = tiles.round_up(rows, options.row_tile) - rows
     hidden = jnp.pad(hidden, ((0, padding), (0, 0)))
     labels = jnp.pad(labels.astype("int32"), (0, padding))
     log_prob, entropy = _linear_logprob(hidden, head, labels[None], options)
@@ -105,7 +70,7 @@ def _forward_call(hidden, head, labels, options):
         out_shape=[jax.ShapeDtypeStruct((1, rows), jnp.float32)] * 3,
         scratch_shapes=[pltpu.VMEM((1, options.row_tile), jnp.float32)] * 4,
         name="linear_logprob_forward",
-        **_compile_options(options),
+        **options.compiler_options("parallel", "arbitrary"),
     )(labels, hidden, head)
 
 
@@ -123,8 +88,8 @@ def _forward_kernel(
             sum_so_far[...] = jnp.zeros_like(sum_so_far)
 
     def add(ragged):
-        token = _tokens(tile, options)
-        logits = _logits(hidden[...], head[...], options)
+        token = tiles.tokens_of(tile, options)
+        logits = tiles.logits_tile(hidden[...], head[...], options)
         if ragged:
             logits = jnp.where(token < options.vocabulary, logits, HIDDEN_LOGIT)
         before = highest[...]
@@ -136,7 +101,7 @@ def _forward_kernel(
         weighted[...] = weighted[...] * shrink + _sum(weights * logits)
         chosen[...] += _sum(jnp.where(token == labels[...], logits, 0.0))
 
-    _for_last_and_others(tile, add, options)
+    tiles.for_last_and_others(tile, add, options)
 
     @pl.when(tile == options.num_vocabulary_tiles - 1)
     def _():
@@ -161,7 +126,7 @@ def _hidden_gradient_call(hidden, head, per_row, options):
         out_shape=jax.ShapeDtypeStruct(hidden.shape, hidden.dtype),
         scratch_shapes=[pltpu.VMEM((options.row_tile, width), jnp.float32)],
         name="linear_logprob_hidden_gradient",
-        **_compile_options(options),
+        **options.compiler_options("parallel", "arbitrary"),
     )(*per_row, hidden, head)
 
 
@@ -174,18 +139,18 @@ def _hidden_gradient_kernel(*refs, options):
         total[...] = jnp.zeros_like(total)
 
     def add(ragged):
-        token = _tokens(tile, options)
+        token = tiles.tokens_of(tile, options)
         # Rows past the vocabulary are anything, not-a-number included.
         head_rows = head[...]
         if ragged:
-            head_token = _tokens(tile, options, head_rows.shape[1])
+            head_token = tiles.tokens_of(tile, options, head_rows.shape[1])
             head_rows = jnp.where(head_token < options.vocabulary, head_rows, 0.0)
         slope = _logit_gradient(hidden[...], head_rows, token, per_row, options)
         if ragged:
             slope = jnp.where(token < options.vocabulary, slope, 0.0)
-        total[...] += _dot(slope.astype(head_rows.dtype), head_rows, 0, 0)
+        total[...] += dot(slope.astype(head_rows.dtype), head_rows, 0, 0)
 
-    _for_last_and_others(tile, add, options)
+    tiles.for_last_and_others(tile, add, options)
 
     @pl.when(tile == options.num_vocabulary_tiles - 1)
     def _():
@@ -208,7 +173,7 @@ def _head_gradient_call(hidden, head, per_row, options):
         out_shape=jax.ShapeDtypeStruct(head.shape, head.dtype),
         scratch_shapes=[pltpu.VMEM((options.vocabulary_tile, width), jnp.float32)],
         name="linear_logprob_head_gradient",
-        **_compile_options(options),
+        **options.compiler_options("parallel", "arbitrary"),
     )(*per_row, hidden, head)
 
 
@@ -221,9 +186,9 @@ def _head_gradient_kernel(*refs, options):
         total[...] = jnp.zeros_like(total)
 
     # Padded rows have a gradient of zero; rows past the vocabulary are dropped.
-    token = _tokens(pl.program_id(0), options)
+    token = tiles.tokens_of(pl.program_id(0), options)
     slope = _logit_gradient(hidden[...], head[...], token, per_row, options)
-    total[...] += _dot(slope.astype(hidden.dtype), hidden[...], 1, 0)
+    total[...] += dot(slope.astype(hidden.dtype), hidden[...], 1, 0)
 
     @pl.when(row_index == pl.num_programs(1) - 1)
     def _():
@@ -236,7 +201,7 @@ def _logit_gradient(hidden, head, token, per_row, options):
     d log_prob / dz = onehot - p;  d entropy / dz = -p (log p + entropy).
     """
     labels, normaliser, entropy, to_log_prob, to_entropy = (ref[...] for ref in per_row)
-    logits = _logits(hidden, head, options)
+    logits = tiles.logits_tile(hidden, head, options)
     log_probability = logits - normaliser
     probability = jnp.exp(log_probability)
     gradient = jnp.where(token == labels, to_log_prob, 0.0) - probability * (
@@ -249,57 +214,5 @@ def _logit_gradient(hidden, head, token, per_row, options):
     return gradient * (1.0 / options.temperature)
 
 
-def _logits(hidden, head, options):
-    """Capped logits over the temperature, transposed: float32 `[V, R]` tiles."""
-    logits = _dot(head, hidden, 1, 1)
-    if options.soft_cap is not None:
-        logits = options.soft_cap * jnp.tanh(logits * (1.0 / options.soft_cap))
-    return logits * (1.0 / options.temperature)
-
-
-def _dot(one, two, one_axis, two_axis):
-    """Product summed over one axis of each, in float32."""
-    axes = (((one_axis,), (two_axis,)), ((), ()))
-    return lax.dot_general(one, two, axes, preferred_element_type=jnp.float32)
-
-
-def _tokens(tile, options, columns=None):
-    """Token id of each element of a tile `[vocabulary tile, columns]`."""
-    shape = (options.vocabulary_tile, columns or options.row_tile)
-    first = tile * options.vocabulary_tile
-    return first + lax.broadcasted_iota(jnp.int32, shape, 0)
-
-
 def _sum(tile):
     return jnp.sum(tile, axis=0, keepdims=True)
-
-
-def _for_last_and_others(tile, add, options):
-    """Calls `add(ragged)`: only the last tile can reach past the vocabulary."""
-    if options.vocabulary % options.vocabulary_tile == 0:
-        add(False)
-        return
-    last = options.num_vocabulary_tiles - 1
-    pl.when(tile == last)(functools.partial(add, True))
-    if last > 0:
-        pl.when(tile < last)(functools.partial(add, False))
-
-
-def _compile_options(options):
-    return {
-        "compiler_params": pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=options.memory,
-        ),
-        "interpret": options.interpret,
-    }
-
-
-def _tile_size(width_bytes):
-    """Rows of a tile: as many as fit, a power of two."""
-    fitting = max(TILE_BYTES // width_bytes, 1)
-    return max(LANES, min(MAX_TILE, 2 ** (fitting.bit_length() - 1)))
-
-
-def _round_up(number, multiple):
-    return -(-number // multiple) * multiple

@@ -5,7 +5,29 @@ from keras_ebft.kernels.dispatch import Implementation
 
 _HERE = "keras_ebft.kernels.linear_sample"
 
+# On CPU, where they run only if forced, Pallas' interpreter takes their place.
+_PALLAS = {
+    "backends": ("jax",),
+    "forced_platforms": ("cpu",),
+    "dtypes": ("float32", "bfloat16"),
+    "options": ("soft_cap", "greedy"),
+    "only_forced": True,
+}
+
 IMPLEMENTATIONS = (
+    Implementation(
+        "pallas_tpu",
+        f"{_HERE}.jax_pallas_tpu:linear_sample_pallas_tpu",
+        platforms=("tpu",),
+        **_PALLAS,
+    ),
+    Implementation(
+        "pallas_gpu",
+        f"{_HERE}.jax_pallas_gpu:linear_sample_pallas_gpu",
+        platforms=("cuda",),
+        min_capability=(8, 0),
+        **_PALLAS,
+    ),
     Implementation(
         "triton",
         f"{_HERE}.torch_triton:linear_sample_triton",

@@ -23,17 +23,39 @@ def invert_cumulative(weights, uniform):
     groups = -(-size // GROUP)
     weights = ops.pad(weights, ((0, 0), (0, groups * GROUP - size)))
     weights = ops.reshape(weights, (rows, groups, GROUP))
-    group_end = ops.cumsum(ops.sum(weights, axis=-1), axis=-1)
+    group, rest = find_group(ops.sum(weights, axis=-1), uniform)
+    chosen = ops.take_along_axis(weights, group[:, None, None], axis=1)[:, 0, :]
+    return group * GROUP + find_in_group(chosen, rest)
+
+
+def find_group(totals, uniform):
+    """The group that each uniform number falls into.
+
+    Args:
+        totals: float32 tensor `[R, groups]`, sums of the weights of each group.
+        uniform: float32 tensor `[R]` in [0, 1).
+
+    Returns:
+        `(group, rest)`: int32 `[R]`, and float32 `[R]`, the weight to go within it.
+    """
+    group_end = ops.cumsum(totals, axis=-1)
     # Scaled by the same rounded sums it is compared with, so it stays below.
     goal = ops.minimum(uniform, _BELOW_ONE) * group_end[:, -1]
-    group = _first_above(group_end, goal)
-    before = ops.where(
-        group > 0, _take(group_end, ops.maximum(group - 1, 0)), ops.zeros_like(goal)
-    )
-    chosen = ops.take_along_axis(weights, group[:, None, None], axis=1)[:, 0, :]
-    token_end = ops.cumsum(chosen, axis=-1)
-    rest = ops.minimum(goal - before, _BELOW_ONE * token_end[:, -1])
-    return group * GROUP + _first_above(token_end, rest)
+    group = _first_above(totals, group_end, goal)
+    before = take(group_end, ops.maximum(group - 1, 0))
+    return group, goal - ops.where(group > 0, before, ops.zeros_like(goal))
+
+
+def find_in_group(weights, rest):
+    """Index, int32 `[R]`, into a group's `weights` `[R, GROUP]`; see `find_group`."""
+    token_end = ops.cumsum(weights, axis=-1)
+    rest = ops.minimum(rest, _BELOW_ONE * token_end[:, -1])
+    return _first_above(weights, token_end, rest)
+
+
+def take(rows, index):
+    """Element `index[r]` of each row `r`."""
+    return ops.take_along_axis(rows, index[:, None], axis=-1)[:, 0]
 
 
 def linear_sample_reference(
@@ -52,7 +74,7 @@ def linear_sample_reference(
     else:
         kept = _truncate(weights, top_k, top_p)
         token_ids = invert_cumulative(kept, uniform)
-    return token_ids, _take(logits, token_ids) - normaliser
+    return token_ids, take(logits, token_ids) - normaliser
 
 
 def _truncate(weights, top_k, top_p):
@@ -74,10 +96,16 @@ def _truncate(weights, top_k, top_p):
 _BELOW_ONE = 1.0 - 1e-6
 
 
-def _first_above(running_sum, goal):
-    below = ops.cast(running_sum <= goal[:, None], "int32")
-    return ops.cast(ops.sum(below, axis=-1), "int32")
+def _first_above(weights, running_sum, goal):
+    """Index of the first sum above the goal, among weights that are not 0.
 
-
-def _take(rows, index):
-    return ops.take_along_axis(rows, index[:, None], axis=-1)[:, 0]
+    Sums taken in parallel can differ by rounding where a weight of 0 was added, and
+    the goal may lie in between.
+    """
+    size = weights.shape[-1]
+    index = ops.arange(size, dtype="int32")
+    counts = weights > 0
+    above = ops.logical_and(counts, running_sum > goal[:, None])
+    first = ops.min(ops.where(above, index, size), axis=-1)
+    last = ops.max(ops.where(counts, index, 0), axis=-1)
+    return ops.minimum(first, last)

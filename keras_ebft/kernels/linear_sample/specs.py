@@ -62,6 +62,7 @@ SPECS = (
     Spec("one_row", rows=1),
     Spec("capped", rows=50, temperature=0.6, soft_cap=2.0),
     Spec("greedy", temperature=0.0),
+    Spec("greedy_capped", rows=50, vocabulary=257, temperature=0.0, soft_cap=2.0),
     Spec("top_k", top_k=5),
     Spec("everything", temperature=1.7, soft_cap=2.0, top_k=40, top_p=0.7),
 )
