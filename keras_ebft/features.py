@@ -173,7 +173,7 @@ class FeatureNetwork(Configurable):
                 f"ema_decay={self.ema_decay} and a {type(backbone).__name__} with "
                 "adapters. Leave one of them out."
             )
-        taps = self.tapped_layers(backbone.num_layers)
+        taps = self.tapped_layers(bridge.num_layers(backbone))
         return bridge.frozen_taps(backbone, taps)
 
     def __call__(self, document_taps, rollout_taps, blocks, token_mask, alive):

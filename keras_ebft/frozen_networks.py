@@ -37,11 +37,12 @@ class FrozenNetworks:
         self.taps = self.reference = None
         if learns:
             _refuse_adapters(backbone)
+        num_layers = bridge.num_layers(backbone)
         shared = feature_network.is_initial_model and not learns
         if needs_features and needs_reference and shared:
-            layers = feature_network.tapped_layers(backbone.num_layers)
+            layers = feature_network.tapped_layers(num_layers)
             self.num_taps = len(layers)
-            layers = sorted({*layers, backbone.num_layers})
+            layers = sorted({*layers, num_layers})
             self.taps = self.reference = bridge.frozen_taps(
                 backbone, layers, with_head=True
             )
@@ -55,7 +56,7 @@ class FrozenNetworks:
         if needs_reference:
             self.reference = bridge.frozen_taps(
                 backbone,
-                [backbone.num_layers],
+                [num_layers],
                 with_head=True,
                 name="reference_network",
             )
@@ -126,7 +127,8 @@ class FrozenNetworks:
         decay = self.feature_network.ema_decay
         pairs = bridge.copied_variables(self.taps.model, backbone)
         for frozen, trained in pairs:
-            old, new = ops.convert_to_tensor(frozen), ops.convert_to_tensor(trained)
+            old = ops.convert_to_tensor(frozen)
+            new = bridge.leading(ops.convert_to_tensor(trained), old.shape)
             frozen.assign(decay * old + (1.0 - decay) * ops.cast(new, old.dtype))
 
 

@@ -4,11 +4,21 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
-from helpers import VOCABULARY, documents, family, flat, gradients, llama, to_numpy
+from helpers import (
+    VOCABULARY,
+    documents,
+    family,
+    flat,
+    gradients,
+    llama,
+    randomise,
+    to_numpy,
+)
 from keras import ops
 
 import keras_ebft
 from keras_ebft import bridge
+from keras_ebft.bridge.lending import lent
 
 SERVING = (
     "Llama",
@@ -25,6 +35,7 @@ SERVING = (
 LAYERS = (
     "Bloom",
     "Falcon",
+    "Gemma3n",
     "GPTNeoX",
     "Mixtral",
     "Phi3",
@@ -32,11 +43,19 @@ LAYERS = (
     "Qwen3Moe",
     "SmolLM3",
 )
-ROWS = ("Phi3 long", "Gemma4", "GptOss", "Qwen3_5", "Qwen3_5Moe", "RWKV7")
+ROWS = (
+    "Phi3 long",
+    "Gemma4",
+    "Gemma4 shared",
+    "GptOss",
+    "Qwen3_5",
+    "Qwen3_5Moe",
+    "RWKV7",
+)
 FAMILIES = (*SERVING, *LAYERS, *ROWS)
 # Compiling is most of the time: the quick run takes one family for each thing that
 # can go wrong.
-QUICK_FAMILIES = (*SERVING, "Falcon", "Mixtral", "GptOss")
+QUICK_FAMILIES = (*SERVING, "Falcon", "Gemma3n", "Mixtral", "GptOss")
 QUICK_GRADIENTS = ("Mixtral", "Qwen3_5")
 TEMPERATURE = 0.7
 
@@ -57,28 +76,57 @@ def log_softmax(logits):
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
+def taps_alone(causal_lm, frozen_network, x):
+    """Hidden states at the frozen network's taps, from the trained model's layers."""
+    backbone = causal_lm.backbone
+    if type(backbone).__name__ == "Gemma3nBackbone":
+        return [merged_streams(backbone, x, layer) for layer in (2, 4)]
+    names = [out._keras_history.operation.name for out in frozen_network.outputs]
+    taps = [backbone.get_layer(name).output for name in names]
+    outputs = keras.Model(backbone.input, taps)(x, training=False)
+    # Layers of some families return more than hidden states.
+    return [o[0] if isinstance(o, (list, tuple)) else o for o in outputs]
+
+
+def plain_logits(causal_lm, x):
+    """Logits of KerasHub's own forward pass, as `generate` computes them."""
+    if type(causal_lm.backbone).__name__ == "Gemma3nBackbone":
+        # Called as a model it keeps the embeddings it was built with, on JAX and
+        # TensorFlow, as its output head.
+        hidden = causal_lm.backbone(x, training=False)
+        text = causal_lm.backbone.language_model
+        return text.token_embedding(hidden, reverse=True)
+    return causal_lm(x, training=False)
+
+
+def merged_streams(backbone, x, num_layers):
+    """What Gemma 3n's decoder would return if it ended after some layers."""
+    text = backbone.language_model
+    layers = text.transformer_layers[:num_layers]
+    last = num_layers == len(text.transformer_layers)
+    normalise = text.final_normalization if last else lambda hidden: hidden
+    ended = lent(text, "transformer_layers", layers)
+    with ended, lent(text, "final_normalization", normalise):
+        return backbone(x, training=False)
+
+
 class Alone:
     """The same network as plain causal sequences, all of one length."""
 
     def __init__(self, causal_lm, frozen_network):
-        names = [out._keras_history.operation.name for out in frozen_network.outputs]
-        backbone = causal_lm.backbone
-        taps = [backbone.get_layer(name).output for name in names]
-        self.hidden = keras.Model(backbone.input, taps)
         self.causal_lm = causal_lm
+        self.frozen_network = frozen_network
 
     def __call__(self, token_ids):
         """Logits `[rows, T, V]` and normalised features `[rows, T, D]`."""
         x = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
-        if "position_ids" in self.hidden.input:
+        if "position_ids" in self.causal_lm.input:
             index = np.arange(token_ids.shape[1], dtype="int32")
             x["position_ids"] = np.broadcast_to(index, token_ids.shape)
-        outputs = self.hidden(x, training=False)
-        # Layers of some families return more than hidden states.
-        taps = [to_numpy(o[0] if isinstance(o, (list, tuple)) else o) for o in outputs]
-        joined = np.concatenate(taps, axis=-1)
+        taps = map(to_numpy, taps_alone(self.causal_lm, self.frozen_network, x))
+        joined = np.concatenate(list(taps), axis=-1)
         features = joined / np.linalg.norm(joined, axis=-1, keepdims=True)
-        return to_numpy(self.causal_lm(x, training=False)), features
+        return to_numpy(plain_logits(self.causal_lm, x)), features
 
 
 # RWKV-7 says that kernels of a package of its own would be faster.
@@ -183,7 +231,7 @@ def test_gradients_equal_those_of_plain_sequences(name):
         return documents + ops.sum(ops.multiply(scores["log_prob"], weights))
 
     def alone():
-        log_p = ops.log_softmax(causal_lm(x, training=False)[:, :-1], axis=-1)
+        log_p = ops.log_softmax(plain_logits(causal_lm, x)[:, :-1], axis=-1)
         labels = x["token_ids"][:, 1:, None]
         log_p = ops.take_along_axis(log_p, labels, axis=-1)[..., 0]
         return ops.sum(ops.multiply(log_p, placed))
@@ -244,29 +292,77 @@ def test_other_families_are_named_in_the_error():
         keras_ebft.EBFTModel(causal_lm)
 
 
-def test_gemma_3n_is_refused_with_the_reason():
-    backbone = keras_hub.models.Gemma3nBackbone(
-        text_vocab_size=VOCABULARY,
-        text_hidden_size=8,
-        num_hidden_layers=1,
-        pad_token_id=0,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=8,
-        intermediate_size=[16],
-        hidden_activation="gelu_approximate",
-        layer_types=["full_attention"],
-        sliding_window=4,
-        rope_theta=10000.0,
-        max_position_embeddings=16,
-        vocab_size_per_layer_input=VOCABULARY,
-        hidden_size_per_layer_input=2,
-        altup_num_inputs=2,
-        laurel_rank=1,
+def test_the_text_model_of_a_multimodal_preset_is_loaded_as_the_error_says(tmp_path):
+    """Every Gemma 3n preset has encoders; its text model is one of many parts."""
+    encoder = {
+        "hidden_size": 8,
+        "input_feat_size": 32,
+        "sscp_conv_channel_size": [4, 8],
+        "sscp_conv_kernel_size": [(3, 3), (3, 3)],
+        "sscp_conv_stride_size": [(2, 2), (2, 2)],
+        "sscp_conv_group_norm_eps": 1e-5,
+        "num_hidden_layers": 1,
+        "rms_norm_eps": 1e-6,
+        "gradient_clipping": 1.0,
+        "residual_weight": 0.5,
+        "num_attention_heads": 1,
+        "attention_chunk_size": 4,
+        "num_attention_context_right": 5,
+        "num_attention_context_left": 5,
+        "attention_logit_cap": 50.0,
+        "conv_kernel_size": 5,
+        "reduction_factor": 1,
+    }
+    whole = family("Gemma3n", audio_encoder_config=encoder, audio_hidden_size=8)
+    remedy = r"Gemma3nBackbone with audio_encoder.*audio_encoder_config=None"
+    with pytest.raises(ValueError, match=remedy):
+        keras_ebft.EBFTModel(whole)
+    whole.backbone.save_to_preset(str(tmp_path))
+    backbone = keras_hub.models.Gemma3nBackbone.from_preset(
+        str(tmp_path), vision_encoder_config=None, audio_encoder_config=None
     )
-    causal_lm = keras_hub.models.Gemma3nCausalLM(backbone=backbone, preprocessor=None)
-    with pytest.raises(ValueError, match=r"Gemma3nBackbone.*cannot be tapped.*these"):
-        keras_ebft.EBFTModel(causal_lm)
+    pairs = zip(
+        backbone.language_model.variables, whole.backbone.language_model.variables
+    )
+    for loaded, saved in pairs:
+        np.testing.assert_array_equal(to_numpy(loaded.value), to_numpy(saved.value))
+    causal_lm = keras_hub.models.Gemma3nCausalLM(None, backbone)
+    keras_ebft.EBFTModel(causal_lm, seed=0).rollout(documents(1, 20), seed=0)
+
+
+@pytest.mark.parametrize("name", ["Gemma3n", "Gemma4 shared"])
+def test_copies_that_follow_keep_what_lower_layers_read(name):
+    """What all layers read of a token, side by side, is cut to the layers kept."""
+    causal_lm = family(name)
+    network = keras_ebft.FeatureNetwork(layers=(3,), ema_decay=0.0)
+    sampler = keras_ebft.BlockSampler(rollout_length=3, stride=4, context_length=4)
+    model = keras_ebft.EBFTModel(causal_lm, sampler, network, seed=0)
+    prompt = documents(1, 18)
+    rollouts = model.rollout(prompt, seed=1)
+    before = target_at_layer_3(model, prompt, rollouts)
+    randomise(causal_lm, seed=1)
+    model._step.networks.follow(causal_lm.backbone)
+    after = target_at_layer_3(model, prompt, rollouts)
+    assert np.abs(after - before).max() > 0.1
+
+
+def target_at_layer_3(model, prompt, rollouts):
+    """Features of true continuations, compared with those of the whole model."""
+    _, target = model.features(prompt, rollouts)
+    backbone = model.causal_lm.backbone
+    x = {"token_ids": prompt, "padding_mask": np.ones_like(prompt)}
+    if type(backbone).__name__ == "Gemma3nBackbone":
+        hidden = merged_streams(backbone, x, 3)
+    else:
+        x["position_ids"] = np.arange(prompt.shape[1], dtype="int32")[None]
+        output = backbone.get_layer("decoder_block_2").output[0]
+        hidden = keras.Model(backbone.input, output)(x, training=False)
+    hidden = to_numpy(hidden)
+    expected = hidden / np.linalg.norm(hidden, axis=-1, keepdims=True)
+    anchors = model.sampler.geometry(prompt.shape[1]).anchors
+    found = to_numpy(target)[:, :, 0]
+    np.testing.assert_allclose(found, expected[:, anchors + 2], atol=1e-5)
+    return found
 
 
 def test_a_second_cap_on_logits_is_refused():

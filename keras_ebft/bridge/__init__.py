@@ -5,8 +5,13 @@ a family gives way to it is decided here (`families`) and done here (the routes)
 nothing else in this library imports `keras_hub.src` or knows a family.
 """
 
-from keras_ebft.bridge.families import FAMILIES, REFUSED, family_of
-from keras_ebft.bridge.frozen import copied_variables, frozen_taps, routed_backbone
+from keras_ebft.bridge.families import FAMILIES, REFUSED, family_of, num_layers
+from keras_ebft.bridge.frozen import (
+    copied_variables,
+    frozen_taps,
+    leading,
+    routed_backbone,
+)
 from keras_ebft.bridge.hugging_face import (
     BY_KERAS_HUB,
     export_tokenizer,
@@ -43,8 +48,10 @@ __all__ = [
     "family_of",
     "frozen_taps",
     "hugging_face_model",
+    "leading",
     "marker_token_ids",
     "maximum_length",
+    "num_layers",
     "output_head",
     "resolve_rematerialize",
     "routed_backbone",

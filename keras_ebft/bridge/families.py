@@ -35,6 +35,7 @@ FAMILIES = {
     "Qwen3Backbone": Family("serving"),
     "BloomBackbone": Family("layers"),
     "FalconBackbone": Family("layers", "attention_layer"),
+    "Gemma3nBackbone": Family("layers", "attention"),
     "GPTNeoXBackbone": Family("layers"),
     "MixtralBackbone": Family("layers"),
     "Phi3Backbone": Family("layers", "attention"),
@@ -51,7 +52,6 @@ FAMILIES = {
 # What KerasHub calls a CausalLM and this library cannot train, with the reason.
 REFUSED = {
     "BLIP2Backbone": "it continues images, which documents of text do not have",
-    "Gemma3nBackbone": "its decoder layers are one layer, which cannot be tapped",
     "PaliGemmaBackbone": "it continues images, which documents of text do not have",
     "PARSeqBackbone": "it reads images, which documents of text do not have",
 }
@@ -79,4 +79,11 @@ def family_of(backbone):
 
 def decoder_layers(backbone):
     """The decoder layers of a backbone, from the embeddings upwards."""
+    if type(backbone).__name__ == "Gemma3nBackbone":
+        return backbone.language_model.transformer_layers
     return getattr(backbone, "transformer_layers", None) or backbone.rwkv_layers
+
+
+def num_layers(backbone):
+    """Number of decoder layers of a backbone."""
+    return len(decoder_layers(backbone))

@@ -5,8 +5,17 @@ import inspect
 import keras
 
 from keras_ebft import adapters
-from keras_ebft.bridge.families import decoder_layers, family_of
+from keras_ebft.bridge import text_model
+from keras_ebft.bridge.families import decoder_layers, family_of, num_layers
 from keras_ebft.bridge.networks import RoutedNetwork, RowNetwork
+
+# Settings with one entry per decoder layer.
+PER_LAYER = (
+    "activation_sparsity_pattern",
+    "intermediate_size",
+    "layer_types",
+    "rope_layer_enabled_list",
+)
 
 
 def routed_backbone(backbone, rematerialize=False):
@@ -19,7 +28,7 @@ def routed_backbone(backbone, rematerialize=False):
     Returns:
         `RoutedNetwork` or `RowNetwork`.
     """
-    network = _network(_final_hidden(backbone), backbone.num_layers, backbone)
+    network = _network(_final_hidden(backbone), num_layers(backbone), backbone)
     network.rematerialize = rematerialize
     return network
 
@@ -44,12 +53,7 @@ def frozen_taps(backbone, layers, with_head=False, name="frozen_network"):
     """
     adapted = adapters.adapted_layers(backbone)
     source = backbone if adapted else _copy(backbone, layers[-1], with_head, name)
-    outputs = [
-        _final_hidden(source).output
-        if index == backbone.num_layers
-        else _layer_output(decoder_layers(source)[index - 1])
-        for index in layers
-    ]
+    outputs = _tapped_outputs(source, layers, num_layers(backbone))
     model = keras.Model(source.input, outputs, name=name)
     if not adapted:
         model.trainable = False
@@ -63,12 +67,34 @@ def copied_variables(copy, original):
         copy: layer or model; may lack an output projection and upper layers.
         original: the layer or model of the same names.
     """
-    if isinstance(copy, keras.Model):
-        pairs = []
-        for layer in copy.layers:
-            pairs.extend(copied_variables(layer, original.get_layer(layer.name)))
-        return pairs
-    return list(zip(copy.variables, original.variables))
+    if not isinstance(copy, keras.Model):
+        return list(zip(copy.variables, original.variables))
+    originals = {part.name: part for part in _parts(original)}
+    pairs = []
+    for part in _parts(copy):
+        if part.variables:
+            pairs.extend(copied_variables(part, originals[part.name]))
+    return pairs
+
+
+def _parts(network):
+    """The layers of a network, some of which a copy lacks."""
+    if type(network).__name__ == "Gemma3nBackbone":
+        text = network.language_model
+        return text._flatten_layers(recursive=False, include_self=False)
+    return network.layers
+
+
+def leading(array, shape):
+    """The part of an array that belongs to the lower layers a copy has.
+
+    Gemma 3n and Gemma 4 keep what all layers read of a token side by side.
+
+    Args:
+        array: array or tensor.
+        shape: shape of the copy's variable.
+    """
+    return array[tuple(slice(size) for size in shape)]
 
 
 def _network(model, num_layers, backbone, switched_off=()):
@@ -78,12 +104,17 @@ def _network(model, num_layers, backbone, switched_off=()):
     return RoutedNetwork(model, num_layers, backbone, family, switched_off)
 
 
-def _copy(backbone, num_layers, with_head, name):
-    config = {**backbone.get_config(), "num_layers": num_layers}
+def _copy(backbone, kept, with_head, name):
+    config = backbone.get_config()
     known = inspect.signature(type(backbone)).parameters
-    for setting in ("layer_types", "rope_layer_enabled_list"):
-        if config.get(setting) is not None:
-            config[setting] = config[setting][:num_layers]
+    config["num_layers" if "num_layers" in known else "num_hidden_layers"] = kept
+    for setting in PER_LAYER:
+        if isinstance(config.get(setting), (list, tuple)):
+            config[setting] = config[setting][:kept]
+    if config.get("num_kv_shared_layers"):
+        # The uppermost layers, which attend to keys and values from below.
+        own = num_layers(backbone) - config["num_kv_shared_layers"]
+        config["num_kv_shared_layers"] = max(0, kept - own)
     if "tie_word_embeddings" in known:
         # Without logits the copy needs no output projection of its own. (Llama 3's
         # own configuration does not say whether it has one.)
@@ -95,8 +126,20 @@ def _copy(backbone, num_layers, with_head, name):
         copy = type(backbone).from_config(config)
     for variable, original in copied_variables(copy, backbone):
         # By way of NumPy: `assign` may share a buffer, which JAX then donates.
-        variable.assign(original.numpy())
+        variable.assign(leading(original.numpy(), variable.shape))
     return copy
+
+
+def _tapped_outputs(source, layers, last):
+    """Outputs after some layers; `last` is the last one of the whole backbone."""
+    if type(source).__name__ == "Gemma3nBackbone":
+        return text_model.tapped_outputs(source, layers, last)
+    return [
+        _final_hidden(source).output
+        if index == last
+        else _layer_output(decoder_layers(source)[index - 1])
+        for index in layers
+    ]
 
 
 def _layer_output(layer):

@@ -60,6 +60,19 @@ def _lend_tables(decoder, attention, attend, positions):
     yield attention, "_compute_attention", _attention_method(decoder, attention, attend)
 
 
+def _lend_gemma3n(decoder, attention, attend, positions):
+    """Gemma 3n: heads before tokens, and two results."""
+    rotary = attention.rotary_embedding
+
+    def compute_attention(query, key, value, *_, **__):
+        query, key, value = (ops.swapaxes(t, 1, 2) for t in (query, key, value))
+        # Queries and keys are normalised; nothing scales their products.
+        return attend(query, key, value, 1.0, attention.sliding_window), None
+
+    yield rotary, "call", functools.partial(rotary.call, positions=positions)
+    yield attention, "_compute_attention", compute_attention
+
+
 def _attention_method(decoder, attention, attend):
     def compute_attention(query, key, value, attention_mask=None, *_, **__):
         # Keys and values come repeated for grouped queries.
@@ -154,5 +167,6 @@ def _attend_with_bias(attend, query, key, value, scale, slopes, positions):
 LENDERS = {
     "BloomBackbone": _lend_bloom,
     "FalconBackbone": _lend_falcon,
+    "Gemma3nBackbone": _lend_gemma3n,
     "SmolLM3Backbone": _lend_tables,
 }

@@ -63,11 +63,16 @@ def check_supported(causal_lm):
 def check_backbone(backbone):
     """Raises a `ValueError` if a backbone is not of a supported kind."""
     family = family_of(backbone)
-    if getattr(backbone, "vision_encoder", None) is not None:
+    encoders = [
+        f"{kind}_encoder"
+        for kind in ("vision", "audio")
+        if getattr(backbone, f"{kind}_encoder", None) is not None
+    ]
+    if encoders:
         raise ValueError(
             "Expected a text-only backbone. Received: a "
-            f"{type(backbone).__name__} with a vision encoder. Use a text preset, "
-            'for example "gemma3_1b".'
+            f"{type(backbone).__name__} with {' and '.join(encoders)}. "
+            f"{_text_only_remedy(backbone)}"
         )
     if family.route == "rows":
         logger.warning(
@@ -75,6 +80,16 @@ def check_backbone(backbone):
             "run as a sequence of its own, which is right but slow.",
             type(backbone).__name__,
         )
+
+
+def _text_only_remedy(backbone):
+    if type(backbone).__name__ == "Gemma3nBackbone":
+        return (
+            "Load its text model alone: keras_hub.models.Gemma3nBackbone."
+            "from_preset(preset, vision_encoder_config=None, "
+            "audio_encoder_config=None)."
+        )
+    return 'Use a text preset, for example "gemma3_1b".'
 
 
 def check_quantization(backbone):
@@ -177,6 +192,11 @@ def _token_ids(known, *names):
 
 def output_head(backbone):
     """The `OutputHead` over a backbone, read at call time."""
+    if type(backbone).__name__ == "Gemma3nBackbone":
+        kernel = backbone.language_model.embed_tokens.embedding.embeddings
+        return OutputHead(
+            ops.reshape(kernel, kernel.shape), backbone.final_logit_soft_cap
+        )
     if not hasattr(backbone.token_embedding, "tie_weights"):
         # RWKV-7's backbone ends in logits.
         return OutputHead(ops.transpose(backbone.head.kernel), None)
@@ -192,6 +212,8 @@ def output_head(backbone):
 
 def vocabulary_size(backbone):
     """Number of token ids a backbone knows, V."""
+    if type(backbone).__name__ == "Gemma3nBackbone":
+        return backbone.text_vocab_size
     return backbone.token_embedding.input_dim
 
 
