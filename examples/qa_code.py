@@ -64,7 +64,7 @@ def parse_arguments():
     )
     parser.add_argument("--ce-weight", type=float, default=0.5)
     parser.add_argument("--held-out-samples", type=int, default=8, help="per block")
-    parser.add_argument("--held-out-rows", type=int, default=64)
+    parser.add_argument("--held-out-rows", type=int, default=128)
     parser.add_argument("--problems", type=int, default=4)
     parser.add_argument("--samples", type=int, default=2, help="per problem")
     parser.add_argument("--pretrain-steps", type=int, default=800)

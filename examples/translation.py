@@ -49,7 +49,7 @@ def parse_arguments():
     )
     parser.add_argument("--ce-weight", type=float, default=1.0)
     parser.add_argument("--held-out-samples", type=int, default=8, help="per block")
-    parser.add_argument("--held-out-rows", type=int, default=64)
+    parser.add_argument("--held-out-rows", type=int, default=128)
     parser.add_argument("--sentences", type=int, default=16, help="to translate")
     parser.add_argument("--comet", action="store_true")
     parser.add_argument("--pretrain-steps", type=int, default=800)

@@ -7,10 +7,11 @@ import platform
 import struct
 import sys
 
+import datasets
 import pytest
 import tensorflow_datasets as tfds
 
-from keras_ebft.data import PRESETS, from_records, load
+from keras_ebft.data import from_records, load, pack
 from keras_ebft.data.builders import builder_class, catalogue_files, standard_library
 from keras_ebft.data.builders.functions import documented_functions
 
@@ -253,12 +254,53 @@ def test_load_of_hugging_face_folders(tmp_path):
         load(name, "validation[:0]", data_dir=data_dir, **templates)
 
 
-def test_presets_name_languages():
-    """Templates of translation sets follow the configuration."""
-    for name in ("alma", "wmt22"):
-        preset = PRESETS[name]
-        assert "<source>" in preset.prompt
-        assert "<target>" in preset.answer
+# A record of each of the paper's sets with its publisher's columns.
+PUBLIC = {
+    "opencodeinstruct": (
+        ("nvidia/OpenCodeInstruct", None),
+        {"id": "0", "input": "Add.", "output": "a + b", "unit_tests": "[]"},
+        ("Add.\n", "a + b"),
+    ),
+    "swallowcode": (
+        ("tokyotech-llm/swallow-code", "swallow-code"),
+        {"text": "x = {}\n", "language": "Python"},
+        "x = {}\n",
+    ),
+    "alma": (
+        ("haoranxu/ALMA-Human-Parallel", "de-en"),
+        {"translation": {"de": "Wort", "en": "word"}},
+        ("Wort\n", "word"),
+    ),
+    "wmt22": (
+        ("haoranxu/WMT22-Test", "de-en"),
+        {"de-en": {"de": "Wort", "en": "word"}},
+        ("Wort\n", "word"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_presets_of_public_sets(name, monkeypatch):
+    """The sets themselves need a network; their columns are mapped here."""
+    wanted, record, document = PUBLIC[name]
+    asked = []
+
+    def load_dataset(path, config, **options):
+        asked.append((path, config))
+        return datasets.Dataset.from_list([record])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert list(load(name, "train")) == [document]
+    assert asked == [wanted]
+
+
+def test_presets_follow_the_languages_asked_for(monkeypatch):
+    records = [{"translation": {"zh": "\u8bcd", "en": "word"}}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: records)
+    assert list(load("alma", "train", config="en-zh")) == [("word\n", "\u8bcd")]
+    # Another direction's column is not there.
+    with pytest.raises(ValueError, match=r"columns \['translation'\].*'is' is missing"):
+        load("alma", "train", config="is-en")
 
 
 def test_load_refuses(tmp_path):
@@ -288,6 +330,21 @@ def test_records_may_be_bytes_or_iterables():
     records = [{"a": b"\xc3\xa4"}]
     assert list(from_records(iter(records), text="{a}")) == ["ä"]
     assert from_records(records, text="<{a}>")[0] == "<ä>"
+
+
+def test_records_with_nothing_in_a_column_are_counted():
+    records = [{"a": "x", "b": None}, {"a": "x", "b": "y"}, {"a": None, "b": "y"}]
+    documents = from_records(records, prompt="{a}", answer="{b}")
+    assert list(documents) == [("", ""), ("x", "y"), ("", "")]
+    rows = pack(documents, lambda texts: [[ord(c) for c in t] for t in texts], 4).load()
+    assert (rows.report.documents, rows.report.empty_documents) == (3, 2)
+    nested = [{"translation": {"en": None}}]
+    assert list(from_records(nested, text="{translation[en]}")) == [""]
+
+
+def test_records_that_are_not_utf8():
+    with pytest.raises(ValueError, match=r"Expected text in UTF-8.*b'\\xff'"):
+        list(from_records([{"a": b"\xff"}], text="{a}"))
 
 
 @pytest.mark.slow

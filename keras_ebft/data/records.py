@@ -8,7 +8,8 @@ def from_records(records, text=None, prompt=None, answer=None):
 
     Args:
         records: sequence or iterable of dicts, such as a `datasets.Dataset` or a
-            `tfds` data source. Bytes are read as UTF-8.
+            `tfds` data source. Bytes are read as UTF-8. A record whose wanted
+            column is `None` becomes an empty document, which `pack` counts.
         text: template of a text, such as `"{text}"`. Column names stand in
             braces, as for `str.format`; `"{translation[en]}"` looks into a column.
         prompt: template of a prompt; together with `answer`, in place of `text`.
@@ -20,7 +21,7 @@ def from_records(records, text=None, prompt=None, answer=None):
 
     Raises:
         ValueError: unless it is either `text` or `prompt` and `answer`. While
-            reading: for a record that lacks a column.
+            reading: for a record that lacks a column, or bytes that are not UTF-8.
 
     Example:
     >>> records = [{"question": "1 + 1 =", "result": 2}]
@@ -56,6 +57,8 @@ class RecordDocuments:
 
     def _document(self, record):
         parts = tuple(_fill(template, record) for template in self._templates)
+        if None in parts:
+            parts = ("",) * len(parts)
         return parts if len(parts) > 1 else parts[0]
 
 
@@ -70,10 +73,27 @@ class RecordSequence(RecordDocuments):
         return self._document(self.records[index])
 
 
+class _NothingThereError(Exception):
+    """A column holds `None`."""
+
+
+class _Template(string.Formatter):
+    """Templates as for `str.format`, without writing "None" into a document."""
+
+    def format_field(self, value, format_spec):
+        """The text of one column."""
+        if value is None:
+            raise _NothingThereError
+        return super().format_field(value, format_spec)
+
+
 def _fill(template, record):
+    """The filled template, `None` if a column it names holds `None`."""
     record = _decoded(record)
     try:
-        return template.format_map(record)
+        return _Template().vformat(template, (), record)
+    except _NothingThereError:
+        return None
     except (KeyError, IndexError) as error:
         wanted = [name for _, name, _, _ in string.Formatter().parse(template) if name]
         raise ValueError(
@@ -86,4 +106,12 @@ def _fill(template, record):
 def _decoded(value):
     if isinstance(value, dict):
         return {name: _decoded(part) for name, part in value.items()}
-    return value.decode("utf-8") if isinstance(value, bytes) else value
+    if not isinstance(value, bytes):
+        return value
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"Expected text in UTF-8. Received: a record with {value[:40]!r}, {error}. "
+            "Convert it, or leave the record out."
+        ) from error
