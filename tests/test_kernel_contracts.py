@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from kernel_contracts import (
     CausalAttentionContract,
+    FeatureRewardContract,
     LinearLogprobContract,
     LinearSampleContract,
     StridedAttentionContract,
@@ -18,7 +19,13 @@ from keras_ebft.kernels.causal_attention import blockwise as causal
 from keras_ebft.kernels.linear_logprob import chunked
 from keras_ebft.kernels.strided_attention import blockwise as strided
 
-OPS = ("causal_attention", "linear_logprob", "linear_sample", "strided_attention")
+OPS = (
+    "causal_attention",
+    "feature_reward",
+    "linear_logprob",
+    "linear_sample",
+    "strided_attention",
+)
 
 
 @pytest.fixture
@@ -62,6 +69,10 @@ class TestLogprobReference(LinearLogprobContract):
 @pytest.mark.usefixtures("small_chunks")
 class TestLogprobChunked(LinearLogprobContract):
     name = "chunked"
+
+
+class TestRewardReference(FeatureRewardContract):
+    name = "reference"
 
 
 class TestSampleReference(LinearSampleContract):
