@@ -37,8 +37,10 @@ def diagonalise(matrix, SIZE: tl.constexpr, SWEEPS: tl.constexpr):
         coupling = tl.where(paired, matrix, 0.0)
         # The same number for both of a pair, whatever rounding did to them.
         coupling = 0.5 * (tl.sum(coupling, axis=1) + tl.sum(coupling, axis=0))
-        apart = coupling == 0.0
+        # Pairs that need no rotation, both zero included; nothing below overflows.
+        apart = tl.abs(coupling) <= 1e-12 * tl.abs(there - here)
         slope = (there - here) / tl.where(apart, 1.0, 2.0 * coupling)
+        slope = tl.where(apart, 0.0, slope)
         tangent = 1.0 / (tl.abs(slope) + tl.sqrt(slope * slope + 1.0))
         # Equal diagonals turn by 45 degrees, the two of a pair opposite ways.
         upwards = (slope > 0.0) | ((slope == 0.0) & (index < partner))
