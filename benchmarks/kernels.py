@@ -34,6 +34,7 @@ import keras_ebft
 from keras_ebft import kernels
 from keras_ebft.kernels import dispatch
 from keras_ebft.kernels.device import device_of
+from keras_ebft.kernels.feature_reward import specs as reward_specs
 from keras_ebft.kernels.linear_logprob import specs as logprob_specs
 from keras_ebft.kernels.linear_sample import specs as sample_specs
 from keras_ebft.kernels.strided_attention import specs as strided_specs
@@ -334,6 +335,42 @@ def small_uniform(spec):
     return torch.from_numpy(spec.places()).to(DEVICE)
 
 
+def feature_reward(tiny):
+    """Float32, as feature networks give it; 16 samples besides the paper's 4."""
+    result = {"errors": {}, "times": {}}
+    for samples in (4, 16):
+        spec = dataclasses.replace(reward_specs.BENCHMARK, samples=samples)
+        small = dataclasses.replace(spec, batch=1, blocks=3, width=96)
+        case = f"{samples} samples"
+        errors = result["errors"][case] = {}
+        times = result["times"][case] = {}
+        exact = load("feature_reward", "reference")(
+            *tensors(small, torch.float32, False), **small.options()
+        )
+        arguments = tensors(small if tiny else spec, torch.float32, False)
+        call = dispatch.Call(
+            "feature_reward", "torch", device_of(arguments[0]), frozenset(["float32"])
+        )
+        for record in kernels.implementations("feature_reward"):
+            if record.refusal(call, forced=True) is not None:
+                continue
+            run = record.load()
+            # Poison, as above.
+            torch.full((2**20,), float("nan"), device=DEVICE)
+            found = run(*tensors(small, torch.float32, False), **small.options())
+            errors[record.name] = {
+                name: float((value - exact[name]).abs().max())
+                for name, value in found.items()
+            }
+            spent = milliseconds(lambda: run(*arguments, **spec.options()))  # noqa: B023
+            read = sum(argument.nbytes for argument in arguments)
+            times[record.name] = {
+                "forward_ms": spent,
+                "features_gb_per_s": read / spent / 1e6,
+            }
+    return result
+
+
 class Steps(keras.callbacks.Callback):
     """Seconds of every step, the device's work included."""
 
@@ -422,7 +459,14 @@ def step(tiny):
     return result
 
 
-SECTIONS = (ceilings, linear_logprob, strided_attention, linear_sample, whole_step)
+SECTIONS = (
+    ceilings,
+    linear_logprob,
+    strided_attention,
+    linear_sample,
+    feature_reward,
+    whole_step,
+)
 
 
 def describe():

@@ -91,8 +91,10 @@ class _Phases:
         )
 
         def reward(generated, target):
-            rewards = self.step.reward(generated, target)
-            return self.step.reward.advantages(rewards, self.step.estimator)
+            judged = self.step.reward.judge(
+                generated, target, None, self.step.estimator
+            )
+            return judged["advantage"]
 
         return self._compiled(reward, *found)
 

@@ -50,7 +50,7 @@ def feature_inner_products(generated, target):
     """
     generated = ops.cast(generated, "float32")
     target = ops.cast(target, "float32")
-    _check_shapes(tuple(generated.shape), tuple(target.shape))
+    check_feature_shapes(tuple(generated.shape), tuple(target.shape))
     samples = generated.shape[1]
     rows = ops.transpose(generated, (0, 2, 3, 1, 4))
     gram = ops.matmul(rows, ops.swapaxes(rows, -1, -2))
@@ -140,7 +140,13 @@ def _spectral_powers(matrix):
     return power
 
 
-def _check_shapes(generated, target):
+def check_feature_shapes(generated, target):
+    """Raises a `ValueError` unless two shapes are those of features of blocks.
+
+    Args:
+        generated: tuple, to be `(B, n, K, F, D)`.
+        target: tuple, to be `(B, K, F, D)`.
+    """
     if len(generated) != 5:
         raise ValueError(
             "Expected `generated` of shape [B, n, K, F, D] (documents, samples, "

@@ -6,7 +6,8 @@ from keras import ops
 
 from keras_ebft import functional
 from keras_ebft.configurable import Configurable
-from keras_ebft.inner_products import WHITENINGS, feature_inner_products, whiten
+from keras_ebft.inner_products import WHITENINGS
+from keras_ebft.kernels import feature_reward
 from keras_ebft.validation import (
     check_choice,
     check_int,
@@ -54,6 +55,21 @@ class Reward(Configurable):
             f"Expected {type(self).__name__} to define __call__(generated, target, "
             "rollouts). See keras_ebft.rewards.Reward."
         )
+
+    def judge(self, generated, target, rollouts, estimator):
+        """Rewards and advantages of every rollout, as a step uses them.
+
+        Args:
+            generated: as `__call__` takes it.
+            target: as `__call__` takes it.
+            rollouts: as `__call__` takes them.
+            estimator: name of the baseline.
+
+        Returns:
+            What `__call__` returns, and `advantage`.
+        """
+        rewards = self(generated, target, rollouts)
+        return {**rewards, "advantage": self.advantages(rewards, estimator)}
 
     def advantages(self, rewards, estimator):
         """Advantages of what `__call__` returned, of the shape of its rewards.
@@ -129,6 +145,8 @@ class FeatureMatchingReward(Reward):
             target: float tensor `[B, K, F, D]` or `[B, K, G, F, D]`.
             rollouts: not used.
 
+        None of it has a gradient.
+
         Returns:
             dict of float32 tensors: `alignment`, `diversity`, `reward`
             `[B, n, K]`; `feature_matching_loss` `[B, K]`, without whitening; and
@@ -136,24 +154,33 @@ class FeatureMatchingReward(Reward):
             `measures_unbiased` `unbiased_feature_matching_loss` `[B, K]`. With
             one feature per token `[B, n, K, G]` and `[B, K, G]`.
         """
-        if len(generated.shape) == 6:
-            return _per_token(self, generated, target)
-        raw = feature_inner_products(generated, target)
-        plain = whiten(raw, None)
-        products = whiten(raw, self.whitening)
-        rewards = functional.rewards_from_inner_products(
-            products, self.alignment_weight, self.diversity_weight
-        )._asdict()
-        rewards["feature_matching_loss"] = functional.feature_matching_loss(plain)
-        if self.whitening is not None:
-            rewards["whitened_feature_matching_loss"] = (
-                functional.feature_matching_loss(products)
-            )
-        if self.measures_unbiased:
-            rewards["unbiased_feature_matching_loss"] = (
-                functional.unbiased_feature_matching_loss(plain)
-            )
+        rewards = self._match(generated, target, "reinforce")
+        del rewards["advantage"]
         return rewards
+
+    def judge(self, generated, target, rollouts, estimator):
+        """`__call__` and `advantages` in one operation."""
+        own = type(self)
+        if (
+            own.__call__ is not FeatureMatchingReward.__call__
+            or own.advantages is not FeatureMatchingReward.advantages
+        ):
+            # A subclass that defines either is judged by what it defines.
+            return super().judge(generated, target, rollouts, estimator)
+        return self._match(generated, target, estimator)
+
+    def _match(self, generated, target, estimator):
+        if len(generated.shape) == 6:
+            return _per_token(self._match, generated, target, estimator)
+        return feature_reward(
+            generated,
+            target,
+            whitening=self.whitening,
+            alignment_weight=self.alignment_weight,
+            diversity_weight=self.diversity_weight,
+            estimator=estimator,
+            unbiased=self.measures_unbiased,
+        )
 
     def get_config(self):
         """The constructor's arguments as a dict that JSON can hold."""
@@ -234,12 +261,13 @@ class CharacteristicFunctionReward(FeatureMatchingReward):
         }
 
 
-def _per_token(reward, generated, target):
+def _per_token(match, generated, target, estimator):
     """Rewards with every token as a block of its own."""
     batch, samples, blocks, steps, *feature = generated.shape
-    flat = reward(
+    flat = match(
         ops.reshape(generated, (batch, samples, blocks * steps, *feature)),
         ops.reshape(target, (batch, blocks * steps, *feature)),
+        estimator,
     )
     return {
         name: ops.reshape(value, (*value.shape[:-1], blocks, steps))

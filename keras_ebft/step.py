@@ -176,8 +176,7 @@ class EBFTStep:
         token_mask = self.token_mask(blocks, rollout_ids)
         generated, target, ref_log_prob = self.embed(documents, blocks, rollout_ids)
         batch = RolloutBatch(documents, blocks, rollout_ids, alive)
-        rewards = self.reward(generated, target, batch)
-        rewards["advantage"] = self.reward.advantages(rewards, self.estimator)
+        rewards = self.reward.judge(generated, target, batch, self.estimator)
         judged = _where_live(rewards, blocks, token_mask)
         judged["token_mask"] = ops.cast(token_mask, "float32")
         if self.critic is not None:

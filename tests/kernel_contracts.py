@@ -16,6 +16,7 @@ from keras import ops
 
 from keras_ebft import kernels
 from keras_ebft.kernels.causal_attention import specs as causal_specs
+from keras_ebft.kernels.feature_reward import specs as reward_specs
 from keras_ebft.kernels.linear_logprob import specs as logprob_specs
 from keras_ebft.kernels.linear_sample import specs as sample_specs
 from keras_ebft.kernels.strided_attention import specs as strided_specs
@@ -474,3 +475,107 @@ class LinearSampleContract:
         statistic = np.sum((observed - expected) ** 2 / expected)
         assert statistic < freedom + 3 * np.sqrt(2 * freedom)
         assert len(observed) > 20
+
+
+def rewards_float64(spec, generated, target):
+    """Vectors whitened one by one with D x D or n x n matrices, in float64."""
+    shape = (spec.batch, spec.samples, spec.blocks)
+    found = {name: np.zeros(shape) for name in ("alignment", "diversity")}
+    losses = {"feature_matching_loss": np.zeros(shape[::2])}
+    losses["whitened_feature_matching_loss"] = np.zeros(shape[::2])
+    for b, k in np.ndindex(shape[::2]):
+        rows, truths = [], []
+        for f in range(spec.features):
+            row, truth = generated[b, :, k, f], target[b, k, f]
+            losses["feature_matching_loss"][b, k] += np.sum((row.mean(0) - truth) ** 2)
+            truth = np.repeat(truth[None], spec.samples, axis=0)
+            if spec.whitening == "rollout":
+                root = inverse_root(row @ row.T)
+                row, truth = root @ row, root @ truth
+            elif spec.whitening == "feature":
+                root = inverse_root(row.T @ row / spec.samples)
+                row, truth = row @ root, truth @ root
+            rows.append(row)
+            truths.append(truth)
+        row, truth = np.concatenate(rows, axis=1), np.concatenate(truths, axis=1)
+        distance = np.sum((row.mean(0) - truth.mean(0)) ** 2)
+        losses["whitened_feature_matching_loss"][b, k] = distance
+        norms = np.linalg.norm(row, axis=1) * np.linalg.norm(truth, axis=1)
+        found["alignment"][b, :, k] = 2 * np.sum(row * truth, axis=1) / norms
+        gram = row @ row.T
+        others = gram.sum(axis=1) - np.diag(gram)
+        found["diversity"][b, :, k] = 2 * others / max(spec.samples - 1, 1)
+    if spec.whitening is None:
+        del losses["whitened_feature_matching_loss"]
+    return {**found, **losses}
+
+
+def inverse_root(matrix):
+    values, vectors = np.linalg.eigh(matrix)
+    kept = values > 1e-6 * values.max()
+    return (vectors[:, kept] / np.sqrt(values[kept])) @ vectors[:, kept].T
+
+
+@parameters(reward_specs, ("plain", "everything"))
+class FeatureRewardContract:
+    """No gradients: everything that is made of a block's features."""
+
+    op = "feature_reward"
+    name = None
+
+    run = Contract.run
+    supported = Contract.supported
+
+    def measured(self, spec, run=None, dtype="float32"):
+        arrays = [tensor(array, dtype) for array in spec.arrays().values()]
+        found = (run or self.run)(*arrays, **spec.options())
+        return {name: to_numpy(value) for name, value in found.items()}
+
+    def check(self, spec, run=None, dtype="float32"):
+        """The definition reads bfloat16 as float32: no more is lost there."""
+        reference = implementation(self.op, "reference").load()
+        exact = self.measured(spec, reference, dtype)
+        found = self.measured(spec, run, dtype)
+        assert found.keys() == exact.keys()
+        for name, value in found.items():
+            assert value.dtype == np.float32
+            self.close(value, exact[name])
+
+    @staticmethod
+    def close(found, expected):
+        assert found.shape == expected.shape
+        assert np.isfinite(found).all()
+        # Divided by a standard deviation of rounding errors, advantages are noise.
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+    def test_equals_the_definition(self, spec):
+        self.supported(spec)
+        self.check(spec)
+
+    def test_equals_the_definition_in_bfloat16(self, bfloat16_spec):
+        self.supported(bfloat16_spec)
+        self.check(bfloat16_spec, dtype="bfloat16")
+
+    def test_equals_whitened_vectors_in_float64(self, spec):
+        self.supported(spec)
+        arrays = {k: v.astype("float64") for k, v in spec.arrays().items()}
+        found = self.measured(spec)
+        for name, expected in rewards_float64(spec, **arrays).items():
+            self.close(found[name], expected)
+
+    @pytest.mark.parametrize("name", ["alignment", "advantage", "reward"])
+    def test_a_planted_wrong_result_is_noticed(self, name):
+        def wrong(*tensors, **options):
+            found = self.run(*tensors, **options)
+            return {**found, name: found[name] * 1.001}
+
+        with pytest.raises(AssertionError):
+            self.check(self.specs.SPECS[0], wrong)
+
+    def test_features_of_zero_give_finite_rewards(self):
+        for whitening in ("rollout", "feature", None):
+            found = self.run(
+                ops.zeros((1, 3, 1, 1, 4)), ops.zeros((1, 1, 1, 4)), whitening=whitening
+            )
+            for value in found.values():
+                np.testing.assert_array_equal(to_numpy(value), 0.0 * to_numpy(value))

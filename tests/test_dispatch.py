@@ -15,7 +15,13 @@ from keras_ebft import kernels
 from keras_ebft.kernels import dispatch
 from keras_ebft.kernels.device import Device, device_of
 
-OPS = ("causal_attention", "linear_logprob", "linear_sample", "strided_attention")
+OPS = (
+    "causal_attention",
+    "feature_reward",
+    "linear_logprob",
+    "linear_sample",
+    "strided_attention",
+)
 BACKEND = keras.backend.backend()
 CPU = Device("cpu")
 

@@ -7,6 +7,7 @@ import keras
 import pytest
 from kernel_contracts import (
     CausalAttentionContract,
+    FeatureRewardContract,
     LinearLogprobContract,
     LinearSampleContract,
     StridedAttentionContract,
@@ -19,7 +20,13 @@ from keras_ebft.kernels.causal_attention import blockwise as causal
 from keras_ebft.kernels.linear_logprob import chunked
 from keras_ebft.kernels.strided_attention import blockwise as strided
 
-OPS = ("causal_attention", "linear_logprob", "linear_sample", "strided_attention")
+OPS = (
+    "causal_attention",
+    "feature_reward",
+    "linear_logprob",
+    "linear_sample",
+    "strided_attention",
+)
 
 on_torch = pytest.mark.skipif(
     keras.backend.backend() != "torch", reason="PyTorch's own fused attention"
@@ -78,6 +85,10 @@ class TestLogprobReference(LinearLogprobContract):
 @pytest.mark.usefixtures("small_chunks")
 class TestLogprobChunked(LinearLogprobContract):
     name = "chunked"
+
+
+class TestRewardReference(FeatureRewardContract):
+    name = "reference"
 
 
 class TestSampleReference(LinearSampleContract):

@@ -3,9 +3,11 @@
 import keras
 import numpy as np
 import pytest
-from helpers import documents, llama, to_numpy
+from helpers import documents, gradients, llama, to_numpy
+from keras import ops
 
 import keras_ebft
+from keras_ebft import functional, kernels
 
 SAMPLER = {"rollout_length": 3, "stride": 4, "context_length": 4, "num_samples": 2}
 X = documents(2, 14)
@@ -191,3 +193,78 @@ def test_equal_means_are_told_apart_by_the_characteristic_function():
 def test_a_reward_must_be_defined():
     with pytest.raises(TypeError, match="define __call__"):
         keras_ebft.Reward()(None, None)
+
+
+def features_of(samples, *lead):
+    random = np.random.default_rng(0)
+    generated = random.normal(size=(2, samples, 3, *lead, 1, 6)).astype("float32")
+    return generated, random.normal(size=(2, 3, *lead, 1, 6)).astype("float32")
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "group_norm", "reinforce"])
+# One reward per block, and one per token.
+@pytest.mark.parametrize("lead", [(), (2,)])
+def test_judging_is_rewarding_and_then_the_baseline(estimator, lead):
+    reward = keras_ebft.FeatureMatchingReward(0.7, 0.4)
+    generated, target = features_of(4, *lead)
+    judged = reward.judge(generated, target, None, estimator)
+    rewards = reward(generated, target)
+    assert judged.keys() == rewards.keys() | {"advantage"}
+    assert judged["advantage"].shape == (2, 4, 3, *lead)
+    for name, value in rewards.items():
+        np.testing.assert_array_equal(to_numpy(judged[name]), to_numpy(value))
+    expected = functional.advantages(
+        rewards["alignment"],
+        rewards["diversity"],
+        alignment_weight=0.7,
+        diversity_weight=0.4,
+        estimator=estimator,
+    )
+    np.testing.assert_allclose(to_numpy(judged["advantage"]), to_numpy(expected))
+
+
+class Doubled(keras_ebft.FeatureMatchingReward):
+    """Rewards of its own."""
+
+    def __call__(self, generated, target, rollouts=None):
+        rewards = super().__call__(generated, target, rollouts)
+        return {**rewards, "alignment": 2.0 * rewards["alignment"]}
+
+
+class Seven(keras_ebft.FeatureMatchingReward):
+    """A baseline of its own."""
+
+    def advantages(self, rewards, estimator):
+        return 0.0 * rewards["reward"] + 7.0
+
+
+def test_a_subclass_is_judged_by_what_it_defines():
+    generated, target = features_of(3)
+    plain = keras_ebft.FeatureMatchingReward(diversity_weight=0.0)
+    expected = to_numpy(plain.judge(generated, target, None, "rloo")["advantage"])
+    doubled = Doubled(diversity_weight=0.0).judge(generated, target, None, "rloo")
+    np.testing.assert_allclose(to_numpy(doubled["advantage"]), 2 * expected, atol=1e-6)
+    seven = Seven().judge(generated, target, None, "rloo")
+    assert (to_numpy(seven["advantage"]) == 7.0).all()
+
+
+def test_rewards_have_no_gradient():
+    generated, target = features_of(3)
+    features = keras.Variable(generated)
+    reward = keras_ebft.FeatureMatchingReward()
+
+    def loss():
+        found = reward(features.value, target)
+        return ops.sum(found["reward"]) + 2.0 * ops.sum(features.value)
+
+    (gradient,) = gradients(loss, [features])
+    np.testing.assert_array_equal(to_numpy(gradient), np.full(generated.shape, 2.0))
+
+
+def test_more_samples_than_kernels_take():
+    records = {r.name: r for r in kernels.implementations("feature_reward")}
+    assert "many_samples" not in records["triton"].options
+    with kernels.watch_choices() as choices:
+        rewards = keras_ebft.FeatureMatchingReward()(*features_of(17))
+    assert choices == {"feature_reward": {"reference"}}
+    assert np.isfinite(to_numpy(rewards["reward"])).all()

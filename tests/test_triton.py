@@ -20,6 +20,8 @@ pytest.importorskip("triton", reason="triton is not installed (it has no such wh
 import torch
 from triton_aot import SHARED_LIMIT, compile_kernel
 
+from keras_ebft.kernels.feature_reward import torch_triton as reward
+from keras_ebft.kernels.feature_reward import torch_triton_kernels as reward_kernels
 from keras_ebft.kernels.linear_logprob import torch_triton as logprob
 from keras_ebft.kernels.linear_logprob import torch_triton_kernels as logprob_kernels
 from keras_ebft.kernels.linear_sample import torch_triton as sample
@@ -55,6 +57,8 @@ FLOAT32 = named(
     *("largest_out", "total_out", "moment_out", "chosen_out"),
     *("normaliser", "entropy", "log_prob_upstream", "entropy_upstream"),
     *("goals", "highest", "logits_out", "deltas"),
+    *("alignment_out", "diversity_out", "reward_out", "advantage_out"),
+    *("loss_out", "whitened_loss_out", "unbiased_loss_out"),
 )
 INT32 = named(
     "int32",
@@ -63,9 +67,20 @@ INT32 = named(
 )
 MODEL = (
     *("hidden", "head", "gradient", "query", "key", "value", "document_key"),
-    *("document_value", "output", "upstream", "key_gradient", "value_gradient"),
+    *(
+        "generated",
+        "target",
+        "document_value",
+        "output",
+        "upstream",
+        "key_gradient",
+        "value_gradient",
+    ),
 )
-FLOATS = ("temperature", "cap", "scale", "below_one")
+FLOATS = (
+    *("temperature", "cap", "scale", "below_one"),
+    *("alignment_weight", "diversity_weight"),
+)
 
 
 def compiled(kernel, dtype, capability, constants, options):
@@ -121,6 +136,21 @@ def test_linear_sample_compiles(name, dtype, capability):
     kernel = getattr(sample_kernels, name)
     found = compiled(kernel, dtype, capability, constants, options)
     check(found, dtype, capability, multiplies=first)
+
+
+@pytest.mark.slow
+@CAPABILITIES
+@DTYPES
+@pytest.mark.parametrize("samples", [1, 4, 7, 16])
+def test_feature_reward_compiles(samples, dtype, capability):
+    """No spills in either dtype, and no tensor cores, which would round."""
+    tiles = reward.choose_tiles(samples)
+    constants = tiles.settings(samples, "rollout", "rloo")
+    options = {"num_warps": tiles.num_warps}
+    kernel = reward_kernels.reward_blocks
+    found = compiled(kernel, dtype, capability, constants, options)
+    check(found, dtype, capability, multiplies=False)
+    assert found.spills == 0, found
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import documents, family, flat, gradients, to_numpy
 from kernel_contracts import (
+    FeatureRewardContract,
     LinearLogprobContract,
     LinearSampleContract,
     StridedAttentionContract,
@@ -54,6 +55,10 @@ class TestStridedTriton(StridedAttentionContract):
         monkeypatch.setattr(strided, "MIN_PROGRAMS", 16)
 
 
+class TestRewardTriton(FeatureRewardContract):
+    name = "triton"
+
+
 class TestSampleTriton(LinearSampleContract):
     name = "triton"
 
@@ -61,7 +66,7 @@ class TestSampleTriton(LinearSampleContract):
 @pytest.fixture
 def forced():
     """Function that forces an implementation of the paths that have kernels."""
-    paths = ("strided_attention", "linear_logprob", "linear_sample")
+    paths = ("strided_attention", "linear_logprob", "linear_sample", "feature_reward")
 
     def force(name):
         for op in paths:
@@ -92,17 +97,19 @@ def test_a_step_with_kernels_equals_one_without(forced):
         tokens, log_prob = (
             to_numpy(v) for v in (rollouts["token_ids"], score["log_prob"])
         )
-        return tokens, log_prob, flat(gradients(loss, variables))
+        advantage = to_numpy(model.rewards(x, rollouts)["advantage"])
+        return tokens, log_prob, advantage, flat(gradients(loss, variables))
 
     forced("reference")
-    tokens, log_prob, gradient = measured()
+    tokens, log_prob, advantage, gradient = measured()
     forced("triton")
     with kernels.watch_choices() as choices:
-        found_tokens, found_log_prob, found_gradient = measured()
+        found_tokens, found_log_prob, found_advantage, found_gradient = measured()
     assert choices.pop("causal_attention")
     assert set(map(frozenset, choices.values())) == {frozenset(["triton"])}
     np.testing.assert_array_equal(found_tokens, tokens)
     np.testing.assert_allclose(found_log_prob, log_prob, atol=1e-5)
+    np.testing.assert_allclose(found_advantage, advantage, atol=1e-5)
     size = np.linalg.norm(gradient)
     assert np.linalg.norm(found_gradient - gradient) < 1e-5 * size
     assert size > 0.1

@@ -8,12 +8,14 @@ from keras_ebft.kernels.dispatch import (
     set_implementation,
     watch_choices,
 )
+from keras_ebft.kernels.feature_reward import feature_reward
 from keras_ebft.kernels.linear_logprob import linear_logprob
 from keras_ebft.kernels.linear_sample import linear_sample
 from keras_ebft.kernels.strided_attention import strided_attention
 
 __all__ = [
     "causal_attention",
+    "feature_reward",
     "implementations",
     "linear_logprob",
     "linear_sample",

@@ -160,8 +160,8 @@ def set_implementation(op, name):
     the model anew. It has precedence over `KERAS_EBFT_KERNELS`.
 
     Args:
-        op: `"causal_attention"`, `"strided_attention"`, `"linear_logprob"` or
-            `"linear_sample"`.
+        op: `"causal_attention"`, `"strided_attention"`, `"linear_logprob"`,
+            `"linear_sample"` or `"feature_reward"`.
         name: str, one of its implementations; see `docs/kernels.md`. `None` for
             the automatic choice.
 

@@ -1,0 +1,91 @@
+"""Shapes and options for tests and benchmarks of `feature_reward`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One call: B documents, n samples, K blocks, F features of width D.
+
+    `kind` says how the n rollouts of every block lie: `"random"`, `"duplicates"`
+    (the first two are one), `"same"` (all are one) or `"deficient"` (the last is
+    the sum of the others).
+    """
+
+    name: str
+    batch: int = 2
+    samples: int = 4
+    blocks: int = 3
+    features: int = 1
+    width: int = 40
+    kind: str = "random"
+    whitening: Any = "rollout"
+    alignment_weight: float = 1.0
+    diversity_weight: float = 1.0
+    estimator: str = "rloo"
+    unbiased: bool = False
+
+    def arrays(self, seed=0):
+        """Dict of float32 NumPy arrays."""
+        random = np.random.default_rng(seed)
+        shape = (self.batch, self.samples, self.blocks, self.features, self.width)
+        generated = random.normal(size=shape)
+        target = random.normal(size=(shape[0], *shape[2:]))
+        target += generated.mean(axis=1)
+        if self.kind == "duplicates":
+            generated[:, 1] = generated[:, 0]
+        elif self.kind == "same":
+            generated[:] = generated[:, :1]
+        elif self.kind == "deficient":
+            generated[:, -1] = generated[:, :-1].sum(axis=1)
+        scale = self.width**-0.5
+        return {
+            "generated": (scale * generated).astype("float32"),
+            "target": (scale * target).astype("float32"),
+        }
+
+    def options(self):
+        """Keyword arguments that are no tensors."""
+        return {
+            "whitening": self.whitening,
+            "alignment_weight": self.alignment_weight,
+            "diversity_weight": self.diversity_weight,
+            "estimator": self.estimator,
+            "unbiased": self.unbiased,
+        }
+
+    def in_use(self):
+        """Names of the options in use, as the dispatcher knows them."""
+        return frozenset(["many_samples"] if self.samples > 16 else [])
+
+
+WEIGHTS = {"alignment_weight": 0.7, "diversity_weight": 0.3}
+# Every option off its default, sizes that divide nothing.
+SPECS = (
+    Spec("plain"),
+    Spec("one_sample", samples=1, width=5),
+    Spec("two_samples", samples=2, estimator="group_norm"),
+    Spec("sixteen", batch=1, samples=16, blocks=2, width=300, unbiased=True),
+    Spec("feature", samples=5, whitening="feature", unbiased=True),
+    Spec("no_whitening", samples=3, whitening=None, estimator="reinforce"),
+    Spec("duplicates", kind="duplicates", features=2, **WEIGHTS),
+    Spec("same", samples=7, kind="same"),
+    Spec("deficient", samples=6, kind="deficient", estimator="group_norm"),
+    Spec("deficient_feature", kind="deficient", whitening="feature"),
+    Spec(
+        "everything",
+        samples=9,
+        blocks=2,
+        features=3,
+        width=70,
+        kind="duplicates",
+        estimator="group_norm",
+        unbiased=True,
+        **WEIGHTS,
+    ),
+)
+# One document of 1024 tokens under Llama 3.2 1B, three layers as one feature.
+BENCHMARK = Spec("llama_1b", batch=4, blocks=127, width=3 * 2048)
