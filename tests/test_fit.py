@@ -248,6 +248,7 @@ def test_steps_per_execution():
     assert int(to_numpy(model.optimizer.iterations)) == 2
 
 
+@pytest.mark.slow
 def test_run_eagerly():
     sampler = keras_ebft.BlockSampler(
         rollout_length=2, context_length=2, num_samples=2, stride=9

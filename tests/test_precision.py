@@ -100,10 +100,8 @@ def test_half_precision_is_near_float32(float32, policy):
     assert half.cosine(float32) > 1 - 2e-3 * scale
 
 
-@pytest.mark.parametrize(
-    ("mode", "least"),
-    [("int8", 0.99), pytest.param("int4", 0.85, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "least"), [("int8", 0.99), ("int4", 0.85)])
 def test_gradients_on_a_quantized_base_point_the_same_way(adapted_float32, mode, least):
     quantized = Measured(adapted(mode))
     assert quantized.cosine(adapted_float32) > least
@@ -121,6 +119,7 @@ def test_loss_scaling_follows_the_backbone():
     assert 0 < max(moved) < 1
 
 
+@pytest.mark.slow
 def test_quantized_models_that_cannot_be_trained_rightly_are_refused():
     causal_lm = llama(num_layers=1)
     causal_lm.quantize("int8", filters="token_embedding")
