@@ -1,5 +1,7 @@
 """Tokens sampled from the output head, without all logits in memory."""
 
+from keras import ops
+
 from keras_ebft.kernels import dispatch
 from keras_ebft.kernels.linear_sample.implementations import IMPLEMENTATIONS
 
@@ -16,7 +18,7 @@ def linear_sample(
     number decides one token, whatever the batch around it. With `top_k` only the
     k likeliest tokens take part (and those as likely as the last of them), with
     `top_p` the fewest that hold this share of the mass (of the k, where both are
-    given). Temperature 0 takes the likeliest.
+    given). Temperature 0 takes the likeliest. Nothing of it has a gradient.
 
     Args:
         hidden: float tensor `[R, D]`, final hidden states.
@@ -32,6 +34,7 @@ def linear_sample(
         log-probability under the whole distribution, not the truncated one; at
         temperature 1 where `temperature` is 0.
     """
+    hidden, head = ops.stop_gradient(hidden), ops.stop_gradient(head)
     options = dispatch.in_use(
         soft_cap=soft_cap,
         top_k=top_k,
