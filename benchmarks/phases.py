@@ -121,9 +121,12 @@ def _optimizer(model):
     if backend == "tensorflow":
         import tensorflow as tf
 
-        apply = tf.function(model.optimizer.apply_gradients, jit_compile=True)
+        # Closed over: as an argument a variable would become a tensor.
         pairs = list(zip(gradients, model.trainable_variables))
-        return lambda: apply(pairs)
+        apply = tf.function(
+            lambda: model.optimizer.apply_gradients(pairs), jit_compile=True
+        )
+        return apply
 
     def update():
         with no_gradient():
