@@ -2,12 +2,13 @@
 
 import keras
 
-from keras_ebft.checkpoints import DataPosition, FastForward
+from keras_ebft.checkpoints import DataPosition
 from keras_ebft.critic import PolicyAndCriticOptimizer
 from keras_ebft.inputs import refuse_targets, split_rows, token_batches
 from keras_ebft.kernel_log import KernelLog
 from keras_ebft.kernels import watch_choices
 from keras_ebft.kernels.backend import resolve_jit_compile
+from keras_ebft.train_function import TrainFunction
 
 
 class DocumentTrainer(keras.Model):
@@ -73,9 +74,12 @@ class DocumentTrainer(keras.Model):
 
     def make_train_function(self, force=False):
         """Makes the function that trains on one batch, as Keras does."""
+        # TensorFlow traces twice where the first time made variables.
+        if not self.optimizer.built:
+            self.optimizer.build(self.trainable_variables)
         super().make_train_function(force)
-        if not isinstance(self.train_function, FastForward):
-            self.train_function = FastForward(
+        if not isinstance(self.train_function, TrainFunction):
+            self.train_function = TrainFunction(
                 self.train_function, self.steps_per_execution
             )
 

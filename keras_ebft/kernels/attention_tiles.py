@@ -92,35 +92,53 @@ def tile_attention(query, key, value, ranges, scores, own=None):
     Returns:
         float tensor `[N, B, Hkv, C, Q, d]` in the dtype of `query`.
     """
-    seen = None if own is None else own.seen
     floats = [query, key, value] + ([] if own is None else [own.key, own.value])
-    # What the functions below close over stays alive until the gradient is known.
-    num_floats, has_own = len(floats), own is not None
-
-    # Bounds known beforehand stay NumPy, what steps compute are arguments.
-    static = isinstance(ranges.first, np.ndarray) and isinstance(
-        ranges.last, np.ndarray
-    )
-    known_bounds = (ranges.first, ranges.last) if static else None
-    given = [ranges.low, ranges.high]
-    given += [] if static else [ranges.first, ranges.last]
-    given += [] if own is None else [seen]
+    given, bounds = [ranges.low, ranges.high], None
+    if isinstance(ranges.first, np.ndarray) and isinstance(ranges.last, np.ndarray):
+        bounds = tuple(map(tuple, (ranges.first.tolist(), ranges.last.tolist())))
+    else:
+        given += [ranges.first, ranges.last]
+    given += [] if own is None else [own.seen]
     given = [ops.convert_to_tensor(tensor) for tensor in given]
+    call = _TileCall(scores, own is not None, bounds, (KEY_TILE, LARGE_KEY_TILE))
+    return differentiable(_forward, _backward, call, (*floats, *given), len(floats))
 
-    def unpack(tensors):
-        query, key, value, *own_keys = tensors[:num_floats]
-        low, high, *rest = tensors[num_floats:]
-        bounds = known_bounds if static else rest[:2]
-        shared = _KeyTiles(key, value, Ranges(low, high, *bounds))
-        return query, shared, OwnKeys(*own_keys, rest[-1]) if has_own else None
 
-    def forward(*tensors):
-        return _attend(*unpack(tensors), scores)
+class _TileCall(NamedTuple):
+    """A call of `tile_attention` without its tensors.
 
-    def backward(tensors, outputs, upstream):
-        return _attend_gradient(*unpack(tensors), scores, *outputs, upstream)
+    Attributes:
+        scores: `Scores`.
+        has_own: bool, whether there are `OwnKeys`.
+        bounds: `(first, last)` of `Ranges` as tuples of ints, where they are known
+            before any step; `None` where they are tensors.
+        key_tiles: keys met at once in a compiled loop, and in one counted in Python.
+    """
 
-    return differentiable(forward, backward, (*floats, *given), num_floats)
+    scores: Scores
+    has_own: bool
+    bounds: Any
+    key_tiles: tuple
+
+    def unpack(self, tensors):
+        """`(query, shared keys, own keys or None)`."""
+        query, key, value, *rest = tensors
+        own_keys, rest = (rest[:2], rest[2:]) if self.has_own else ((), rest)
+        low, high, *rest = rest
+        bounds = self.bounds
+        if bounds is None:
+            bounds, rest = rest[:2], rest[2:]
+        ranges = Ranges(low, high, *bounds)
+        shared = _KeyTiles(key, value, ranges, *self.key_tiles)
+        return query, shared, OwnKeys(*own_keys, *rest) if self.has_own else None
+
+
+def _forward(call, *tensors):
+    return _attend(*call.unpack(tensors), call.scores)
+
+
+def _backward(call, tensors, outputs, upstream):
+    return _attend_gradient(*call.unpack(tensors), call.scores, *outputs, upstream)
 
 
 def _attend(query, shared, own, scores):
@@ -231,9 +249,10 @@ class Pushed(NamedTuple):
 class _KeyTiles:
     """Shared keys cut into equal tiles, the last one padded."""
 
-    def __init__(self, key, value, ranges):
+    def __init__(self, key, value, ranges, key_tile, large_key_tile):
         self.length = key.shape[2]
-        count = -(-self.length // KEY_TILE)
+        self.large_size = large_key_tile
+        count = -(-self.length // key_tile)
         self.size = -(-self.length // count)
         padding = count * self.size - self.length
         widths = ((0, 0), (0, 0), (0, padding), (0, 0))
@@ -248,8 +267,8 @@ class _KeyTiles:
         """
         first, last = self._bounds(index)
         if isinstance(index, int):
-            for start in range(first, last, LARGE_KEY_TILE):
-                state = see(start, min(LARGE_KEY_TILE, last - start), state)
+            for start in range(first, last, self.large_size):
+                state = see(start, min(self.large_size, last - start), state)
             return state
         size = self.size
 

@@ -1,67 +1,120 @@
 """Gradients and loops that each backend spells in its own way."""
 
 import functools
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
 
 import keras
 
 from keras_ebft.kernels.backend import backend_name
 
+# A training makes some ten different calls: one per path, pass and shape.
+MOST_CALLS_KNOWN = 256
 
-def differentiable(forward, backward, tensors, num_differentiated):
+
+def differentiable(forward, backward, options, tensors, num_differentiated):
     """Calls a function whose gradient is written out.
 
+    Compiled, a call of the same functions, options and shapes is traced once, not
+    in every layer that makes it.
+
     Args:
-        forward: function of `tensors` that returns a tuple: the result, and what
-            else `backward` needs, without gradient of its own.
-        backward: function `(tensors, outputs, upstream)`, with what `forward`
-            returned and the gradient by the result; returns the gradients by the
-            first `num_differentiated` tensors.
-        tensors: tuple of tensors; neither function may close over others.
+        forward: function `(options, *tensors)` that returns a tuple: the result, and
+            what else `backward` needs, without gradient of its own. One that is
+            defined once, not one of each call: it is what calls are known by.
+        backward: function `(options, tensors, outputs, upstream)`, with what
+            `forward` returned and the gradient by the result; returns the gradients
+            by the first `num_differentiated` tensors. Defined once, too.
+        options: hashable, all else that the two depend on.
+        tensors: tuple of tensors.
         num_differentiated: int; the remaining tensors have no gradient.
 
     Returns:
         The result, the first output of `forward`.
     """
-    return _DIFFERENTIABLE[backend_name()](
-        forward, backward, tensors, [None] * (len(tensors) - num_differentiated)
-    )
+    num_others = len(tensors) - num_differentiated
+    call = _Call(forward, backward, options, num_others)
+    return _DIFFERENTIABLE[backend_name()](call, tensors)
 
 
-def _differentiable_jax(forward, backward, tensors, no_gradients):
+class _Call(NamedTuple):
+    forward: Callable
+    backward: Callable
+    options: Hashable
+    num_others: int
+
+    def outputs(self, *tensors):
+        """What `forward` returns."""
+        return self.forward(self.options, *tensors)
+
+    def gradients(self, tensors, outputs, upstream):
+        """Gradients by all tensors, `None` for those that have none."""
+        found = self.backward(self.options, tensors, outputs, upstream)
+        return (*found, *[None] * self.num_others)
+
+
+def _differentiable_jax(call, tensors):
+    return _jax_function(call)(*tensors)
+
+
+@functools.lru_cache(maxsize=MOST_CALLS_KNOWN)
+def _jax_function(call):
     import jax
 
     @jax.custom_vjp
     def function(*tensors):
-        return forward(*tensors)[0]
+        return call.outputs(*tensors)[0]
 
     def with_residuals(*tensors):
-        outputs = forward(*tensors)
+        outputs = call.outputs(*tensors)
         return outputs[0], (tensors, outputs)
 
-    def gradient(residuals, upstream):
-        return (*backward(*residuals, upstream), *no_gradients)
+    def gradients(residuals, upstream):
+        return call.gradients(*residuals, upstream)
 
-    function.defvjp(with_residuals, gradient)
-    return function(*tensors)
+    function.defvjp(jax.jit(with_residuals), jax.jit(gradients))
+    return jax.jit(function)
 
 
-def _differentiable_tensorflow(forward, backward, tensors, no_gradients):
+def _differentiable_tensorflow(call, tensors):
     import tensorflow as tf
 
     @tf.custom_gradient
     def function(*tensors):
-        outputs = forward(*tensors)
+        # A tape that watched the graphs below would look for their gradients.
+        tensors = tuple(tf.stop_gradient(tensor) for tensor in tensors)
+        specs = tuple(tf.TensorSpec(t.shape, t.dtype) for t in tensors)
+        run, pull = _tensorflow_functions(call, specs)
+        outputs = run(*tensors)
 
         def gradient(upstream):
-            return [*backward(tensors, outputs, upstream), *no_gradients]
+            found = pull(tensors, outputs, tf.stop_gradient(upstream))
+            return [*found, *[None] * call.num_others]
 
         return outputs[0], gradient
 
-    return function(*tensors)
+    # What is still a variable would not count as an argument.
+    return function(*(tf.convert_to_tensor(tensor) for tensor in tensors))
 
 
-def _differentiable_torch(forward, backward, tensors, no_gradients):
-    return _torch_function().apply(forward, backward, no_gradients, *tensors)
+@functools.lru_cache(maxsize=MOST_CALLS_KNOWN)
+def _tensorflow_functions(call, specs):
+    """`forward` and `backward` as graphs, for tensors like `specs`."""
+    import tensorflow as tf
+
+    def pull(tensors, outputs, upstream):
+        return call.gradients(tensors, outputs, upstream)[: -call.num_others or None]
+
+    # Not inlined, they are lowered once, too.
+    attributes = {"_noinline": True}
+    return (
+        tf.function(call.outputs, autograph=False, experimental_attributes=attributes),
+        tf.function(pull, autograph=False, experimental_attributes=attributes),
+    )
+
+
+def _differentiable_torch(call, tensors):
+    return _torch_function().apply(call, *tensors)
 
 
 @functools.cache
@@ -73,12 +126,11 @@ def _torch_function():
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, forward, backward, no_gradients, *tensors):
-            outputs = forward(*tensors)
+        def forward(ctx, call, *tensors):
+            outputs = call.outputs(*tensors)
             # Saved the official way, so that rematerialisation can drop them.
             ctx.save_for_backward(*tensors, *outputs)
-            ctx.pull, ctx.no_gradients = backward, no_gradients
-            ctx.num_inputs = len(tensors)
+            ctx.call, ctx.num_inputs = call, len(tensors)
             return outputs[0]
 
         @staticmethod
@@ -86,8 +138,7 @@ def _torch_function():
             saved = ctx.saved_tensors
             inputs, outputs = saved[: ctx.num_inputs], saved[ctx.num_inputs :]
             with torch.no_grad():
-                gradients = ctx.pull(inputs, outputs, upstream)
-            return (None, None, None, *gradients, *ctx.no_gradients)
+                return (None, *ctx.call.gradients(inputs, outputs, upstream))
 
     return Function
 

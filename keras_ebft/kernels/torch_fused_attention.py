@@ -6,6 +6,8 @@ too, which is what it takes to join its output with that of a block's own keys, 
 to push the gradient of the joined output back through either part.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from keras_ebft.kernels.attention_tiles import (
@@ -13,45 +15,48 @@ from keras_ebft.kernels.attention_tiles import (
     OwnKeys,
     Pushed,
     Ranges,
+    Scores,
     finish,
     rows_of,
     see_own,
 )
 from keras_ebft.kernels.gradients import differentiable, scan_tiles
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def fused_tile_attention(query, key, value, ranges, scores, own):
     """See `tile_attention`; `scores` without soft cap, `own` keys always given."""
+    bounds = (tuple(int(bound) for bound in bounds) for bounds in ranges[2:])
+    call = _FusedCall(scores, *bounds)
     floats = (query, key, value, own.key, own.value)
-    # What the functions below close over stays alive until the gradient is known.
-    first, last = ([int(bound) for bound in bounds] for bounds in ranges[2:])
     given = (ranges.low, ranges.high, own.seen)
+    return differentiable(_attend, _attend_gradient, call, (*floats, *given), 5)
 
-    def unpack(tensors):
+
+class _FusedCall(NamedTuple):
+    """A call without its tensors: `Scores`, and the bounds of `Ranges` as ints."""
+
+    scores: Scores
+    first: tuple
+    last: tuple
+
+    def unpack(self, tensors):
+        """`(query, shared keys, own keys)`."""
         query, key, value, own_key, own_value, low, high, seen = tensors
-        shared = _SharedKeys(key, value, Ranges(low, high, first, last), scores)
+        ranges = Ranges(low, high, self.first, self.last)
+        shared = _SharedKeys(key, value, ranges, self.scores)
         return query, shared, OwnKeys(own_key, own_value, seen)
 
-    def forward(*tensors):
-        query, shared, own = unpack(tensors)
-        return _attend(query, shared, own, scores)
 
-    def backward(tensors, outputs, upstream):
-        query, shared, own = unpack(tensors)
-        return _attend_gradient(query, shared, own, scores, *outputs, upstream)
-
-    return differentiable(forward, backward, (*floats, *given), len(floats))
-
-
-def _attend(query, shared, own, scores):
+def _attend(call, *tensors):
     """`(output, log_normaliser)`, the latter float32 `[N, B, Hkv, C, Q]`."""
+    query, shared, own = call.unpack(tensors)
 
     def attend_tile(index, carry):
         state = shared.see(
-            index, rows_of(query[index]), see_own(query, own, index, scores)
+            index, rows_of(query[index]), see_own(query, own, index, call.scores)
         )
         output, log_normaliser = finish(state, query.dtype)
         shape = query.shape[1:]
@@ -60,8 +65,10 @@ def _attend(query, shared, own, scores):
     return scan_tiles(attend_tile, query.shape[0], (), ())[1]
 
 
-def _attend_gradient(query, shared, own, scores, output, log_normaliser, upstream):
+def _attend_gradient(call, tensors, outputs, upstream):
     """Gradients by query, key, value and own key and value."""
+    query, shared, own = call.unpack(tensors)
+    output, log_normaliser = outputs
     delta = (upstream.float() * output.float()).sum(dim=-1)
     by_key = torch.zeros_like(shared.key, dtype=torch.float32)
     by_value = torch.zeros_like(by_key)
@@ -71,7 +78,7 @@ def _attend_gradient(query, shared, own, scores, output, log_normaliser, upstrea
             query[index], upstream[index], log_normaliser[index], delta[index]
         )
         by_query, *by_own = tile.gradients(
-            own.key[index], own.value[index], own.seen, scores
+            own.key[index], own.value[index], own.seen, call.scores
         )
         by_query += shared.push(
             index, tile.rows(), rows_of(output[index]), by_key, by_value
@@ -97,7 +104,7 @@ class _SharedKeys:
         if seen is None:
             return state
         start, stop, mask = seen
-        output, log_normaliser = _forward(
+        output, log_normaliser = _FORWARD(
             query,
             self.key[:, :, start:stop],
             self.value[:, :, start:stop],
@@ -126,7 +133,7 @@ class _SharedKeys:
         if seen is None:
             return torch.zeros_like(tile.query)
         start, stop, mask = seen
-        by_query, key_part, value_part = _backward(
+        by_query, key_part, value_part = _BACKWARD(
             tile.upstream,
             tile.query,
             self.key[:, :, start:stop],

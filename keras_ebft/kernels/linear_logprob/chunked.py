@@ -4,6 +4,7 @@ Logits exist one tile at a time, whatever the number of rows and the vocabulary;
 between the passes one normaliser per row stays in memory.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 from keras import ops
@@ -21,38 +22,62 @@ NO_LOGIT = -1e15
 
 def linear_logprob_chunked(hidden, head, labels, *, temperature=1.0, soft_cap=None):
     """See `keras_ebft.kernels.linear_logprob`."""
-    tiles = _Tiles(hidden.shape[0], head.shape[0])
+    call = _Call(temperature, soft_cap, ROWS, TOKENS)
+    scores = differentiable(_forward, _backward, call, (hidden, head, labels), 2)
+    return scores[0], scores[1]
 
-    def logits_of(hidden, head, index):
-        logits = scaled_logits(hidden, head, temperature=temperature, soft_cap=soft_cap)
+
+class _Call(NamedTuple):
+    """A call without its tensors: how logits are scaled, and the size of a tile."""
+
+    temperature: float
+    soft_cap: Any
+    rows: int
+    tokens: int
+
+    def tiles(self, hidden, head):
+        """The `_Tiles` of hidden states `[R, D]` and a head `[V, D]`."""
+        return _Tiles(hidden.shape[0], head.shape[0], self.rows, self.tokens)
+
+    def logits(self, tiles, hidden, head, index):
+        """Logits of rows and a tile of tokens."""
+        logits = scaled_logits(
+            hidden, head, temperature=self.temperature, soft_cap=self.soft_cap
+        )
         return tiles.without_padding(logits, index)
 
-    def forward(hidden, head, labels):
-        scores = _forward(tiles, logits_of, *tiles.pad(hidden, head, labels))
-        scores = ops.reshape(ops.transpose(scores, (1, 0, 2)), (3, -1))
-        return scores[:2, : tiles.rows], scores[2]
-
-    def slope(logits):
-        if soft_cap is None:
-            return 1.0 / temperature
+    def slope(self, logits):
+        """Derivative of scaled logits by the plain ones."""
+        if self.soft_cap is None:
+            return 1.0 / self.temperature
         # Logits times temperature over the cap are the tanh itself.
-        squared = ops.square(logits * (temperature / soft_cap))
-        return (1.0 - squared) / temperature
+        squared = ops.square(logits * (self.temperature / self.soft_cap))
+        return (1.0 - squared) / self.temperature
 
-    def backward(tensors, outputs, upstream):
-        scores, normaliser = outputs
-        hidden, head, labels = tiles.pad(*tensors)
-        by_row = (scores[1], upstream[0], upstream[1])
-        given = _Given(labels, normaliser, *(tiles.pad_rows(v) for v in by_row))
-        by_hidden, by_head = _backward(tiles, logits_of, slope, hidden, head, given)
-        by_head = ops.reshape(by_head, (-1, by_head.shape[-1]))
-        return (
-            ops.cast(by_hidden[: tiles.rows], hidden.dtype),
-            ops.cast(by_head[: tiles.tokens], head.dtype),
-        )
 
-    scores = differentiable(forward, backward, (hidden, head, labels), 2)
-    return scores[0], scores[1]
+def _forward(call, hidden, head, labels):
+    """Log-probability and entropy `[2, R]`, normaliser `[R]`."""
+    tiles = call.tiles(hidden, head)
+    logits_of = functools.partial(call.logits, tiles)
+    scores = _score(tiles, logits_of, *tiles.pad(hidden, head, labels))
+    scores = ops.reshape(ops.transpose(scores, (1, 0, 2)), (3, -1))
+    return scores[:2, : tiles.rows], scores[2]
+
+
+def _backward(call, tensors, outputs, upstream):
+    hidden, head, labels = tensors
+    scores, normaliser = outputs
+    tiles = call.tiles(hidden, head)
+    logits_of = functools.partial(call.logits, tiles)
+    hidden, head, labels = tiles.pad(hidden, head, labels)
+    by_row = (scores[1], upstream[0], upstream[1])
+    given = _Given(labels, normaliser, *(tiles.pad_rows(v) for v in by_row))
+    by_hidden, by_head = _push(tiles, logits_of, call.slope, hidden, head, given)
+    by_head = ops.reshape(by_head, (-1, by_head.shape[-1]))
+    return (
+        ops.cast(by_hidden[: tiles.rows], hidden.dtype),
+        ops.cast(by_head[: tiles.tokens], head.dtype),
+    )
 
 
 class _Given(NamedTuple):
@@ -68,11 +93,11 @@ class _Given(NamedTuple):
 class _Tiles:
     """Rows and tokens cut into equal parts, the last ones padded if need be."""
 
-    def __init__(self, rows, tokens):
+    def __init__(self, rows, tokens, tile_rows, tile_tokens):
         self.rows, self.tokens = rows, tokens
-        self.row_tiles = -(-rows // ROWS)
+        self.row_tiles = -(-rows // tile_rows)
         self.size = -(-rows // self.row_tiles)
-        self.token_tiles = _even_split(tokens, -(-tokens // TOKENS))
+        self.token_tiles = _even_split(tokens, -(-tokens // tile_tokens))
         self.width = -(-tokens // self.token_tiles)
 
     def pad(self, hidden, head, labels):
@@ -106,7 +131,7 @@ class _Tiles:
         return labels[:, None] == token
 
 
-def _forward(tiles, logits_of, hidden, head, labels):
+def _score(tiles, logits_of, hidden, head, labels):
     """Log-probability, entropy and normaliser, float32 `[row tiles, 3, size]`."""
 
     def row_tile(row_index, carry):
@@ -138,7 +163,7 @@ def _forward(tiles, logits_of, hidden, head, labels):
     return scan_tiles(row_tile, tiles.row_tiles, (), like)[1][0]
 
 
-def _backward(tiles, logits_of, slope, hidden, head, given):
+def _push(tiles, logits_of, slope, hidden, head, given):
     """Gradients by hidden states `[R, D]` and head `[token tiles, width, D]`.
 
     d log_prob / dz = onehot - p;  d entropy / dz = -p (log p + entropy).

@@ -1,0 +1,122 @@
+"""What compiling a step costs: how often Python is traced, and what stays in memory."""
+
+import ctypes
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from helpers import documents, llama, value_and_gradients
+from keras import ops
+
+import keras_ebft
+from keras_ebft.kernels.gradients import differentiable
+from keras_ebft.process_memory import return_freed_memory
+
+BACKEND = keras.backend.backend()
+MIB = 2**20
+
+
+class Traced:
+    """x -> factor * x^2 with a gradient written out; counts its Python calls."""
+
+    def __init__(self):
+        self.forward_calls = self.backward_calls = 0
+
+    def forward(self, factor, x):
+        self.forward_calls += 1
+        return factor * x * x, x
+
+    def backward(self, factor, tensors, outputs, upstream):
+        self.backward_calls += 1
+        return (2.0 * factor * outputs[1] * upstream,)
+
+    def __call__(self, factor, x):
+        # Bound methods are equal, though each is an object of its own.
+        return differentiable(self.forward, self.backward, factor, (x,), 1)
+
+
+@pytest.fixture
+def traced():
+    return Traced()
+
+
+def test_the_gradient_that_is_written_out(traced):
+    variable = keras.Variable(np.float32([1.0, -2.0, 3.0]))
+
+    def value():
+        return ops.sum(traced(3.0, traced(0.5, ops.convert_to_tensor(variable))))
+
+    found, (gradient,) = value_and_gradients(value, [variable])
+    # 3 (x^2 / 2)^2, whose derivative is 3 x^3.
+    np.testing.assert_allclose(found, 0.75 * (1 + 16 + 81), rtol=1e-6)
+    np.testing.assert_allclose(gradient, [3.0, -24.0, 81.0], rtol=1e-6)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="PyTorch runs op by op")
+def test_equal_calls_are_traced_once(traced):
+    variable = keras.Variable(np.float32([1.0, 2.0]))
+
+    def value():
+        x = ops.convert_to_tensor(variable)
+        for _ in range(4):
+            x = traced(1.0, x)
+        return ops.sum(x)
+
+    value_and_gradients(value, [variable])
+    # With and without what the gradient needs are two functions on JAX.
+    assert traced.forward_calls <= 2
+    assert traced.backward_calls == 1
+
+
+@pytest.mark.parametrize("change", ("options", "shape", "dtype"))
+def test_other_calls_are_not_mistaken_for_equal(traced, change):
+    x = np.float32([1.0, 2.0])
+    factor, other = {
+        "options": (5.0, x),
+        "shape": (2.0, x[:1]),
+        "dtype": (2.0, x.astype("float16")),
+    }[change]
+    traced(2.0, ops.convert_to_tensor(x))
+    found = traced(factor, ops.convert_to_tensor(other))
+    assert keras.backend.standardize_dtype(found.dtype) == other.dtype.name
+    np.testing.assert_allclose(found, factor * other**2, rtol=1e-6)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="PyTorch traces nothing")
+def test_a_train_step_is_traced_once():
+    sampler = keras_ebft.BlockSampler(
+        rollout_length=2, stride=4, context_length=4, num_samples=2
+    )
+    network = keras_ebft.FeatureNetwork(layers=(1,))
+    model = keras_ebft.EBFTModel(llama(num_layers=1), sampler, network, seed=0)
+    calls, train_step = [], model.train_step
+    model.train_step = lambda *data: calls.append(1) or train_step(*data)
+    model.compile("adam")
+    model.fit(documents(4, 12), batch_size=2, verbose=0)
+    assert len(calls) == 1
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def has_malloc_trim():
+    return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim")
+
+
+@pytest.mark.skipif(not has_malloc_trim(), reason="the C library has no malloc_trim")
+def test_freed_memory_goes_back():
+    library = ctypes.CDLL(None)
+    library.malloc.restype = ctypes.c_void_p
+    # Small parts, which glibc takes from its heap, up to one that stays in use.
+    parts = [library.malloc(1000) for _ in range(200_000)]
+    for part in parts:
+        ctypes.memset(part, 1, 1000)
+    for part in parts[:-1]:
+        library.free(ctypes.c_void_p(part))
+    before = resident()
+    return_freed_memory()
+    assert before - resident() > 100 * MIB
+    library.free(ctypes.c_void_p(parts[-1]))
