@@ -118,12 +118,16 @@ def run_own(folder, shape):
     import numpy as np
     from phases import make_phase
 
+    from keras_ebft.kernels.backend import no_gradient
+
     backbone = keras_hub.models.LlamaBackbone.from_preset(
         str(folder), dtype=shape["dtype"]
     )
     model = harness.compiled_model(keras_hub.models.LlamaCausalLM(backbone), shape)
     tokens = harness.random_tokens(shape, shape["vocabulary"])
-    scores = model.score(tokens, random_rollouts(shape))["log_prob"]
+    # A graph for its gradient is nothing that a training step would keep.
+    with no_gradient():
+        scores = model.score(tokens, random_rollouts(shape))["log_prob"]
     log_prob = np.asarray(_to_numpy(scores)).tolist()
     whole = harness.measure(make_phase("step", model, tokens), shape["repeats"])
     seconds = {
