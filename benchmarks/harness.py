@@ -6,8 +6,10 @@ framework compiles, waits and differentiates in its own way.
 
 import datetime
 import json
+import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -76,6 +78,12 @@ def random_tokens(shape, vocabulary_size):
     generator = np.random.default_rng(0)
     size = (shape["batch"], shape["length"])
     return generator.integers(0, vocabulary_size, size).astype("int32")
+
+
+def num_bytes(variable):
+    """Bytes of a Keras variable, whose dtype ends in its bits."""
+    bits = re.search(r"\d+$", variable.dtype)
+    return math.prod(variable.shape) * (int(bits.group()) if bits else 8) // 8
 
 
 class PeakMemory:

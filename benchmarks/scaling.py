@@ -2,6 +2,7 @@
 
     python benchmarks/scaling.py --sweeps length vocabulary rollout --results scaling
     python benchmarks/scaling.py --sweeps length --phase prefill --backend torch
+    python benchmarks/scaling.py --sweeps rollout --stride 64
 
 Everything but the swept value stays as in `step.py`. `growth` is the slope of a
 straight line through the logarithms: time grows as value^growth.
@@ -88,6 +89,8 @@ def main():
         f"python benchmarks/scaling.py --backend {arguments.backend} "
         f"--phase {arguments.phase} --sweeps {' '.join(arguments.sweeps)}"
     )
+    for name, value in shape.items():
+        command += f" --{name} {value}" if value != step.DEFAULTS[name] else ""
     harness.write_results(arguments.results, command, text, found)
 
 

@@ -66,10 +66,8 @@ def measure_phase(phase, shape):
     tokens = harness.random_tokens(shape, shape["vocabulary"])
     run = make_phase(phase, model, tokens)
     found = harness.measure(run, shape["repeats"])
-    weights = sum(
-        v.value.nbytes if hasattr(v.value, "nbytes") else 0 for v in model.variables
-    )
-    return {**found, "variables": int(weights)}
+    variables = [*model.variables, *model.optimizer.variables]
+    return {**found, "variables": sum(map(harness.num_bytes, variables))}
 
 
 def measure_alone(backend, phase, shape):
