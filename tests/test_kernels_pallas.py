@@ -211,12 +211,12 @@ def test_sampling_has_no_races_and_leaves_nothing_unwritten_on_tpu(
 
 
 def test_rewards_have_no_races_and_leave_nothing_unwritten_on_tpu(monkeypatch):
-    """Two tiles of blocks in both kernels, the last ragged, and of each feature."""
+    """Two tiles of blocks in both kernels, the last ragged, three of each feature."""
     reward = module_of("feature_reward", "tpu")
-    monkeypatch.setattr(reward, "BLOCKS", (1, 128))
-    monkeypatch.setattr(reward, "TILE_BYTES", 3 * 128 * 128 * 4)
+    monkeypatch.setattr(reward, "LANES", 8)
+    monkeypatch.setattr(reward, "BLOCKS", (1, 8))
     spec = reward_specs.Spec(
-        "watched", batch=1, samples=3, blocks=130, features=2, width=200, unbiased=True
+        "watched", batch=1, samples=3, blocks=10, features=2, width=20, unbiased=True
     )
     contract = TestRewardTpu()
     contract.check(
