@@ -64,6 +64,8 @@ def attempt(function, *arguments):
     """What a function returns, or its traceback: one failure must not cost the rest."""
     try:
         return function(*arguments)
+    except NotImplementedError as error:
+        return {"not supported": str(error)}
     except Exception:
         return {"failed": traceback.format_exc()}
 
@@ -96,7 +98,7 @@ def strided_flops(spec):
 def with_flops(times, flops, backward=2.5):
     """Adds what each entry achieves; backward in forward passes' work."""
     for entry in times.values():
-        if "failed" not in entry:
+        if "forward_ms" in entry:
             entry["forward_tflops"] = flops / entry["forward_ms"] / 1e9
             entry["both_tflops"] = (1 + backward) * flops / entry["both_ms"] / 1e9
 

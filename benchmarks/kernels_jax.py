@@ -51,7 +51,11 @@ def with_gradients(function):
         outputs, pull = jax.vjp(function, *arguments)
         leaves, tree = jax.tree.flatten(outputs)
         keys = jax.random.split(jax.random.key(0), len(leaves))
-        weights = [jax.random.normal(k, o.shape, o.dtype) for k, o in zip(keys, leaves)]
+        weights = [
+            # The same numbers whatever the dtype.
+            jax.random.normal(key, leaf.shape).astype(leaf.dtype)
+            for key, leaf in zip(keys, leaves)
+        ]
         return outputs, pull(jax.tree.unflatten(tree, weights))
 
     return run
