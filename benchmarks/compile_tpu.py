@@ -22,6 +22,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from keras_ebft import kernels
+from keras_ebft.kernels.feature_reward import specs as reward
 from keras_ebft.kernels.linear_logprob import specs as logprob
 from keras_ebft.kernels.linear_sample import specs as sample
 from keras_ebft.kernels.strided_attention import specs as strided
@@ -83,6 +84,16 @@ SAMPLES = (
     (dataclasses.replace(ROLLOUTS, width=5376), "bfloat16", {"soft_cap": 30.0}),
     (dataclasses.replace(ROLLOUTS, width=16384), "float32", {}),
 )
+FEATURES = reward.BENCHMARK
+REWARDS = (
+    (FEATURES, "float32"),
+    (FEATURES, "bfloat16"),
+    (dataclasses.replace(FEATURES, samples=16, unbiased=True), "float32"),
+    (dataclasses.replace(FEATURES, samples=16, whitening="feature"), "bfloat16"),
+    (dataclasses.replace(FEATURES, samples=1, blocks=1, width=200), "float32"),
+    (dataclasses.replace(FEATURES, samples=7, features=3, width=2048), "float32"),
+    (dataclasses.replace(FEATURES, samples=3, batch=16, whitening=None), "float32"),
+)
 
 
 def kernel(op):
@@ -93,13 +104,25 @@ def kernel(op):
 
 def compile_sampling(spec, dtype, options, device):
     """Compiles sampling; returns seconds."""
-    sharding = SingleDeviceSharding(device)
     shapes = ((spec.rows, spec.width), (spec.vocabulary, spec.width), (spec.rows,))
+    arrays = list(zip(shapes, (dtype, dtype, "float32")))
+    return compile_forward("linear_sample", arrays, options, device)
+
+
+def compile_rewards(spec, dtype, device):
+    """Compiles rewards; returns seconds."""
+    lead = (spec.batch, spec.samples, spec.blocks, spec.features, spec.width)
+    arrays = [(lead, dtype), ((lead[0], *lead[2:]), dtype)]
+    return compile_forward("feature_reward", arrays, spec.options(), device)
+
+
+def compile_forward(op, arrays, options, device):
+    """Compiles what has no gradient, for `(shape, dtype)` pairs; returns seconds."""
+    sharding = SingleDeviceSharding(device)
     arrays = [
-        jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
-        for shape, kind in zip(shapes, (dtype, dtype, "float32"))
+        jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in arrays
     ]
-    run = functools.partial(kernel("linear_sample"), interpret=False, **options)
+    run = functools.partial(kernel(op), interpret=False, **options)
     start = time.monotonic()
     jax.jit(run).lower(*arrays).compile()
     return time.monotonic() - start
@@ -139,6 +162,10 @@ def main():
         for spec, dtype, options in SAMPLES:
             seconds = compile_sampling(spec, dtype, options, topology.devices[0])
             report(chip, "linear_sample", spec, dtype, options, seconds)
+        for spec, dtype in REWARDS:
+            seconds = compile_rewards(spec, dtype, topology.devices[0])
+            options = {f"{spec.samples} samples", str(spec.whitening)}
+            report(chip, "feature_reward", spec, dtype, options, seconds)
 
 
 def report(chip, op, spec, dtype, options, seconds):

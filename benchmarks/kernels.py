@@ -1,4 +1,4 @@
-"""Builds, checks and times every kernel and a whole step, and writes JSON.
+"""Builds, checks and times every kernel and a whole step on PyTorch; writes JSON.
 
     KERAS_BACKEND=torch python benchmarks/kernels.py results.json
 
@@ -11,29 +11,25 @@ Compared with, where installed: PyTorch's FlexAttention, Liger. Their times are 
 forward pass and of forward and backward.
 """
 
-import argparse
 import dataclasses
 import gc
 import importlib.util
-import json
 import os
 import platform
 import statistics
-import sys
 import time
-import traceback
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
 import keras
 import keras_hub
+import kernel_harness as harness
 import numpy as np
 import torch
+from kernel_harness import able, attempt, load, with_ratios
 
 import keras_ebft
 from keras_ebft import kernels
-from keras_ebft.kernels import dispatch
-from keras_ebft.kernels.device import device_of
 from keras_ebft.kernels.feature_reward import specs as reward_specs
 from keras_ebft.kernels.linear_logprob import specs as logprob_specs
 from keras_ebft.kernels.linear_sample import specs as sample_specs
@@ -48,22 +44,8 @@ def synchronize():
         torch.cuda.synchronize()
 
 
-def milliseconds(function, rounds=5, target=0.1):
-    """Median over rounds of the mean time of a call, warmed up."""
-    function()
-    synchronize()
-    start = time.perf_counter()
-    function()
-    synchronize()
-    calls = max(1, min(50, int(target / (time.perf_counter() - start))))
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        for _ in range(calls):
-            function()
-        synchronize()
-        times.append((time.perf_counter() - start) / calls)
-    return 1e3 * statistics.median(times)
+def milliseconds(function):
+    return harness.milliseconds(function, lambda _: synchronize())
 
 
 def tensors(spec, dtype=DTYPE, gradients=True):
@@ -112,41 +94,6 @@ def ceilings(tiny):
     }
 
 
-def able(op, tensor, head_size, options):
-    """The implementations that can run here, forced if need be."""
-    call = dispatch.Call(
-        op, "torch", device_of(tensor), frozenset(["bfloat16"]), head_size, options
-    )
-    found = kernels.implementations(op)
-    return [i for i in found if i.refusal(call, forced=True) is None]
-
-
-def attempt(function, *arguments):
-    """What a function returns, or its traceback: one failure must not cost the rest."""
-    try:
-        return function(*arguments)
-    except Exception:
-        return {"failed": traceback.format_exc()}
-
-
-def has_failed(result):
-    """Whether anything in a nested result failed."""
-    if not isinstance(result, dict):
-        return False
-    return "failed" in result or any(has_failed(value) for value in result.values())
-
-
-def with_ratios(times, key):
-    """Adds to every entry its time over that of each entry it is compared with."""
-    for own in times.values():
-        if key in own:
-            own["time_over"] = {
-                name: own[key] / other[key]
-                for name, other in times.items()
-                if other is not own and key in other
-            }
-
-
 def timings(bind, spec, names, arguments):
     """Times of implementations and of the compiled definition, by name."""
     times = {name: attempt(timed, bind(spec, name), arguments) for name in names}
@@ -185,10 +132,6 @@ def measure(function, arguments):
     return [*outputs, *torch.autograd.grad(outputs, arguments, weights)]
 
 
-def load(op, name):
-    return next(i for i in kernels.implementations(op) if i.name == name).load()
-
-
 def bind_strided(spec, name):
     run = load("strided_attention", name)
     anchors, _ = spec.places()
@@ -199,21 +142,20 @@ def strided_attention(tiny):
     small = dataclasses.replace(strided_specs.BENCHMARK, blocks=16, length=160)
     spec = small if tiny else strided_specs.BENCHMARK
     arguments = tensors(spec)
-    found = able("strided_attention", arguments[0], spec.head_size, spec.in_use())
+    found = able(
+        "strided_attention",
+        arguments[0],
+        head_size=spec.head_size,
+        options=spec.in_use(),
+    )
     names = [record.name for record in found]
-    seen = spec.samples * spec.queries * int(spec.places()[0].sum())
-    seen += spec.samples * spec.blocks * spec.queries * (spec.queries + 1) // 2
-    flops = 4 * spec.batch * spec.heads * spec.head_size * seen
     result = {"errors": checked(bind_strided, small, names)}
     result["times"] = timings(bind_strided, spec, names, arguments)
     if DEVICE == "cuda":
         result["times"]["flex_attention"] = attempt(
             lambda: timed(*flex_attention(spec, arguments))
         )
-    for times in result["times"].values():
-        if "failed" not in times:
-            times["forward_tflops"] = flops / times["forward_ms"] / 1e9
-            times["both_tflops"] = 3.5 * flops / times["both_ms"] / 1e9
+    harness.with_flops(result["times"], harness.strided_flops(spec))
     with_ratios(result["times"], "both_ms")
     return result
 
@@ -272,7 +214,7 @@ def linear_logprob(tiny):
     )
     spec = small if tiny else logprob_specs.BENCHMARK
     arguments = tensors(spec)
-    found = able("linear_logprob", arguments[0], None, spec.in_use())
+    found = able("linear_logprob", arguments[0], options=spec.in_use())
     names = [record.name for record in found]
     flops = 2 * spec.rows * spec.width * spec.vocabulary
     result = {"errors": checked(bind_logprob, small, names)}
@@ -280,9 +222,7 @@ def linear_logprob(tiny):
     result["times"]["matmul alone"] = timed(lambda x, w: x @ w.T, arguments)
     if importlib.util.find_spec("liger_kernel") and DEVICE == "cuda":
         result["times"]["liger"] = attempt(lambda: timed(liger(spec), arguments))
-    for times in result["times"].values():
-        if "failed" not in times:
-            times["forward_tflops"] = flops / times["forward_ms"] / 1e9
+    harness.with_flops(result["times"], flops, backward=2.0)
     with_ratios(result["times"], "both_ms")
     return result
 
@@ -320,7 +260,7 @@ def linear_sample(tiny):
             "tflops": 2 * spec.rows * spec.vocabulary * spec.width / elapsed / 1e9,
         }
 
-    for record in able("linear_sample", uniform, None, spec.in_use()):
+    for record in able("linear_sample", uniform, options=spec.in_use()):
         run = record.load()
         result["same_tokens"][record.name] = attempt(agreement, run)
         result["times"][record.name] = attempt(spent, run)
@@ -337,37 +277,36 @@ def small_uniform(spec):
 
 def feature_reward(tiny):
     """Float32, as feature networks give it; 16 samples besides the paper's 4."""
+    return {f"{samples} samples": rewards_of(samples, tiny) for samples in (4, 16)}
+
+
+def rewards_of(samples, tiny):
+    spec = dataclasses.replace(reward_specs.BENCHMARK, samples=samples)
+    small = dataclasses.replace(spec, batch=1, blocks=3, width=96)
+    few = tensors(small, torch.float32, False)
+    exact = load("feature_reward", "reference")(*few, **small.options())
+    arguments = few if tiny else tensors(spec, torch.float32, False)
+
+    def errors_of(run):
+        # Poison, as above.
+        torch.full((2**20,), float("nan"), device=DEVICE)
+        found = run(*few, **small.options())
+        return {k: float((v - exact[k]).abs().max()) for k, v in found.items()}
+
+    def spent(run):
+        elapsed = milliseconds(lambda: run(*arguments, **spec.options()))
+        read = sum(argument.nbytes for argument in arguments)
+        return {"forward_ms": elapsed, "features_gb_per_s": read / elapsed / 1e6}
+
     result = {"errors": {}, "times": {}}
-    for samples in (4, 16):
-        spec = dataclasses.replace(reward_specs.BENCHMARK, samples=samples)
-        small = dataclasses.replace(spec, batch=1, blocks=3, width=96)
-        case = f"{samples} samples"
-        errors = result["errors"][case] = {}
-        times = result["times"][case] = {}
-        exact = load("feature_reward", "reference")(
-            *tensors(small, torch.float32, False), **small.options()
-        )
-        arguments = tensors(small if tiny else spec, torch.float32, False)
-        call = dispatch.Call(
-            "feature_reward", "torch", device_of(arguments[0]), frozenset(["float32"])
-        )
-        for record in kernels.implementations("feature_reward"):
-            if record.refusal(call, forced=True) is not None:
-                continue
-            run = record.load()
-            # Poison, as above.
-            torch.full((2**20,), float("nan"), device=DEVICE)
-            found = run(*tensors(small, torch.float32, False), **small.options())
-            errors[record.name] = {
-                name: float((value - exact[name]).abs().max())
-                for name, value in found.items()
-            }
-            spent = milliseconds(lambda: run(*arguments, **spec.options()))  # noqa: B023
-            read = sum(argument.nbytes for argument in arguments)
-            times[record.name] = {
-                "forward_ms": spent,
-                "features_gb_per_s": read / spent / 1e6,
-            }
+    for record in able("feature_reward", arguments[0], "float32"):
+        run = record.load()
+        result["errors"][record.name] = attempt(errors_of, run)
+        result["times"][record.name] = attempt(spent, run)
+    if DEVICE == "cuda":
+        plain = torch.compile(load("feature_reward", "reference"))
+        result["times"]["reference, compiled"] = attempt(spent, plain)
+    with_ratios(result["times"], "forward_ms")
     return result
 
 
@@ -397,7 +336,7 @@ def whole_step(tiny):
     forced = [
         op
         for op in paths
-        if any(i.name == "triton" for i in able(op, device, 64, frozenset()))
+        if any(i.name == "triton" for i in able(op, device, head_size=64))
     ]
     if forced:
         for op in forced:
@@ -470,52 +409,24 @@ SECTIONS = (
 
 
 def describe():
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    versions |= {"keras": keras.__version__, "keras_hub": keras_hub.__version__}
-    if importlib.util.find_spec("triton"):
-        import triton
-
-        versions["triton"] = triton.__version__
     name = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor()
-    return {"device": DEVICE, "name": name, "versions": versions}
+    packages = ("torch", "triton", "keras", "keras-hub", "liger-kernel")
+    return {"device": DEVICE, "name": name, "versions": harness.versions(*packages)}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("output")
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--seconds", type=float, default=450.0)
-    arguments = parser.parse_args()
-    if DEVICE == "cpu" and not arguments.tiny:
-        parser.error("Expected a CUDA device. Use --tiny to run without one.")
-    start = time.monotonic()
-    results = {**describe(), "tiny": arguments.tiny}
-    failed = False
-    for section in SECTIONS:
-        begun = time.monotonic()
-        if begun - start > arguments.seconds:
-            results[section.__name__] = {"not run": "out of time"}
-            failed = True
-            continue
-        result = attempt(section, arguments.tiny)
-        failed |= has_failed(result)
-        if section is whole_step and "matmul_tflops" in results["ceilings"]:
-            for measured in result.values():
-                if "achieved_tflops" in measured:
-                    measured["model_flop_utilisation"] = (
-                        measured["achieved_tflops"]
-                        / results["ceilings"]["matmul_tflops"]
-                    )
-        result["section_seconds"] = time.monotonic() - begun
-        results[section.__name__] = result
-        print(section.__name__, json.dumps(result, indent=1), flush=True)
-        with open(arguments.output, "w") as file:
-            json.dump(results, file, indent=1)
-        gc.collect()
-        if DEVICE == "cuda":
-            torch.cuda.empty_cache()
-    sys.exit(failed)
+def utilisation(section, result, results):
+    """Adds the share of the measured matrix product's speed that a step reaches."""
+    ceiling = results.get("ceilings", {}).get("matmul_tflops")
+    for measured in result.values() if section == "whole_step" and ceiling else ():
+        if "achieved_tflops" in measured:
+            measured["model_flop_utilisation"] = measured["achieved_tflops"] / ceiling
+
+
+def clean():
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(__doc__, SECTIONS, describe, finish=utilisation, clean=clean)

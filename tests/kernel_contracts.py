@@ -11,7 +11,7 @@ import functools
 import keras
 import numpy as np
 import pytest
-from helpers import to_numpy
+from helpers import gradients, to_numpy
 from keras import ops
 
 from keras_ebft import kernels
@@ -356,6 +356,26 @@ class LinearLogprobContract(Contract):
         return [log_p[np.arange(spec.rows), spec.places()], entropy]
 
 
+def assert_no_gradient(contract, function):
+    """The operation with the contract's implementation forced, beside what has one."""
+    arrays = [tensor(array) for array in contract.specs.SPECS[0].arrays().values()]
+    variables = [keras.Variable(array) for array in arrays]
+
+    def loss():
+        values = [variable.value for variable in variables]
+        return ops.sum(function(*values)) + 2.0 * sum(ops.sum(v) for v in values)
+
+    kernels.set_implementation(contract.op, contract.name)
+    try:
+        with kernels.watch_choices() as choices:
+            found = gradients(loss, variables)
+    finally:
+        kernels.set_implementation(contract.op, None)
+    assert choices == {contract.op: {contract.name}}
+    for gradient in found:
+        np.testing.assert_array_equal(to_numpy(gradient), 2.0)
+
+
 @parameters(sample_specs, ("plain", "capped"))
 class LinearSampleContract:
     """No gradients: tokens and their log-probabilities."""
@@ -404,6 +424,10 @@ class LinearSampleContract:
         for one, two in zip(found, plain):
             assert one.max() < 1.5 * two.max() + 1e-5
         assert plain[1].max() < 0.1
+
+    def test_nothing_has_a_gradient(self):
+        places = tensor(self.specs.SPECS[0].places())
+        assert_no_gradient(self, lambda *t: kernels.linear_sample(*t, places)[1])
 
     def test_a_number_decides_its_token_whatever_the_rows_around(self):
         spec = self.specs.SPECS[0]
@@ -571,6 +595,9 @@ class FeatureRewardContract:
 
         with pytest.raises(AssertionError):
             self.check(self.specs.SPECS[0], wrong)
+
+    def test_nothing_has_a_gradient(self):
+        assert_no_gradient(self, lambda x, t: kernels.feature_reward(x, t)["reward"])
 
     def test_features_of_zero_give_finite_rewards(self):
         for whitening in ("rollout", "feature", None):

@@ -1,5 +1,7 @@
 """The choice between implementations: by record, forced, refused, logged."""
 
+import ast
+import dataclasses
 import logging
 import os
 import subprocess
@@ -288,9 +290,60 @@ def test_fit_logs_once_which_implementations_run(caplog):
     assert "linear_logprob=reference" in message
 
 
+def small_call(op):
+    """Calls a path with tensors of a few numbers, without any option."""
+    heads, block = ops.ones((1, 4, 2, 8)), ops.ones((1, 1, 1, 4, 2, 8))
+    rows, places = ops.ones((2, 16)), ops.zeros((2,), "int32")
+    return {
+        "causal_attention": lambda: kernels.causal_attention(*[heads] * 3, scale=1.0),
+        "feature_reward": lambda: kernels.feature_reward(
+            ops.ones((1, 2, 1, 1, 4)), ops.ones((1, 1, 1, 4))
+        ),
+        "linear_logprob": lambda: kernels.linear_logprob(rows, rows, places),
+        "linear_sample": lambda: kernels.linear_sample(rows, rows, ops.ones((2,)) / 2),
+        "strided_attention": lambda: kernels.strided_attention(*[block] * 3, scale=1.0),
+    }[op]()
+
+
+RECORDS = [(op, record.name) for op in OPS for record in kernels.implementations(op)]
+
+
+@pytest.mark.parametrize(("op", "name"), RECORDS)
+def test_every_implementation_that_is_forced_runs_or_raises(op, name):
+    record = next(r for r in kernels.implementations(op) if r.name == name)
+    kernels.set_implementation(op, name)
+    platform = device_of(ops.ones((1,))).platform
+    able = BACKEND in record.backends and (
+        record.platforms is None
+        or platform in record.platforms + record.forced_platforms
+    )
+    with kernels.watch_choices() as choices:
+        if able:
+            small_call(op)
+        else:
+            with pytest.raises(ValueError, match=f"forced by set_impl.*'{name}', but"):
+                small_call(op)
+    assert choices == ({op: {name}} if able else {})
+
+
 @pytest.mark.backend_independent
-def test_the_library_runs_without_triton():
-    """A process in which Triton cannot be imported.
+def test_kernels_are_not_chosen_for_hardware_that_they_have_not_run_on():
+    for op, name in RECORDS:
+        if name in ("triton", "pallas_tpu", "pallas_gpu"):
+            assert next(
+                r for r in kernels.implementations(op) if r.name == name
+            ).only_forced
+
+
+@pytest.mark.backend_independent
+def test_records_do_not_change():
+    record = dispatch.Implementation("fast", "nowhere:none")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        record.only_forced = True
+
+
+def test_the_library_runs_without_kernel_languages():
+    """A process in which neither Triton nor Pallas can be imported.
 
     Keras itself imports Pallas on JAX, so that it is never missing there.
     """
@@ -298,22 +351,39 @@ def test_the_library_runs_without_triton():
 import sys
 # Importing what is None there raises ModuleNotFoundError.
 sys.modules["triton"] = None
+import keras
+if keras.backend.backend() != "jax":
+    sys.modules["jax.experimental.pallas"] = None
 import keras_ebft
-from keras import ops
 from keras_ebft import kernels
-tokens, _ = kernels.linear_sample(
-    ops.ones((1, 2)), ops.ones((3, 2)), ops.convert_to_tensor([0.5])
-)
-print(ops.convert_to_numpy(tokens).tolist())
+from test_dispatch import OPS, small_call
+with kernels.watch_choices() as choices:
+    for op in OPS:
+        small_call(op)
+print(sorted(set.union(*choices.values())))
+for language in ("triton", "jax.experimental.pallas"):
+    assert sys.modules.get(language) is None or keras.backend.backend() == "jax"
+kernels.set_implementation("linear_sample", "triton")
+try:
+    small_call("linear_sample")
+except ValueError as error:
+    print("raises" if BACKEND_MESSAGE in str(error) else error)
 """
+    message = (
+        "triton, which is not installed" if BACKEND == "torch" else "backend torch"
+    )
     process = subprocess.run(
-        [sys.executable, "-c", script],
-        env=os.environ,
+        [sys.executable, "-c", script.replace("BACKEND_MESSAGE", repr(message))],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
-    assert process.stdout.split("\n")[-2] == "[1]"
+    assert process.returncode == 0, process.stderr
+    chosen, raised = process.stdout.split("\n")[-3:-1]
+    plain = {"blockwise", "chunked", "fused", "reference"}
+    assert set(ast.literal_eval(chosen)) <= plain
+    assert raised == "raises"
 
 
 def test_what_is_not_proven_runs_only_if_forced(path):

@@ -14,6 +14,7 @@ import pytest
 from helpers import documents, flat, llama, to_numpy
 from kernel_contracts import (
     FLOAT32_TOLERANCE,
+    FeatureRewardContract,
     LinearLogprobContract,
     LinearSampleContract,
     StridedAttentionContract,
@@ -24,6 +25,7 @@ from kernel_contracts import (
 
 import keras_ebft
 from keras_ebft import kernels
+from keras_ebft.kernels.feature_reward import specs as reward_specs
 from keras_ebft.kernels.linear_logprob import specs as logprob_specs
 from keras_ebft.kernels.linear_sample import specs as sample_specs
 from keras_ebft.kernels.strided_attention import specs as strided_specs
@@ -33,7 +35,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-FORCED = ("linear_logprob", "linear_sample", "strided_attention")
+FORCED = ("feature_reward", "linear_logprob", "linear_sample", "strided_attention")
 
 
 def module_of(op, platform):
@@ -68,6 +70,14 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(gpu, "CHUNK_BYTES", 1)
     monkeypatch.setattr(module_of("linear_sample", "gpu"), "ROW_TILE", 16)
     monkeypatch.setattr(module_of("linear_sample", "tpu"), "GROUPS_PER_STEP", 4)
+    reward = module_of("feature_reward", "tpu")
+    monkeypatch.setattr(reward, "LANES", 8)
+    monkeypatch.setattr(reward, "BLOCKS", (2, 2))
+    monkeypatch.setattr(reward, "TILE_BYTES", 4096)
+    tiles = module_of("feature_reward", "gpu").TILES
+    monkeypatch.setattr(
+        module_of("feature_reward", "gpu"), "TILES", dict.fromkeys(tiles, (16, 2))
+    )
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -93,6 +103,16 @@ class TestSampleTpu(LinearSampleContract):
 
 @pytest.mark.usefixtures("small_tiles")
 class TestSampleGpu(LinearSampleContract):
+    name = "pallas_gpu"
+
+
+@pytest.mark.usefixtures("small_tiles")
+class TestRewardTpu(FeatureRewardContract):
+    name = "pallas_tpu"
+
+
+@pytest.mark.usefixtures("small_tiles")
+class TestRewardGpu(FeatureRewardContract):
     name = "pallas_gpu"
 
 
@@ -190,6 +210,21 @@ def test_sampling_has_no_races_and_leaves_nothing_unwritten_on_tpu(
     assert not races_found()
 
 
+def test_rewards_have_no_races_and_leave_nothing_unwritten_on_tpu(monkeypatch):
+    """Two tiles of blocks in both kernels, the last ragged, three of each feature."""
+    reward = module_of("feature_reward", "tpu")
+    monkeypatch.setattr(reward, "LANES", 8)
+    monkeypatch.setattr(reward, "BLOCKS", (1, 8))
+    spec = reward_specs.Spec(
+        "watched", batch=1, samples=3, blocks=10, features=2, width=20, unbiased=True
+    )
+    contract = TestRewardTpu()
+    contract.check(
+        spec, functools.partial(contract.run, interpret=watchful_interpreter())
+    )
+    assert not races_found()
+
+
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
 def test_tiling_leaves_tokens_as_they_are(platform, small_tiles, monkeypatch):
     """Whole and small tiles: the same numbers draw the same tokens."""
@@ -278,6 +313,28 @@ def test_lowers_for_gpu(op, spec, options, dtype):
     assert lowered.as_text().count("@__gpu$xla.gpu.triton") == kernels
 
 
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_log_probabilities_have_no_logits_in_memory(platform, monkeypatch):
+    """Forward and backward; on GPU gradients of logits exist for 128 rows at a time."""
+    import jax
+
+    spec = LOGPROB_SPEC
+    monkeypatch.setattr(module_of("linear_logprob", "gpu"), "CHUNK_BYTES", 1)
+    function, arrays = call_and_gradients(
+        "linear_logprob", f"pallas_{platform}", spec, "bfloat16", LOGPROB
+    )
+    if platform == "tpu":
+        text = jax.export.export(function, platforms=["tpu"])(*arrays).mlir_module()
+    else:
+        lowered = function.trace(*arrays).lower(lowering_platforms=("cuda",))
+        text = lowered.as_text()
+    large = [s for s in sizes_in(text) if max(s) >= spec.vocabulary]
+    assert large
+    rows = [min(s) for s in large if len(s) > 1 and spec.width not in s]
+    assert max(rows, default=0) <= 128 < spec.rows
+    assert rows or platform == "tpu"
+
+
 # Options, dtype, kernels: greedy needs no second pass.
 SAMPLING = [
     ({"temperature": 0.6, "soft_cap": 30.0}, "bfloat16", 2),
@@ -323,19 +380,78 @@ def test_sampling_lowers_for_gpu(options, dtype, kernels, shape):
     assert_no_logits(text, shape)
 
 
-def assert_no_logits(text, shape):
-    """Nothing but the head is as large as the vocabulary; rows are fewer than wide."""
-    rows, width, vocabulary = shape
-    sizes = [
+def sizes_in(text):
+    """The sides of every tensor that a lowered program names."""
+    return [
         [int(size) for size in found.split("x")[:-1]]
         for found in re.findall(r"tensor<((?:\d+x)+)", text)
     ]
+
+
+def assert_no_logits(text, shape):
+    """Nothing but the head is as large as the vocabulary; rows are fewer than wide."""
+    rows, width, vocabulary = shape
+    sizes = sizes_in(text)
     # What is kept per group of 128 tokens, of a few more where tiles are larger.
     groups = -(-vocabulary // 128)
     assert any(s[0] == rows and groups <= s[-1] < groups + 4 for s in sizes)
     large = [s for s in sizes if max(s) >= vocabulary]
     assert large
     assert all(s[0] == vocabulary and s[1] >= width for s in large), large
+
+
+# Every number of samples is a kernel of its own; the last is of a real model.
+REWARDS = [
+    (dataclasses.replace(spec, batch=1), dtype)
+    for spec in reward_specs.SPECS
+    for dtype in ("float32", "bfloat16")
+    if spec.name in ("one_sample", "sixteen", "feature", "no_whitening", "everything")
+]
+REWARDS.append((reward_specs.BENCHMARK, "float32"))
+
+
+def rewarding(name, spec, dtype):
+    """A compiled kernel and the shapes of its arguments."""
+    import jax
+
+    run = implementation("feature_reward", name).load()
+    run = functools.partial(run, interpret=False, **spec.options())
+    lead = (spec.batch, spec.samples, spec.blocks, spec.features, spec.width)
+    shapes = [lead, (lead[0], *lead[2:])]
+    return jax.jit(run), [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize(("spec", "dtype"), REWARDS)
+def test_rewards_lower_for_tpu(spec, dtype):
+    import jax
+
+    function, arrays = rewarding("pallas_tpu", spec, dtype)
+    exported = jax.export.export(function, platforms=["tpu"])(*arrays)
+    assert exported.mlir_module().count("@tpu_custom_call") == 2
+
+
+@pytest.mark.parametrize(("spec", "dtype"), REWARDS)
+def test_rewards_lower_for_gpu(spec, dtype):
+    function, arrays = rewarding("pallas_gpu", spec, dtype)
+    lowered = function.trace(*arrays).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("@__gpu$xla.gpu.triton") == 1
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_features_are_read_once_and_written_never(platform):
+    """Of what is as large as the features, only they themselves exist."""
+    import jax
+
+    spec = reward_specs.BENCHMARK
+    function, arrays = rewarding(f"pallas_{platform}", spec, "float32")
+    jaxpr = jax.make_jaxpr(function)(*arrays).jaxpr
+    (call,) = jaxpr.eqns
+    sizes = [
+        [variable.aval.size for variable in equation.outvars]
+        for equation in call.params["jaxpr"].eqns
+        if equation.primitive.name not in ("reshape", "jit", "pad")
+    ]
+    assert max(flat(sizes)) < 0.1 * arrays[0].size
 
 
 @pytest.mark.slow
@@ -391,4 +507,4 @@ def test_compiles_for_tpu(chip):
         check=False,
     )
     assert process.returncode == 0, process.stderr[-2000:]
-    assert process.stdout.count("compiled in") == 19
+    assert process.stdout.count("compiled in") == 26

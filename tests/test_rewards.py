@@ -262,8 +262,8 @@ def test_rewards_have_no_gradient():
 
 
 def test_more_samples_than_kernels_take():
-    records = {r.name: r for r in kernels.implementations("feature_reward")}
-    assert "many_samples" not in records["triton"].options
+    *fast, _ = kernels.implementations("feature_reward")
+    assert not any("many_samples" in record.options for record in fast)
     with kernels.watch_choices() as choices:
         rewards = keras_ebft.FeatureMatchingReward()(*features_of(17))
     assert choices == {"feature_reward": {"reference"}}

@@ -5,7 +5,30 @@ from keras_ebft.kernels.dispatch import Implementation
 
 _HERE = "keras_ebft.kernels.feature_reward"
 
+# On CPU, where they run only if forced, Pallas' interpreter takes their place.
+_PALLAS = {
+    "backends": ("jax",),
+    "forced_platforms": ("cpu",),
+    "dtypes": ("float32", "bfloat16"),
+    # At most 16 samples.
+    "options": (),
+    "only_forced": True,
+}
+
 IMPLEMENTATIONS = (
+    Implementation(
+        "pallas_tpu",
+        f"{_HERE}.jax_pallas_tpu:feature_reward_pallas_tpu",
+        platforms=("tpu",),
+        **_PALLAS,
+    ),
+    Implementation(
+        "pallas_gpu",
+        f"{_HERE}.jax_pallas_gpu:feature_reward_pallas_gpu",
+        platforms=("cuda",),
+        min_capability=(8, 0),
+        **_PALLAS,
+    ),
     Implementation(
         "triton",
         f"{_HERE}.torch_triton:feature_reward_triton",

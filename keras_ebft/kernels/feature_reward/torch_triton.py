@@ -3,16 +3,12 @@
 from typing import NamedTuple
 
 import torch
-import triton
 
 from keras_ebft.functional import COSINE_EPSILON, GROUP_NORM_EPSILON
 from keras_ebft.inner_products import EIGENVALUE_CUTOFF
+from keras_ebft.kernels.feature_reward.jacobi import padded_size, sweeps_for
 from keras_ebft.kernels.feature_reward.torch_triton_kernels import reward_blocks
 from keras_ebft.kernels.torch_triton_common import on_device_of
-
-# Sweeps of Jacobi's method after which float32 matrices of a size change no more,
-# nearly singular ones included, and one or more to spare.
-SWEEPS = {2: 3, 4: 6, 8: 8, 16: 10}
 
 
 class Tiles(NamedTuple):
@@ -28,7 +24,7 @@ class Tiles(NamedTuple):
             "SAMPLES": samples,
             "SIZE": self.size,
             "LANES": self.lanes,
-            "SWEEPS": SWEEPS[self.size],
+            "SWEEPS": sweeps_for(self.size),
             "WHITENING": whitening or "none",
             "ESTIMATOR": estimator,
             "CUTOFF": EIGENVALUE_CUTOFF,
@@ -42,7 +38,7 @@ def choose_tiles(samples):
 
     Sums are held as `[size, size, lanes]` in registers.
     """
-    size = max(triton.next_power_of_2(samples), 2)
+    size = padded_size(samples)
     if size <= 4:
         return Tiles(size, 128, 2)
     return Tiles(size, 64 if size == 8 else 16, 4)
