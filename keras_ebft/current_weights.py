@@ -6,10 +6,10 @@ import keras
 class CurrentWeights(keras.callbacks.Callback):
     """Hands the state of training back to the model after every batch.
 
-    On JAX, Keras keeps it apart while an epoch runs, and variables then read as
-    newly initialised ones. Callbacks that reach the model by `self.model` are
-    spared that; those that hold on to the language model itself, to generate text,
-    would get random weights, and no error. It must come before them.
+    On JAX, Keras keeps it apart while an epoch runs, and takes the variables' values
+    from them. Callbacks that reach the model by `self.model` are spared that; those
+    that hold on to the language model itself, to generate text, would find an error,
+    or values that are newly initialised. It must come before them.
     """
 
     def on_train_batch_end(self, batch, logs=None):
