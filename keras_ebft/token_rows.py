@@ -110,18 +110,7 @@ def _from_strings(texts, causal_lm, trim):
             "`preprocessor=`, or pass {'token_ids': ..., 'padding_mask': ...}."
         )
     texts = [_text(text) for text in np.ravel(texts)]
-    # The preprocessor splits T tokens into T-1 inputs and T-1 shifted labels.
-    inputs, labels, weights = preprocessor(
-        texts, sequence_length=preprocessor.sequence_length - 1
-    )
-    inputs, labels, weights = (
-        {name: _to_numpy(value) for name, value in inputs.items()},
-        _to_numpy(labels),
-        _to_numpy(weights),
-    )
-    token_ids = np.concatenate([inputs["token_ids"], labels[:, -1:]], axis=1)
-    mask = np.concatenate([inputs["padding_mask"], weights[:, -1:]], axis=1)
-    mask = mask.astype(bool)
+    token_ids, mask = bridge.preprocess_texts(preprocessor, texts)
     if trim:
         longest = max(int(mask.sum(axis=1).max()), 1)
         token_ids, mask = token_ids[:, :longest], mask[:, :longest]

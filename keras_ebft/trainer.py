@@ -4,6 +4,7 @@ import keras
 
 from keras_ebft.checkpoints import DataPosition
 from keras_ebft.critic import PolicyAndCriticOptimizer
+from keras_ebft.current_weights import CurrentWeights
 from keras_ebft.inputs import refuse_targets, split_rows, token_batches
 from keras_ebft.kernel_log import KernelLog
 from keras_ebft.kernels import watch_choices
@@ -150,23 +151,23 @@ class DocumentTrainer(keras.Model):
         position = DataPosition(
             self.training_state, train, kwargs.get("steps_per_epoch")
         )
-        if not isinstance(callbacks, (list, tuple)):
-            callbacks = [] if callbacks is None else [callbacks]
         with watch_choices() as choices:
+            own = [position, KernelLog(choices), CurrentWeights()]
             return super().fit(
                 train,
                 validation_data=validation_data,
-                callbacks=[position, KernelLog(choices), *callbacks],
+                callbacks=[*own, *_as_list(callbacks)],
                 **kwargs,
             )
 
-    def evaluate(self, x=None, y=None, batch_size=None, **kwargs):
+    def evaluate(self, x=None, y=None, batch_size=None, *, callbacks=None, **kwargs):
         """Measures on documents, always with the same random numbers.
 
         Args:
             x: documents of any form `fit` accepts.
             y: must be `None`.
             batch_size: int, documents per step for data in memory (default 16).
+            callbacks: `keras.callbacks.Callback`, a list of them, or `None`.
             **kwargs: further arguments of `keras.Model.evaluate`.
 
         Returns:
@@ -178,7 +179,12 @@ class DocumentTrainer(keras.Model):
         """
         refuse_targets(y=y, **kwargs)
         self._evaluation_seed.state.assign(self._evaluation_start.copy())
-        return super().evaluate(self._batches(x, batch_size), **kwargs)
+        # Within `fit`, its callbacks come as one object.
+        if not isinstance(callbacks, keras.callbacks.CallbackList):
+            callbacks = [CurrentWeights(), *_as_list(callbacks)]
+        return super().evaluate(
+            self._batches(x, batch_size), callbacks=callbacks, **kwargs
+        )
 
     def _batches(self, x, batch_size, shuffle=False):
         return token_batches(
@@ -189,3 +195,9 @@ class DocumentTrainer(keras.Model):
             shuffle=shuffle,
             seed=self.seed,
         )
+
+
+def _as_list(callbacks):
+    if isinstance(callbacks, (list, tuple)):
+        return list(callbacks)
+    return [] if callbacks is None else [callbacks]

@@ -7,7 +7,7 @@ import pytest
 from helpers import QUICK, documents, family, flat, gradients, llama, to_numpy
 
 import keras_ebft
-from keras_ebft import adapters
+from keras_ebft import adapters, bridge
 
 SAMPLER = keras_ebft.BlockSampler(
     rollout_length=2, stride=5, context_length=4, num_samples=2
@@ -20,9 +20,13 @@ def build(causal_lm, **options):
     return keras_ebft.EBFTModel(causal_lm, SAMPLER, NETWORK, seed=0, **options)
 
 
-def adapted(name="GPT2", rank=2, nonzero=False):
-    causal_lm = family(name, num_layers=1)
-    causal_lm.backbone.enable_lora(rank)
+# KerasHub's own names for the layers to adapt are not those of this family.
+GEMMA3N_LAYERS = ["q_proj", "v_proj"]
+
+
+def adapted(name="GPT2", rank=2, nonzero=False, targets=None, **changes):
+    causal_lm = family(name, **changes)
+    causal_lm.backbone.enable_lora(rank, target_layer_names=targets)
     if nonzero:
         random = np.random.default_rng(3)
         for layer in adapters.adapted_layers(causal_lm.backbone):
@@ -35,7 +39,7 @@ def adapted(name="GPT2", rank=2, nonzero=False):
 @pytest.fixture(scope="module")
 def fitted():
     """A GPT-2, which has biases, after training of its adapters."""
-    causal_lm = adapted()
+    causal_lm = adapted(num_layers=1)
     before = {v.path: to_numpy(v) for v in causal_lm.variables}
     model = build(causal_lm, ce_weight=0.1)
     features = [to_numpy(f) for f in model.features(X, np.ones((2, 2, 2, 2), "int32"))]
@@ -95,19 +99,25 @@ def logits(causal_lm):
     return causal_lm(x, training=False)
 
 
-def test_gradients_of_adapters_are_those_of_the_kernel():
+@pytest.mark.parametrize(
+    ("name", "targets", "changes"),
+    [
+        ("Llama", None, {"num_layers": 1}),
+        pytest.param("Gemma3n", GEMMA3N_LAYERS, {}, marks=pytest.mark.slow),
+    ],
+)
+def test_gradients_of_adapters_are_those_of_the_kernel(name, targets, changes):
     """dL/dB = A^T dL/dK and dL/dA = dL/dK B^T, K the kernel of a plain model."""
-    causal_lm = adapted("Llama", nonzero=True)
-    plain = family("Llama", num_layers=1)
+    causal_lm = adapted(name, nonzero=True, targets=targets, **changes)
+    plain = family(name, **changes)
     layers = adapters.adapted_layers(causal_lm.backbone)
-    kernels = []
-    for layer in layers:
-        name = layer.path.split("/")[-1]
-        kernel = getattr(
-            plain.backbone.transformer_layers[0]._self_attention_layer, f"_{name}_dense"
-        )
-        kernel._kernel.assign(to_numpy(layer.kernel))
-        kernels.append(kernel._kernel)
+    pairs = zip(
+        adapters.layers_of(causal_lm.backbone), adapters.layers_of(plain.backbone)
+    )
+    kernels = [twin._kernel for layer, twin in pairs if layer in layers]
+    assert len(kernels) == len(layers) >= 2
+    for layer, kernel in zip(layers, kernels):
+        kernel.assign(to_numpy(layer.kernel))
     model, twin = build(causal_lm, ce_weight=0.5), build(plain, ce_weight=0.5)
     rollouts = model.rollout(X, seed=1)
     outputs = {name: model.rewards(X, rollouts)[name] for name in ("advantage",)}
@@ -122,18 +132,45 @@ def test_gradients_of_adapters_are_those_of_the_kernel():
     expected = []
     for layer, gradient in zip(layers, kernel_gradients):
         a, b = (to_numpy(v) for v in adapters.adapter_variables([layer]))
-        expected += [gradient @ b.T, np.tensordot(a, gradient, axes=([0, 1], [0, 1]))]
+        axes = list(range(a.ndim - 1))
+        expected += [gradient @ b.T, np.tensordot(a, gradient, axes=(axes, axes))]
     scale = np.abs(flat(expected)).max()
     np.testing.assert_allclose(flat(found) / scale, flat(expected) / scale, atol=1e-5)
+
+
+def test_accumulated_gradients_are_the_mean_over_batches():
+    """Two batches in one update, and what each would have done by itself."""
+
+    def moved(rates, accumulated=None):
+        keras.utils.set_random_seed(1)
+        causal_lm = adapted("Llama", nonzero=True, num_layers=1)
+        before = causal_lm.get_weights()
+        model = build(causal_lm, ce_weight=0.3)
+        optimizer = keras.optimizers.SGD(0.5, gradient_accumulation_steps=accumulated)
+        model.compile(optimizer, **QUICK)
+        for rate, row in zip(rates, documents(2, 12, seed=7)):
+            optimizer.learning_rate = rate
+            model.train_on_batch(row[None])
+        after = causal_lm.get_weights()
+        return [new - old for old, new in zip(before, after)]
+
+    together = moved((0.5, 0.5), accumulated=2)
+    first, second = moved((0.5, 0.0)), moved((0.0, 0.5))
+    for both, one, two in zip(together, first, second):
+        np.testing.assert_allclose(both, (one + two) / 2, atol=1e-6)
+    difference = np.abs(flat(first) - flat(second)).max()
+    assert difference > 1e-3
+    # Adapters alone: two matrices each for query and value.
+    assert sum(np.abs(change).max() > 0 for change in together) == 4
 
 
 def test_the_reference_of_the_kl_term_is_the_base():
     rollouts = np.ones((2, 2, 2, 2), "int32")
     options = {"kl_weight": 0.1, "kl_estimator": "k1"}
     # Adapters start as zero: policy and reference are one.
-    same = build(adapted("Llama"), **options)
+    same = build(adapted("Llama", num_layers=1), **options)
     assert abs(float(to_numpy(same.losses(X, rollouts)["kl"]))) < 1e-6
-    causal_lm = adapted("Llama", nonzero=True)
+    causal_lm = adapted("Llama", nonzero=True, num_layers=1)
     model = build(causal_lm, **options)
     assert len(model.frozen_networks) == 1
     ours = {id(v) for v in causal_lm.variables}
@@ -149,7 +186,7 @@ def test_the_reference_of_the_kl_term_is_the_base():
 
 @pytest.mark.slow
 def test_adapters_train_under_the_default_compilation():
-    model = build(adapted("Llama"))
+    model = build(adapted("Llama", num_layers=1))
     model.compile(keras.optimizers.Adam(0.01))
     history = model.fit(X, batch_size=2, verbose=0).history
     assert np.isfinite(history["loss"]).all()
@@ -164,7 +201,11 @@ def test_enabling_that_enables_nothing_is_noticed():
 
 @pytest.mark.parametrize(
     ("name", "layers"),
-    [("SmolLM3", ["q_proj", "v_proj"]), ("GPTNeoX", ["query_key_value"])],
+    [
+        ("SmolLM3", ["q_proj", "v_proj"]),
+        ("GPTNeoX", ["query_key_value"]),
+        ("Gemma3n", GEMMA3N_LAYERS),
+    ],
 )
 def test_families_that_need_names_train_with_them(name, layers):
     causal_lm = family(name)
@@ -174,12 +215,13 @@ def test_families_that_need_names_train_with_them(name, layers):
     causal_lm = family(name)
     causal_lm.backbone.enable_lora(2, target_layer_names=layers)
     model = build(causal_lm)
-    # Two decoder layers, two adapter matrices each.
-    assert len(model.trainable_variables) == 4 * len(layers)
+    # Two adapter matrices each.
+    count = bridge.num_layers(causal_lm.backbone) * len(layers)
+    assert len(model.trainable_variables) == 2 * count
 
 
 def test_a_base_that_would_train_is_refused():
-    causal_lm = adapted("Llama")
+    causal_lm = adapted("Llama", num_layers=1)
     causal_lm.backbone.get_layer("sequence_output_layernorm").trainable = True
     with pytest.raises(ValueError, match=r"adapters alone.*sequence_output_layernorm"):
         build(causal_lm)
@@ -188,13 +230,15 @@ def test_a_base_that_would_train_is_refused():
 def test_a_feature_network_that_follows_is_refused():
     network = keras_ebft.FeatureNetwork(layers=(1,), ema_decay=0.9)
     with pytest.raises(ValueError, match=r"ema_decay=0\.9.*LlamaBackbone.*adapters"):
-        keras_ebft.EBFTModel(adapted("Llama"), SAMPLER, network)
+        keras_ebft.EBFTModel(adapted("Llama", num_layers=1), SAMPLER, network)
 
 
 def test_a_feature_network_that_learns_is_refused():
     critic = keras_ebft.Critic(train_features=True)
     with pytest.raises(ValueError, match=r"train_features=True.*LlamaBackbone"):
-        keras_ebft.EBFTModel(adapted("Llama"), SAMPLER, NETWORK, critic=critic)
+        keras_ebft.EBFTModel(
+            adapted("Llama", num_layers=1), SAMPLER, NETWORK, critic=critic
+        )
 
 
 def test_adapters_on_embeddings_are_refused():

@@ -5,6 +5,7 @@ import keras_hub
 import numpy as np
 import pytest
 from helpers import (
+    QUICK,
     VOCABULARY,
     documents,
     family,
@@ -257,9 +258,18 @@ def test_every_causal_lm_of_keras_hub_has_its_place():
         assert name.removesuffix("Backbone") in listed
 
 
-def test_slow_families_are_announced(caplog):
-    keras_ebft.EBFTModel(family("GptOss"), seed=0)
-    assert [r.getMessage().split()[0] for r in caplog.records] == ["GptOssBackbone"]
+@pytest.mark.parametrize(
+    ("name", "announced"), [("GptOss", ["GptOssBackbone"]), ("Llama", [])]
+)
+def test_slow_families_are_announced_once(name, announced, caplog):
+    sampler = keras_ebft.BlockSampler(rollout_length=2, stride=6, num_samples=2)
+    network = keras_ebft.FeatureNetwork(layers=(1,))
+    model = keras_ebft.EBFTModel(family(name, num_layers=1), sampler, network, seed=0)
+    model.compile(keras.optimizers.SGD(0.01), **QUICK)
+    x = documents(2, 12)
+    model.fit(x, batch_size=1, epochs=2, validation_data=x, verbose=0)
+    model.rollout(x, seed=0)
+    assert [r.getMessage().split()[0] for r in caplog.records] == announced
 
 
 def test_the_layer_route_leaves_no_trace():
@@ -291,6 +301,19 @@ def test_other_families_are_named_in_the_error():
     causal_lm = keras_hub.models.PaliGemmaCausalLM(None, backbone)
     with pytest.raises(ValueError, match=r"Llama3Backbone.*PaliGemmaBackbone.*images"):
         keras_ebft.EBFTModel(causal_lm)
+
+
+def test_encoder_decoders_are_refused():
+    backbone = keras_hub.models.BartBackbone(
+        vocabulary_size=VOCABULARY,
+        num_layers=1,
+        num_heads=1,
+        hidden_dim=4,
+        intermediate_dim=4,
+    )
+    model = keras_hub.models.BartSeq2SeqLM(backbone, None)
+    with pytest.raises(ValueError, match=r"decoder-only.*BartSeq2SeqLM.*Llama3"):
+        keras_ebft.EBFTModel(model)
 
 
 def test_the_text_model_of_a_multimodal_preset_is_loaded_as_the_error_says(tmp_path):

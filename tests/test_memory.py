@@ -42,11 +42,13 @@ def build(causal_lm, **options):
     return keras_ebft.EBFTModel(causal_lm, SAMPLER, NETWORK, seed=0, **options)
 
 
-def make(name, adapted=False, scope=None, **changes):
+def make(name, adapted=False, scope=None, mode=None, **changes):
     """A model of a family, the same whenever it is made."""
     keras.utils.set_random_seed(1)
     with keras.RematScope(mode=scope):
         causal_lm = family(name, **changes)
+    if mode is not None:
+        causal_lm.quantize(mode, filters=is_dense)
     if adapted:
         causal_lm.backbone.enable_lora(2)
         random = np.random.default_rng(5)
@@ -212,25 +214,26 @@ def test_a_step_is_the_same(setting, with_critic):
 
 
 @pytest.mark.slow
-def test_settings_hold_under_compilation():
-    """By XLA, with adapters and a quantized base."""
+@pytest.mark.parametrize("mode", [None, "int8"])
+def test_settings_hold_under_compilation(mode):
+    """The gradient, as a step of size 1 takes it, with adapters and a quantized base.
 
-    def weights(mode, **options):
-        causal_lm = make("Llama")
-        if mode is not None:
-            causal_lm.quantize(mode, filters=is_dense)
-        keras.utils.set_random_seed(2)
-        causal_lm.backbone.enable_lora(2)
-        model = build(causal_lm, **options)
+    Compiled by XLA on JAX and TensorFlow.
+    """
+
+    def moved(**options):
+        causal_lm = make("Llama", adapted=True, mode=mode)
+        model = build(causal_lm, ce_weight=0.1, **options)
         model.compile(keras.optimizers.SGD(1.0))
-        model.fit(X, batch_size=2, epochs=2, verbose=0)
-        layers = adapters.adapted_layers(causal_lm.backbone)
-        return flat(to_numpy(v) for v in adapters.adapter_variables(layers))
+        before = flat(causal_lm.get_weights())
+        model.fit(X, batch_size=2, verbose=0)
+        return flat(causal_lm.get_weights()) - before
 
-    for mode in (None, "int8"):
-        expected = weights(mode)
-        found = weights(mode, **SETTINGS["both"])
-        np.testing.assert_allclose(found, expected, atol=5e-6)
+    expected = moved()
+    scale = np.abs(expected).max()
+    assert scale > 1e-2
+    found = moved(**SETTINGS["both"])
+    np.testing.assert_allclose(found / scale, expected / scale, atol=2 * TOLERANCE)
 
 
 def is_dense(layer):

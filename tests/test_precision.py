@@ -131,6 +131,22 @@ def test_quantized_models_that_cannot_be_trained_rightly_are_refused():
         build(causal_lm)
 
 
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_adapters_on_a_quantized_base_in_pure_half_precision(mode):
+    """Keras' own layers fail there on PyTorch, in the first step or `generate`."""
+    causal_lm = adapted(mode, num_layers=1, dtype="bfloat16")
+    if keras.backend.backend() != "torch":
+        log_prob = to_numpy(build(causal_lm).score(X, ROLLOUTS)["log_prob"])
+        assert np.isfinite(log_prob).all()
+        return
+    remedy = rf"LlamaBackbone quantized to {mode}.*'bfloat16'.*dtype='mixed_bfloat16'"
+    with pytest.raises(ValueError, match=remedy):
+        build(causal_lm)
+    with pytest.raises(RuntimeError, match="BFloat16"):
+        causal_lm({"token_ids": X, "padding_mask": np.ones_like(X)})
+    build(adapted(mode, num_layers=1, dtype="mixed_bfloat16")).score(X, ROLLOUTS)
+
+
 @pytest.mark.parametrize("adapted", ["never", "before", "after"])
 def test_float8_is_refused(adapted):
     """With adapters Keras would fail in the first step, far from what caused it."""

@@ -1,9 +1,11 @@
 """Saving, loading and going on after an interruption."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import keras
@@ -142,6 +144,83 @@ def test_a_saved_model_loads_and_goes_on_alike(runs, tmp_path):
         model.train_on_batch(x)
     assert_same(state(runs.model), state(loaded))
     assert any((a != b).any() for a, b in zip(runs.end, state(loaded)))
+
+
+def code(path):
+    """Python code that leaves a trace, as Keras writes it to files."""
+    path = str(path)
+    with pytest.warns(UserWarning, match="lambda"):
+        return keras.saving.serialize_keras_object(lambda *_: open(path, "w").close())
+
+
+def plant(path, place, value):
+    """Replaces an entry in the configuration of a saved model."""
+    with zipfile.ZipFile(path) as file:
+        contents = {name: file.read(name) for name in file.namelist()}
+    config = json.loads(contents["config.json"])
+    entry = config
+    for key in place[:-1]:
+        entry = entry[key]
+    assert place[-1] in entry
+    entry[place[-1]] = value
+    contents["config.json"] = json.dumps(config).encode()
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in contents.items():
+            file.writestr(name, content)
+
+
+PLACES = {
+    "reward": ("config", "reward"),
+    "sampler": ("config", "sampler"),
+    "network": ("config", "feature_network", "config", "network"),
+    "weight": ("config", "ce_weight"),
+    "backbone": ("config", "causal_lm", "config", "backbone"),
+    "optimizer": ("compile_config", "optimizer"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", ["lambda", "Lambda", "function"])
+def test_loading_refuses_code_and_does_not_run_it(kind, place, tmp_path):
+    path, trace = tmp_path / "model.keras", tmp_path / "trace"
+    build().save(path)
+    planted = {
+        "lambda": code(trace),
+        "Lambda": {
+            "module": "keras.layers",
+            "class_name": "Lambda",
+            "config": {"name": "planted", "function": code(trace)},
+            "registered_name": None,
+        },
+        "function": {
+            "module": "os",
+            "class_name": "function",
+            "config": "system",
+            "registered_name": "system",
+        },
+    }
+    plant(path, PLACES[place], planted[kind])
+    with pytest.raises((TypeError, ValueError), match=r"lambda|Could not locate"):
+        keras.saving.load_model(path)
+    assert not trace.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Skipping variable loading:UserWarning")
+def test_code_of_ones_own_is_loaded_where_asked_to(tmp_path):
+    """Without safe mode, what is refused above is there and runs."""
+    path, trace = tmp_path / "model.keras", tmp_path / "trace"
+    model = build()
+    model.save(path)
+    reward = keras_ebft.VerifierReward(len, decode=False)
+    config = keras.saving.serialize_keras_object(reward)
+    config["config"]["fn"] = code(trace)
+    plant(path, ("config", "reward"), config)
+    with pytest.raises(ValueError, match="lambda"):
+        keras.saving.load_model(path)
+    loaded = keras.saving.load_model(path, safe_mode=False)
+    assert not trace.exists()
+    loaded.reward.fn(None, None, None)
+    assert trace.exists()
 
 
 def test_weights_of_other_adapters_are_refused():

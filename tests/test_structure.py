@@ -17,6 +17,7 @@ LEVELS = {
     "masking": 0,
     "adapters": 1,
     "checkpoints": 1,
+    "current_weights": 1,
     "geometry": 1,
     "documents": 1,
     "pooling": 1,

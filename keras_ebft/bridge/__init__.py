@@ -31,6 +31,7 @@ from keras_ebft.bridge.models import (
 )
 from keras_ebft.bridge.networks import RoutedNetwork, RowNetwork
 from keras_ebft.bridge.rematerialisation import resolve_rematerialize
+from keras_ebft.bridge.texts import preprocess_texts
 
 __all__ = [
     "BY_KERAS_HUB",
@@ -53,6 +54,7 @@ __all__ = [
     "maximum_length",
     "num_layers",
     "output_head",
+    "preprocess_texts",
     "resolve_rematerialize",
     "routed_backbone",
     "tokenizer",

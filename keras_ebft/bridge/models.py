@@ -8,9 +8,10 @@ import keras_hub
 from keras import ops
 
 from keras_ebft import adapters
-from keras_ebft.bridge.families import family_of
+from keras_ebft.bridge.families import FAMILIES, family_of
 from keras_ebft.bridge.rematerialisation import remat_mode
 from keras_ebft.bridge.serving_route import check_version
+from keras_ebft.kernels.backend import backend_name
 
 logger = logging.getLogger("keras_ebft")
 
@@ -42,6 +43,13 @@ def check_supported(causal_lm):
             'keras_hub.models.CausalLM.from_preset("gemma3_1b").'
         )
     check_version()
+    if isinstance(causal_lm, keras_hub.models.Seq2SeqLM):
+        raise ValueError(
+            "Expected a decoder-only model. Received: a "
+            f"{type(causal_lm).__name__}, whose decoder attends to an encoder, which "
+            "no block-parallel pass runs. Use a family of these: "
+            f"{', '.join(FAMILIES)}."
+        )
     check_backbone(causal_lm.backbone)
     check_quantization(causal_lm.backbone)
     remat_mode(causal_lm.backbone)
@@ -97,7 +105,8 @@ def check_quantization(backbone):
 
     Raises:
         ValueError: if quantized layers have no adapters to train, the gradient
-            through quantized embeddings would be wrong, or the mode is float8.
+            through quantized embeddings would be wrong, the mode is float8, or
+            Keras cannot run the dtype policy on this backend.
     """
     quantized = {
         layer.path: layer
@@ -131,6 +140,15 @@ def check_quantization(backbone):
             "Expected adapters on a quantized model, whose own kernels cannot be "
             f"trained. Received: a {name} quantized to {modes[0]} without any. Call "
             "causal_lm.backbone.enable_lora(rank) first."
+        )
+    policy = dtype_policy_name(backbone)
+    if policy in ("bfloat16", "float16") and backend_name() == "torch":
+        # Keras keeps adapters in float32, and PyTorch multiplies no mixed types.
+        raise ValueError(
+            "Expected a mixed policy, or float32, for adapters on a quantized model "
+            f"on PyTorch, where Keras cannot run them otherwise. Received: a {name} "
+            f"quantized to {modes[0]} with dtype={policy!r}. Load the model with "
+            f"dtype='mixed_{policy}' or dtype='float32'."
         )
 
 

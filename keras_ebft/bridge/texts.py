@@ -1,0 +1,50 @@
+"""Strings as token ids, by way of a model's own preprocessor."""
+
+import keras_hub
+import numpy as np
+
+# They also read images and sounds, and want prompts and responses apart.
+MULTIMODAL = (
+    keras_hub.models.Gemma3CausalLMPreprocessor,
+    keras_hub.models.Gemma3nCausalLMPreprocessor,
+    keras_hub.models.Gemma4CausalLMPreprocessor,
+)
+
+
+def preprocess_texts(preprocessor, texts):
+    """Token ids of texts, with the start and end token a preprocessor adds.
+
+    Args:
+        preprocessor: `keras_hub.models.CausalLMPreprocessor`.
+        texts: list of strings.
+
+    Returns:
+        `(token_ids, mask)`: int array and bool array `[N, sequence_length]`, real
+        tokens on the left.
+    """
+    x = texts
+    if isinstance(preprocessor, MULTIMODAL):
+        x = {"prompts": [""] * len(texts), "responses": texts}
+    # The preprocessor splits T tokens into T-1 inputs and T-1 shifted labels.
+    inputs, labels, weights = preprocessor(
+        x, sequence_length=preprocessor.sequence_length - 1
+    )
+    token_ids = _joined(inputs["token_ids"], labels)
+    mask = _joined(inputs["padding_mask"], weights).astype(bool)
+    # RWKV-7's pads on the left.
+    order = np.argsort(~mask, axis=1, kind="stable")
+    return (
+        np.take_along_axis(token_ids, order, axis=1),
+        np.take_along_axis(mask, order, axis=1),
+    )
+
+
+def _joined(inputs, labels):
+    inputs, labels = _to_numpy(inputs), _to_numpy(labels)
+    return np.concatenate([inputs, labels[:, -1:]], axis=1)
+
+
+def _to_numpy(value):
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+    return np.asarray(value)
