@@ -108,6 +108,7 @@ class TestSampleGpu(LinearSampleContract):
 
 @pytest.mark.usefixtures("small_tiles")
 class TestRewardTpu(FeatureRewardContract):
+    fast = ("one_sample", "deficient_feature", "everything")
     name = "pallas_tpu"
 
 
