@@ -108,6 +108,7 @@ class TestSampleGpu(LinearSampleContract):
 
 @pytest.mark.usefixtures("small_tiles")
 class TestRewardTpu(FeatureRewardContract):
+    fast = ("one_sample", "deficient_feature", "everything")
     name = "pallas_tpu"
 
 
@@ -208,6 +209,13 @@ def test_sampling_has_no_races_and_leaves_nothing_unwritten_on_tpu(
         spec, functools.partial(contract.run, interpret=watchful_interpreter())
     )
     assert not races_found()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_groups_past_the_vocabulary_weigh_nothing_on_tpu(temperature):
+    """Of the second tile of 512 tokens only 8 are there: three groups are empty."""
+    spec = sample_specs.Spec("ragged", rows=20, vocabulary=520, temperature=temperature)
+    TestSampleTpu().check_tokens(spec)
 
 
 def test_rewards_have_no_races_and_leave_nothing_unwritten_on_tpu(monkeypatch):

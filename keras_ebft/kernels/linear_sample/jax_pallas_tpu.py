@@ -94,8 +94,8 @@ def _reduce_kernel(hidden, head, largest, total, *place, options):
             own, own_token = logits[inside], token[inside]
             highest = jnp.max(own, axis=0, keepdims=True)
             weights = jnp.exp(own - highest)
-            if ragged:
-                weights = jnp.where(own_token < options.vocabulary, weights, 0.0)
+            # A group past the vocabulary counts its tokens, and weighs nothing beside
+            # any other: its largest logit is `HIDDEN_LOGIT`.
             largest[group] = highest
             total[group] = jnp.sum(weights, axis=0, keepdims=True)
             if place:
