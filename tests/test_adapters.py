@@ -138,6 +138,7 @@ def test_gradients_of_adapters_are_those_of_the_kernel(name, targets, changes):
     np.testing.assert_allclose(flat(found) / scale, flat(expected) / scale, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_the_mean_over_batches():
     """Two batches in one update, and what each would have done by itself."""
 

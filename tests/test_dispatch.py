@@ -342,6 +342,7 @@ def test_records_do_not_change():
         record.only_forced = True
 
 
+@pytest.mark.slow
 def test_the_library_runs_without_kernel_languages():
     """A process in which neither Triton nor Pallas can be imported.
 

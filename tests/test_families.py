@@ -1,5 +1,8 @@
 """Block-parallel passes against each block alone as a plain causal sequence."""
 
+import json
+from pathlib import Path
+
 import keras
 import keras_hub
 import numpy as np
@@ -256,6 +259,20 @@ def test_every_causal_lm_of_keras_hub_has_its_place():
     for name, route in bridge.FAMILIES.items():
         listed = {"serving": SERVING, "layers": LAYERS, "rows": ROWS}[route.route]
         assert name.removesuffix("Backbone") in listed
+
+
+@pytest.mark.backend_independent
+def test_the_table_in_the_docs_is_of_these_families():
+    docs = Path(__file__).parent.parent / "docs"
+    measured = json.loads((docs / "families.json").read_text())
+    assert set(measured) == {"jax", "tensorflow", "torch"}
+    lines = (docs / "families.md").read_text().splitlines()
+    rows = {line.split(" | ")[0]: line for line in lines}
+    for name in FAMILIES:
+        found = [measured[b].pop(name) for b in ("jax", "tensorflow", "torch")]
+        assert rows[f"| {name}"].endswith(f" | {' | '.join(found)} |")
+        assert max(map(float, found)) < 2e-5
+    assert not any(measured.values())
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ class Weights(Writing):
 def trained(callback, sampler="greedy"):
     keras.utils.set_random_seed(0)
     causal_lm = byte_causal_lm()
-    causal_lm.compile(sampler=sampler)
+    causal_lm.compile(sampler=sampler, **QUICK)
     network = keras_ebft.FeatureNetwork(layers=(1,))
     model = keras_ebft.EBFTModel(causal_lm, SAMPLER, network, seed=0)
     model.compile(keras.optimizers.SGD(20.0), **QUICK)
@@ -70,25 +70,41 @@ def trained(callback, sampler="greedy"):
     return causal_lm, called.texts
 
 
-@pytest.mark.parametrize(
-    "sampler", ["greedy", pytest.param("top_k", marks=pytest.mark.slow)]
-)
-def test_generating_while_training_changes_nothing(sampler):
-    plain, _ = trained(Weights)
-    wrote, texts = trained(Writing, sampler)
-    assert len(texts) == 1 + 2 * (2 + 2 + 2 + 1)
-    for one, other in zip(plain.get_weights(), wrote.get_weights()):
+@pytest.fixture(scope="module")
+def plain():
+    """Trained without writing, and the weights on the way."""
+    return trained(Weights)
+
+
+@pytest.fixture(scope="module")
+def wrote():
+    """Trained the same, and the texts on the way."""
+    return trained(Writing)
+
+
+@pytest.mark.slow
+def test_generating_while_training_changes_nothing(plain, wrote):
+    assert len(wrote[1]) == 1 + 2 * (2 + 2 + 2 + 1)
+    for one, other in zip(plain[0].get_weights(), wrote[0].get_weights()):
         np.testing.assert_array_equal(one, other)
 
 
-def test_text_written_while_training_comes_from_the_weights_of_that_moment():
-    causal_lm, weights = trained(Weights)
-    _, texts = trained(Writing)
-    after = causal_lm.generate("abab", max_length=10)
-    assert texts[-1] == after
+@pytest.mark.slow
+def test_drawing_while_training_changes_nothing(plain):
+    causal_lm, _ = trained(Writing, sampler="top_k")
+    for one, other in zip(plain[0].get_weights(), causal_lm.get_weights()):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.slow
+def test_text_written_while_training_comes_from_the_weights_of_that_moment(
+    plain, wrote
+):
+    texts = wrote[1]
+    assert wrote[0].generate("abab", max_length=10) == texts[-1]
     twin = byte_causal_lm()
-    twin.compile(sampler="greedy")
-    for now, text in zip(weights, texts[1:], strict=True):
+    twin.compile(sampler="greedy", **QUICK)
+    for now, text in zip(plain[1], texts[1:], strict=True):
         twin.set_weights(now)
         assert twin.generate("abab", max_length=10) == text
     # Otherwise any weights would have done.
