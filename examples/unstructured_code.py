@@ -45,15 +45,15 @@ def parse_arguments():
     parser.add_argument("--held-out-split", help="default: validation")
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument(
         "--whitening", choices=("rollout", "feature", "none"), default="none"
     )
-    parser.add_argument("--ce-weight", type=float, default=0.2)
+    parser.add_argument("--ce-weight", type=float, default=0.15)
     parser.add_argument("--held-out-samples", type=int, default=8, help="per block")
-    parser.add_argument("--held-out-rows", type=int, default=192)
+    parser.add_argument("--held-out-rows", type=int, default=384)
     parser.add_argument("--rollout-lengths", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--pretrain-steps", type=int, default=400)
     parser.add_argument("--layers", type=int, default=4)
