@@ -8,7 +8,7 @@ next-token prediction (cached). Only body tokens are learned.
     KERAS_BACKEND=jax python examples/qa_code.py --preset qwen2.5_coder_1.5b \
         --dataset opencodeinstruct --split "train[:1%]" --held-out-split "train[-1%:]" \
         --length 1024 --batch-size 16 --learning-rate 1e-6 --temperature 0.6 \
-        --ce-weight 0.03
+        --ce-weight 0.03 --whitening rollout
 
 Ends with a table of held-out measurements and plots of the training. Held-out
 functions whose docstring has examples that tell their own body from an empty one are
@@ -57,17 +57,17 @@ def parse_arguments():
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--steps", type=int, default=30, help="per epoch")
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument(
         "--whitening", choices=("rollout", "feature", "none"), default="none"
     )
     parser.add_argument("--ce-weight", type=float, default=0.5)
     parser.add_argument("--held-out-samples", type=int, default=8, help="per block")
-    parser.add_argument("--held-out-rows", type=int, default=128)
+    parser.add_argument("--held-out-rows", type=int, default=192)
     parser.add_argument("--problems", type=int, default=4)
     parser.add_argument("--samples", type=int, default=2, help="per problem")
-    parser.add_argument("--pretrain-steps", type=int, default=800)
+    parser.add_argument("--pretrain-steps", type=int, default=400)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--vocabulary", type=int, default=1024)

@@ -7,7 +7,8 @@ prediction (cached). Only tokens of the translation are learned.
     KERAS_BACKEND=jax python examples/translation.py --config en-de
     KERAS_BACKEND=jax python examples/translation.py --preset gemma3_1b \
         --dataset alma --config de-en --length 512 --batch-size 16 \
-        --learning-rate 1e-6 --temperature 0.6 --ce-weight 0.03
+        --learning-rate 1e-6 --temperature 0.6 --ce-weight 0.03 \
+        --whitening rollout
 
 Ends with a table of held-out measurements, BLEU and chrF among them, a plot of the
 training, and some translations. COMET needs `pip install unbabel-comet` and
@@ -39,20 +40,20 @@ def parse_arguments():
     parser.add_argument("--split", default="train")
     parser.add_argument("--held-out-split", help="default: validation")
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--steps", type=int, default=30, help="per epoch")
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument(
         "--whitening", choices=("rollout", "feature", "none"), default="none"
     )
     parser.add_argument("--ce-weight", type=float, default=1.0)
     parser.add_argument("--held-out-samples", type=int, default=8, help="per block")
-    parser.add_argument("--held-out-rows", type=int, default=128)
+    parser.add_argument("--held-out-rows", type=int, default=96)
     parser.add_argument("--sentences", type=int, default=16, help="to translate")
     parser.add_argument("--comet", action="store_true")
-    parser.add_argument("--pretrain-steps", type=int, default=800)
+    parser.add_argument("--pretrain-steps", type=int, default=400)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--vocabulary", type=int, default=1024)
