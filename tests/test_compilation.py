@@ -84,6 +84,12 @@ def test_other_calls_are_not_mistaken_for_equal(traced, change):
     np.testing.assert_allclose(found, factor * other**2, rtol=1e-6)
 
 
+def test_many_shapes_are_no_reason_to_warn(traced, caplog):
+    for size in range(1, 12):
+        traced(7.0, ops.ones((size,)))
+    assert "retracing" not in caplog.text
+
+
 @pytest.mark.skipif(BACKEND == "torch", reason="PyTorch traces nothing")
 def test_a_train_step_is_traced_once():
     sampler = keras_ebft.BlockSampler(

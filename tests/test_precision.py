@@ -131,6 +131,7 @@ def test_quantized_models_that_cannot_be_trained_rightly_are_refused():
         build(causal_lm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_adapters_on_a_quantized_base_in_pure_half_precision(mode):
     """Keras' own layers fail there on PyTorch, in the first step or `generate`."""

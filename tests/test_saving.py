@@ -99,7 +99,13 @@ class Runs:
             fit(build(adapted), epochs=3, callbacks=[*kept, Interruption(6)])
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "adapters"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(False, id="plain"),
+        pytest.param(True, id="adapters", marks=pytest.mark.slow),
+    ],
+)
 def runs(request, tmp_path_factory):
     return Runs(request.param, tmp_path_factory.mktemp("runs"))
 

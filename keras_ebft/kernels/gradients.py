@@ -102,14 +102,14 @@ def _tensorflow_functions(call, specs):
     """`forward` and `backward` as graphs, for tensors like `specs`."""
     import tensorflow as tf
 
-    def pull(tensors, outputs, upstream):
-        return call.gradients(tensors, outputs, upstream)[: -call.num_others or None]
-
-    # Not inlined, they are lowered once, too.
+    # Partial functions: TensorFlow warns of one piece of code that is traced often.
     attributes = {"_noinline": True}
-    return (
-        tf.function(call.outputs, autograph=False, experimental_attributes=attributes),
-        tf.function(pull, autograph=False, experimental_attributes=attributes),
+    return tuple(
+        tf.function(function, autograph=False, experimental_attributes=attributes)
+        for function in (
+            functools.partial(call.forward, call.options),
+            functools.partial(call.backward, call.options),
+        )
     )
 
 
