@@ -286,7 +286,9 @@ def test_slow_families_are_announced_once(name, announced, caplog):
     x = documents(2, 12)
     model.fit(x, batch_size=1, epochs=2, validation_data=x, verbose=0)
     model.rollout(x, seed=0)
-    assert [r.getMessage().split()[0] for r in caplog.records] == announced
+    # TensorFlow has something to say of its own where many models were trained.
+    own = [r for r in caplog.records if r.name.startswith("keras_ebft")]
+    assert [r.getMessage().split()[0] for r in own] == announced
 
 
 def test_the_layer_route_leaves_no_trace():

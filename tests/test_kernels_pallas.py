@@ -106,12 +106,14 @@ class TestSampleGpu(LinearSampleContract):
     name = "pallas_gpu"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_tiles")
 class TestRewardTpu(FeatureRewardContract):
     fast = ("one_sample", "deficient_feature", "everything")
     name = "pallas_tpu"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_tiles")
 class TestRewardGpu(FeatureRewardContract):
     name = "pallas_gpu"
