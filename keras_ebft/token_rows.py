@@ -51,7 +51,7 @@ def to_token_rows(x, causal_lm, trim=True):
         rows = _from_dict(x)
     else:
         _check_no_messages(x)
-        values = _to_numpy(x)
+        values = bridge.to_numpy(x)
         if values.dtype.kind in "OSU":
             rows = _from_strings(values, causal_lm, trim)
         else:
@@ -89,7 +89,9 @@ def _from_dict(x):
             f"{', '.join(repr(name) for name in list(DTYPES)[1:])}. "
             f"Received: keys {sorted(x)}. Leave other entries out."
         )
-    rows = {name: _to_numpy(x[name]) for name in DTYPES if x.get(name) is not None}
+    rows = {
+        name: bridge.to_numpy(x[name]) for name in DTYPES if x.get(name) is not None
+    }
     if "padding_mask" not in rows:
         # Segment 0 is what packing leaves empty.
         rows["padding_mask"] = (
@@ -214,9 +216,3 @@ def _check_integers(name, values):
             f"Expected `{name}` to be integers. Received: an array of dtype "
             f"{values.dtype}. Convert them with .astype('int32')."
         )
-
-
-def _to_numpy(value):
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-    return np.asarray(value)

@@ -31,7 +31,7 @@ from keras_ebft.bridge.models import (
 )
 from keras_ebft.bridge.networks import RoutedNetwork, RowNetwork
 from keras_ebft.bridge.rematerialisation import resolve_rematerialize
-from keras_ebft.bridge.texts import preprocess_texts
+from keras_ebft.bridge.texts import preprocess_texts, to_numpy
 
 __all__ = [
     "BY_KERAS_HUB",
@@ -57,6 +57,7 @@ __all__ = [
     "preprocess_texts",
     "resolve_rematerialize",
     "routed_backbone",
+    "to_numpy",
     "tokenizer",
     "vocabulary_size",
 ]

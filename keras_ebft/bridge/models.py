@@ -11,7 +11,7 @@ from keras_ebft import adapters
 from keras_ebft.bridge.families import FAMILIES, family_of
 from keras_ebft.bridge.rematerialisation import remat_mode
 from keras_ebft.bridge.serving_route import check_version
-from keras_ebft.kernels.backend import backend_name
+from keras_ebft.kernels.backend import multiplies_mixed_dtypes
 
 logger = logging.getLogger("keras_ebft")
 
@@ -142,8 +142,8 @@ def check_quantization(backbone):
             "causal_lm.backbone.enable_lora(rank) first."
         )
     policy = dtype_policy_name(backbone)
-    if policy in ("bfloat16", "float16") and backend_name() == "torch":
-        # Keras keeps adapters in float32, and PyTorch multiplies no mixed types.
+    if policy in ("bfloat16", "float16") and not multiplies_mixed_dtypes():
+        # Keras keeps adapters in float32.
         raise ValueError(
             "Expected a mixed policy, or float32, for adapters on a quantized model "
             f"on PyTorch, where Keras cannot run them otherwise. Received: a {name} "

@@ -40,11 +40,12 @@ def preprocess_texts(preprocessor, texts):
 
 
 def _joined(inputs, labels):
-    inputs, labels = _to_numpy(inputs), _to_numpy(labels)
+    inputs, labels = to_numpy(inputs), to_numpy(labels)
     return np.concatenate([inputs, labels[:, -1:]], axis=1)
 
 
-def _to_numpy(value):
+def to_numpy(value):
+    """A tensor of any framework, or anything like an array, as a NumPy array."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
     return np.asarray(value)

@@ -11,6 +11,11 @@ def backend_name():
     return keras.backend.backend()
 
 
+def multiplies_mixed_dtypes():
+    """Whether products of tensors of unlike dtypes run; PyTorch refuses them."""
+    return keras.backend.backend() != "torch"
+
+
 def no_gradient():
     """Context in which no gradient is recorded.
 
