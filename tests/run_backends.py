@@ -1,4 +1,4 @@
-"""Runs the whole suite once per backend and sums up with one line for each.
+"""Runs the whole suite once per backend; sums up and names what failed at the end.
 
     python tests/run_backends.py [--slow] jax torch tensorflow
 
@@ -40,7 +40,7 @@ def environment(backend, cache):
 
 
 def run(backend, markers, cache):
-    """Runs pytest under one backend; returns `(exit code, summary line)`."""
+    """Runs pytest under one backend; returns `(exit code, summary)`."""
     start = time.monotonic()
     process = subprocess.run(
         [sys.executable, "-m", "pytest", "--durations=10", "-m", markers],
@@ -56,7 +56,9 @@ def run(backend, markers, cache):
         r"^=* ?(\d+ (?:passed|failed|error|deselected).*?) in ", process.stdout, re.M
     )
     counts = summaries[-1] if summaries else "no tests ran"
-    return process.returncode, f"{backend}: {counts} ({time.monotonic() - start:.0f} s)"
+    failures = re.findall(r"^(?:FAILED|ERROR) .*", process.stdout, re.M)
+    line = f"{backend}: {counts} ({time.monotonic() - start:.0f} s)"
+    return process.returncode, "\n".join([line, *failures])
 
 
 def markers_of(backend, backends, slow):
@@ -76,7 +78,7 @@ def main():
             for backend in backends
         ]
         results = [future.result() for future in running]
-    print("\n".join(line for _, line in results))
+    print("\n".join(summary for _, summary in results))
     sys.exit(any(code for code, _ in results))
 
 

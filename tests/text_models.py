@@ -82,6 +82,10 @@ def text_model(name):
         sizes = {"text_vocab_size": size, "vocab_size_per_layer_input": size}
     else:
         sizes = {"vocabulary_size": size}
+    if name in ("Qwen", "QwenMoe"):
+        # KerasHub's compiled `generate` asks a symbolic tensor for its truth where
+        # there are windows and no fused attention.
+        sizes["use_sliding_window_attention"] = False
     causal_lm = family(name, **sizes)
     preprocessor_class = getattr(keras_hub.models, f"{name}CausalLMPreprocessor")
     preprocessor = preprocessor_class(tokenizer, sequence_length=LENGTH)
