@@ -124,7 +124,8 @@ def _optimizer(model):
         # Closed over: as an argument a variable would become a tensor.
         pairs = list(zip(gradients, model.trainable_variables))
         apply = tf.function(
-            lambda: model.optimizer.apply_gradients(pairs), jit_compile=True
+            lambda: model.optimizer.apply_gradients(pairs),
+            jit_compile=model.jit_compile,
         )
         return apply
 
@@ -166,7 +167,7 @@ def _compile(function, model):
     if backend == "tensorflow":
         import tensorflow as tf
 
-        return tf.function(function, jit_compile=True)
+        return tf.function(function, jit_compile=model.jit_compile)
 
     def without_gradient(*tensors):
         with no_gradient():
@@ -192,7 +193,7 @@ def _gradient(loss, model, *tensors):
     if backend == "tensorflow":
         import tensorflow as tf
 
-        @tf.function(jit_compile=True)
+        @tf.function(jit_compile=model.jit_compile)
         def gradient(*tensors):
             with tf.GradientTape() as tape:
                 value = loss(*tensors)

@@ -36,8 +36,9 @@ class DocumentTrainer(keras.Model):
             optimizer: any Keras optimizer or its name. By default the paper's:
                 AdamW at 1e-6, betas 0.9 and 0.95, no decay, global clip norm 1.
             run_eagerly: bool, run step by step, for debugging.
-            jit_compile: bool or `"auto"`: compiled on JAX and TensorFlow, eager
-                on PyTorch.
+            jit_compile: bool or `"auto"`: compiled by XLA on JAX, and on
+                TensorFlow where there is an accelerator (a graph of its own on
+                CPU); eager on PyTorch.
             steps_per_execution: int, steps per compiled call (not on PyTorch).
             auto_scale_loss: bool, scale the loss under `mixed_float16`.
             **unsupported: losses and metrics of other models, refused.

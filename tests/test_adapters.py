@@ -4,7 +4,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
-from helpers import QUICK, documents, family, flat, gradients, llama, to_numpy
+from helpers import XLA, documents, family, flat, gradients, llama, to_numpy
 
 import keras_ebft
 from keras_ebft import adapters, bridge
@@ -43,7 +43,7 @@ def fitted():
     before = {v.path: to_numpy(v) for v in causal_lm.variables}
     model = build(causal_lm, ce_weight=0.1)
     features = [to_numpy(f) for f in model.features(X, np.ones((2, 2, 2, 2), "int32"))]
-    model.compile(keras.optimizers.Adam(0.05), **QUICK)
+    model.compile(keras.optimizers.Adam(0.05))
     model.fit(X, batch_size=2, epochs=2, verbose=0)
     return model, before, features
 
@@ -148,7 +148,7 @@ def test_accumulated_gradients_are_the_mean_over_batches():
         before = causal_lm.get_weights()
         model = build(causal_lm, ce_weight=0.3)
         optimizer = keras.optimizers.SGD(0.5, gradient_accumulation_steps=accumulated)
-        model.compile(optimizer, **QUICK)
+        model.compile(optimizer)
         for rate, row in zip(rates, documents(2, 12, seed=7)):
             optimizer.learning_rate = rate
             model.train_on_batch(row[None])
@@ -186,9 +186,9 @@ def test_the_reference_of_the_kl_term_is_the_base():
 
 
 @pytest.mark.slow
-def test_adapters_train_under_the_default_compilation():
+def test_adapters_train_compiled_by_xla():
     model = build(adapted("Llama", num_layers=1))
-    model.compile(keras.optimizers.Adam(0.01))
+    model.compile(keras.optimizers.Adam(0.01), **XLA)
     history = model.fit(X, batch_size=2, verbose=0).history
     assert np.isfinite(history["loss"]).all()
 

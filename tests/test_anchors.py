@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import QUICK, documents, family, llama, to_numpy
+from helpers import documents, family, llama, to_numpy
 from keras import ops
 
 import keras_ebft
@@ -103,7 +103,7 @@ def test_random_anchors_differ_from_step_to_step_and_follow_the_seed(causal_lm):
     assert model.rewards(x, one)["reward"].shape == (2, 2, 3)
     with pytest.raises(ValueError, match="what `rollout` returned"):
         model.rewards(x, one["token_ids"])
-    model.compile("sgd", **QUICK)
+    model.compile("sgd")
     history = model.fit(x, epochs=2, verbose=0).history
     assert len(set(history["alignment"])) == 2
 
@@ -144,7 +144,7 @@ def test_rows_without_an_answer_are_dead():
 
 def test_answer_anchors_need_answers(causal_lm):
     model = build(causal_lm, anchors="answer_start", stop_token_ids=None)
-    model.compile("sgd", **QUICK)
+    model.compile("sgd")
     with pytest.raises(ValueError, match=r"'answer_mask'.*answer_start"):
         model.fit(documents(2, 16))
     with pytest.raises(ValueError, match="num_anchors=20"):

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import QUICK, documents, flat, llama, to_numpy
+from helpers import documents, flat, llama, to_numpy
 from keras import ops
 
 import keras_ebft
@@ -64,7 +64,7 @@ def train(causal_lm, weights, critic, epochs=1):
         critic=critic,
         seed=0,
     )
-    model.compile(keras.optimizers.SGD(0.1), **QUICK)
+    model.compile(keras.optimizers.SGD(0.1))
     history = model.fit(X, batch_size=2, epochs=epochs, verbose=0, shuffle=False)
     return model, history.history
 

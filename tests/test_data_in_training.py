@@ -5,7 +5,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
-from helpers import QUICK, VOCABULARY, documents, llama, to_numpy
+from helpers import VOCABULARY, documents, llama, to_numpy
 from keras import ops
 
 import keras_ebft
@@ -45,7 +45,7 @@ def model():
         ce_weight=0.1,
         seed=0,
     )
-    model.compile(**QUICK)
+    model.compile()
     return model
 
 

@@ -9,7 +9,7 @@ import sys
 
 import keras
 import pytest
-from helpers import QUICK, documents, llama
+from helpers import documents, llama
 from keras import ops
 
 import keras_ebft
@@ -265,7 +265,7 @@ def test_fit_logs_once_which_implementations_run(caplog):
     )
     network = keras_ebft.FeatureNetwork(layers=(1,))
     model = keras_ebft.EBFTModel(llama(num_layers=1), sampler, network, seed=0)
-    model.compile("sgd", **QUICK)
+    model.compile("sgd")
     x = documents(4, 10)
     caplog.set_level(logging.INFO, "keras_ebft")
 
@@ -284,7 +284,7 @@ def test_fit_logs_once_which_implementations_run(caplog):
     assert logged() == [message]
 
     kernels.set_implementation("linear_logprob", "reference")
-    model.compile("sgd", **QUICK)
+    model.compile("sgd")
     model.fit(x, batch_size=2, verbose=0)
     (message,) = logged()
     assert "linear_logprob=reference" in message

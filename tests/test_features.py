@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import QUICK, documents, llama, to_numpy
+from helpers import documents, llama, to_numpy
 from keras import ops
 
 import keras_ebft
@@ -147,7 +147,7 @@ def test_a_callable_of_ones_own(causal_lm):
         truth = expected(X[b, : anchor + 3])
         np.testing.assert_allclose(target[b, k, 0], truth, atol=1e-5)
     before = table.copy()
-    model.compile(keras.optimizers.SGD(0.1), **QUICK)
+    model.compile(keras.optimizers.SGD(0.1))
     model.fit(X, batch_size=2, verbose=0)
     np.testing.assert_array_equal(to_numpy(network.embedding.embeddings), before)
 
@@ -171,7 +171,7 @@ def test_the_copy_follows_the_policy(causal_lm):
     """After each step: decay * copy + (1 - decay) * policy, one step behind."""
     model = build(causal_lm, layers=(1,), ema_decay=0.75)
     start = model.frozen_network.get_weights()
-    model.compile(keras.optimizers.SGD(0.1), **QUICK)
+    model.compile(keras.optimizers.SGD(0.1))
     model.fit(X, batch_size=2, verbose=0)
     for one, two in zip(start, model.frozen_network.get_weights()):
         np.testing.assert_allclose(one, two, atol=1e-7)

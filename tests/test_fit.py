@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import QUICK, documents, family, flat, llama, to_numpy
+from helpers import documents, family, flat, llama, to_numpy
 
 import keras_ebft
 from keras_ebft.inputs import TokenBatches, token_batches
@@ -209,7 +209,7 @@ def test_shuffling_follows_the_seed(fitted):
 def test_same_seed_same_weights():
     def train(seed):
         model = build(seed=seed)
-        model.compile(keras.optimizers.SGD(0.1), **QUICK)
+        model.compile(keras.optimizers.SGD(0.1))
         model.fit(documents(4, LENGTH), batch_size=2, verbose=0)
         return model.causal_lm.get_weights()
 
@@ -221,7 +221,7 @@ def test_same_seed_same_weights():
 
 def test_gradient_accumulation_updates_every_second_step():
     model = build()
-    model.compile(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2), **QUICK)
+    model.compile(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2))
     moved = []
     start = model.causal_lm.get_weights()
 
@@ -243,7 +243,7 @@ def test_gradient_accumulation_updates_every_second_step():
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras refuses it on PyTorch")
 def test_steps_per_execution():
     model = build()
-    model.compile(keras.optimizers.SGD(0.1), steps_per_execution=2, **QUICK)
+    model.compile(keras.optimizers.SGD(0.1), steps_per_execution=2)
     model.fit(documents(4, LENGTH), batch_size=2, verbose=0)
     assert int(to_numpy(model.optimizer.iterations)) == 2
 
@@ -266,8 +266,30 @@ def test_test_on_batch_takes_plain_documents(fitted):
     assert set(logs) == METRICS
 
 
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="there it asks for devices")
 def test_compiled_where_the_backend_compiles(fitted):
-    assert fitted.model.jit_compile is (BACKEND != "torch")
+    assert fitted.model.jit_compile is (BACKEND == "jax")
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="XLA is a choice there")
+@pytest.mark.parametrize("kind", ["CPU", "GPU", "TPU"])
+def test_compiled_by_xla_on_accelerators_of_tensorflow(monkeypatch, kind):
+    import tensorflow as tf
+
+    devices = [
+        tf.config.PhysicalDevice(f"/physical_device:{name}:0", name)
+        for name in sorted({"CPU", kind})
+    ]
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda: devices)
+    model = build()
+    model.compile("sgd")
+    assert model.jit_compile is (kind != "CPU")
+    for chosen in (True, False):
+        model.compile("sgd", jit_compile=chosen)
+        assert model.jit_compile is chosen
+
+
+def test_default_optimizer():
     model = build()
     model.compile()
     assert isinstance(model.optimizer, keras.optimizers.AdamW)
@@ -326,7 +348,7 @@ def test_dropout_never_runs():
     def trained(dropout):
         causal_lm = family("GPT2", num_layers=1, dropout=dropout)
         model = build(causal_lm, ce_weight=0.5)
-        model.compile(keras.optimizers.SGD(0.1), **QUICK)
+        model.compile(keras.optimizers.SGD(0.1))
         model.fit(documents(2, LENGTH), batch_size=2, verbose=0)
         return flat(causal_lm.get_weights())
 

@@ -5,7 +5,7 @@ import itertools
 import keras
 import numpy as np
 import pytest
-from helpers import QUICK, llama, to_numpy
+from helpers import llama, to_numpy
 
 import keras_ebft
 
@@ -35,7 +35,7 @@ def exact_loss(model):
 
 
 def fit(model, epochs, learning_rate=0.02):
-    model.compile(keras.optimizers.Adam(learning_rate), **QUICK)
+    model.compile(keras.optimizers.Adam(learning_rate))
     x = np.tile(DOCUMENTS, (4, 1))
     return model.fit(x, batch_size=12, epochs=epochs, verbose=0).history
 

@@ -7,8 +7,8 @@ import keras
 import numpy as np
 import pytest
 from helpers import (
-    QUICK,
     VOCABULARY,
+    XLA,
     documents,
     family,
     flat,
@@ -198,7 +198,7 @@ def test_a_step_is_the_same(setting, with_critic):
         start = flat(model.frozen_network.get_weights())
         before = flat(model.causal_lm.get_weights())
         keras.utils.set_random_seed(1)
-        model.compile(keras.optimizers.SGD(0.5), **QUICK)
+        model.compile(keras.optimizers.SGD(0.5))
         history = model.fit(X, batch_size=2, verbose=0).history
         logs = np.array([history[name][0] for name in sorted(history)])
         found.append((logs, flat(model.causal_lm.get_weights()), model))
@@ -218,13 +218,13 @@ def test_a_step_is_the_same(setting, with_critic):
 def test_settings_hold_under_compilation(mode):
     """The gradient, as a step of size 1 takes it, with adapters and a quantized base.
 
-    Compiled by XLA on JAX and TensorFlow.
+    By XLA on JAX and TensorFlow.
     """
 
     def moved(**options):
         causal_lm = make("Llama", adapted=True, mode=mode)
         model = build(causal_lm, ce_weight=0.1, **options)
-        model.compile(keras.optimizers.SGD(1.0))
+        model.compile(keras.optimizers.SGD(1.0), **XLA)
         before = flat(causal_lm.get_weights())
         model.fit(X, batch_size=2, verbose=0)
         return flat(causal_lm.get_weights()) - before

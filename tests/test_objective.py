@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import QUICK, documents, flat, gradients, llama, to_numpy
+from helpers import documents, flat, gradients, llama, to_numpy
 from keras import ops
 from plain import Plain
 
@@ -34,7 +34,7 @@ def build(policy, **options):
 
 
 def fit(model, x=X, **options):
-    model.compile(keras.optimizers.SGD(0.3), **QUICK)
+    model.compile(keras.optimizers.SGD(0.3))
     return model.fit(x, batch_size=len(X), verbose=0, **options).history
 
 
@@ -134,7 +134,6 @@ def test_sft_is_what_kerashub_fits(policy):
         loss=keras.losses.SparseCategoricalCrossentropy(
             from_logits=True, reduction="mean_with_sample_weight"
         ),
-        **QUICK,
     )
     inputs = {"token_ids": x[:, :-1], "padding_mask": mask[:, :-1]}
     weights = mask[:, 1:].astype("float32")
@@ -150,7 +149,7 @@ def test_sft_is_what_kerashub_fits(policy):
 
     causal_lm.set_weights(initial)
     model = keras_ebft.EBFTModel.sft(causal_lm, seed=0)
-    model.compile(keras.optimizers.SGD(0.3), **QUICK)
+    model.compile(keras.optimizers.SGD(0.3))
     rows = {"token_ids": x, "padding_mask": mask}
     history = model.fit(rows, batch_size=2, shuffle=False, verbose=0).history
     moved = flat(causal_lm.get_weights())
@@ -167,7 +166,7 @@ def test_sft_is_what_kerashub_fits(policy):
 
 def test_sft_reads_documents_of_any_length(policy):
     model = keras_ebft.EBFTModel.sft(policy[0], seed=0)
-    model.compile(**QUICK)
+    model.compile()
     assert np.isfinite(model.fit(documents(1, 3), verbose=0).history["ce_loss"][0])
 
 

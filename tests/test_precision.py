@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import QUICK, documents, flat, gradients, llama, to_numpy
+from helpers import documents, flat, gradients, llama, to_numpy
 
 import keras_ebft
 from keras_ebft import adapters
@@ -111,7 +111,7 @@ def test_loss_scaling_follows_the_backbone():
     causal_lm = llama(num_layers=1, dtype="mixed_float16")
     before = causal_lm.get_weights()
     model = build(causal_lm)
-    model.compile(keras.optimizers.SGD(0.1), **QUICK)
+    model.compile(keras.optimizers.SGD(0.1))
     assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
     history = model.fit(X, batch_size=2, epochs=2, verbose=0).history
     assert all(np.isfinite(values).all() for values in history.values())
@@ -165,7 +165,7 @@ def test_float8_is_refused(adapted):
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_training_on_a_quantized_base_saves_and_goes_on(mode, tmp_path):
     model = build(adapted(mode, num_layers=1))
-    model.compile(keras.optimizers.Adam(0.01), **QUICK)
+    model.compile(keras.optimizers.Adam(0.01))
     base = {v.path: to_numpy(v) for v in model.causal_lm.non_trainable_variables}
     model.fit(X, batch_size=2, verbose=0)
     for variable in model.causal_lm.non_trainable_variables:

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import QUICK, to_numpy
+from helpers import XLA, to_numpy
 from keras import ops
 
 import keras_ebft
@@ -11,6 +11,12 @@ from keras_ebft.documents import read_documents
 from keras_ebft.inputs import as_batch
 from keras_ebft.kernels.backend import compiled
 
+XLA_ON_TENSORFLOW = (
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        keras.backend.backend() != "tensorflow", reason="XLA is a choice there"
+    ),
+)
 POOLINGS = {"last_token": "last_token", "mean_pooling": "mean", "concat": "concat"}
 MODES = {
     "concat": {"mode": "concat"},
@@ -154,21 +160,22 @@ def checkpoint_layout(causal_lm, family):
 
 
 @pytest.mark.parametrize(
-    ("ce_weight", "key"),
+    ("ce_weight", "key", "compilation"),
     [
-        # The other holds this gradient too, and one more.
-        pytest.param(0.0, "rl", marks=pytest.mark.slow),
-        (0.03, "rl_ce0.03"),
+        # The next holds this gradient too, and one more.
+        pytest.param(0.0, "rl", {}, marks=pytest.mark.slow),
+        (0.03, "rl_ce0.03", {}),
+        pytest.param(0.03, "rl_ce0.03", XLA, marks=XLA_ON_TENSORFLOW, id="XLA"),
     ],
 )
-def test_one_fit_step_of_sgd_is_minus_the_gradient(pipeline, ce_weight, key):
+def test_one_fit_step_of_sgd_is_minus_the_gradient(
+    pipeline, ce_weight, key, compilation
+):
     causal_lm = pipeline.causal_lm
     weights = [w.copy() for w in causal_lm.get_weights()]
     before = checkpoint_layout(causal_lm, pipeline.family)
     model = pipeline.model(ce_weight=ce_weight)
-    # With XLA, as users compile, for one of the four.
-    compiled = {} if (pipeline.family, key) == ("llama", "rl_ce0.03") else QUICK
-    model.compile(keras.optimizers.SGD(1.0), **compiled)
+    model.compile(keras.optimizers.SGD(1.0), **compilation)
     model.fit(
         pipeline.prompt, batch_size=len(pipeline.prompt), shuffle=False, verbose=0
     )

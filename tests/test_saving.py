@@ -11,7 +11,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from helpers import QUICK, documents, llama, to_numpy
+from helpers import documents, llama, to_numpy
 
 import keras_ebft
 
@@ -31,7 +31,7 @@ def build(adapted=False, seed=5):
         keras_ebft.FeatureNetwork(layers=(1,)),
         seed=seed,
     )
-    model.compile(keras.optimizers.Adam(0.01), **QUICK)
+    model.compile(keras.optimizers.Adam(0.01))
     return model
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import QUICK, llama, to_numpy
+from helpers import llama, to_numpy
 
 import keras_ebft
 from keras_ebft.token_rows import to_token_rows
@@ -46,7 +46,7 @@ def test_fit_and_generate(byte_lm):
         keras_ebft.FeatureNetwork(layers=(1,)),
         seed=0,
     )
-    model.compile(**QUICK)
+    model.compile()
     history = model.fit(TEXTS, batch_size=2, validation_data=TEXTS[:1], verbose=0)
     assert np.isfinite(history.history["val_feature_matching_loss"][0])
 

@@ -10,7 +10,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
-from helpers import QUICK, byte_causal_lm, flat
+from helpers import byte_causal_lm, flat
 
 import keras_ebft
 
@@ -53,10 +53,10 @@ class Weights(Writing):
 def trained(callback, sampler="greedy"):
     keras.utils.set_random_seed(0)
     causal_lm = byte_causal_lm()
-    causal_lm.compile(sampler=sampler, **QUICK)
+    causal_lm.compile(sampler=sampler)
     network = keras_ebft.FeatureNetwork(layers=(1,))
     model = keras_ebft.EBFTModel(causal_lm, SAMPLER, network, seed=0)
-    model.compile(keras.optimizers.SGD(20.0), **QUICK)
+    model.compile(keras.optimizers.SGD(20.0))
     called = callback(causal_lm)
     called.write() if callback is Writing else None
     model.fit(
@@ -103,7 +103,7 @@ def test_text_written_while_training_comes_from_the_weights_of_that_moment(
     texts = wrote[1]
     assert wrote[0].generate("abab", max_length=10) == texts[-1]
     twin = byte_causal_lm()
-    twin.compile(sampler="greedy", **QUICK)
+    twin.compile(sampler="greedy")
     for now, text in zip(plain[1], texts[1:], strict=True):
         twin.set_weights(now)
         assert twin.generate("abab", max_length=10) == text
@@ -123,7 +123,7 @@ def test_a_preset_from_a_folder_trains_and_generates(layout, byte_lm, tmp_path):
     model = keras_ebft.EBFTModel(
         causal_lm, SAMPLER, keras_ebft.FeatureNetwork(layers=(1,)), seed=0
     )
-    model.compile(keras.optimizers.SGD(0.1), **QUICK)
+    model.compile(keras.optimizers.SGD(0.1))
     before = flat(causal_lm.get_weights())
     model.fit(TEXTS, batch_size=2, verbose=0)
     assert (flat(causal_lm.get_weights()) != before).any()

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import QUICK, to_numpy
+from helpers import to_numpy
 from text_models import FAMILIES, LENGTH, TEXTS, text_model
 
 import keras_ebft
@@ -44,7 +44,7 @@ def test_training_on_strings_and_generating(name):
     sampler = keras_ebft.BlockSampler(rollout_length=2, stride=5, context_length=4)
     network = keras_ebft.FeatureNetwork(layers=(1,))
     model = keras_ebft.EBFTModel(causal_lm, sampler, network, seed=0)
-    model.compile(keras.optimizers.SGD(0.01), **QUICK)
+    model.compile(keras.optimizers.SGD(0.01))
     before = causal_lm.get_weights()
     history = model.fit(list(TEXTS), batch_size=2, verbose=0).history
     assert all(np.isfinite(values).all() for values in history.values())

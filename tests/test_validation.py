@@ -5,7 +5,7 @@ import inspect
 import keras
 import numpy as np
 import pytest
-from helpers import QUICK, documents, family, llama
+from helpers import documents, family, llama
 
 import keras_ebft
 from keras_ebft.inputs import split_rows, token_batches
@@ -286,7 +286,7 @@ DOCUMENTS = [
 @pytest.fixture(scope="module")
 def model():
     model = keras_ebft.EBFTModel(llama(num_layers=1), seed=0)
-    model.compile(**QUICK)
+    model.compile()
     return model
 
 

@@ -12,7 +12,6 @@ import sys
 import block_tensorflow  # (before anything else)
 import keras
 import keras_hub
-from helpers import QUICK
 from text_models import FAMILIES, LENGTH, TEXTS, make_tokenizer, text_model
 
 import keras_ebft
@@ -23,7 +22,7 @@ SAMPLER = keras_ebft.BlockSampler(rollout_length=2, stride=5, context_length=4)
 def train(causal_lm, x):
     network = keras_ebft.FeatureNetwork(layers=(1,))
     model = keras_ebft.EBFTModel(causal_lm, SAMPLER, network, seed=0)
-    model.compile(keras.optimizers.SGD(0.01), **QUICK)
+    model.compile(keras.optimizers.SGD(0.01))
     return model.fit(x, batch_size=2, verbose=0).history["loss"][0]
 
 
