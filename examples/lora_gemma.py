@@ -209,7 +209,9 @@ def main():
     arguments.output.mkdir(parents=True, exist_ok=True)
     adapters = arguments.output / "adapters.lora.h5"
     causal_lm.backbone.save_lora_weights(str(adapters))
-    figure = keras_ebft.plots.training_curves({"EBFT, LoRA": history})
+    figure = keras_ebft.plots.training_curves(
+        {"EBFT, LoRA": history}, before={"EBFT, LoRA": before}
+    )
     figure.savefig(arguments.output / "lora_gemma.png", dpi=120)
     generate = keras_ebft.evaluation.TextGenerator(causal_lm, max_length=64)
     print(f"\n{PROMPT}{generate([PROMPT])[0][0]}")

@@ -268,7 +268,9 @@ def main():
     report(before, after)
 
     figure = keras_ebft.plots.training_curves(
-        {"EBFT": history}, metrics=("unbiased_feature_matching_loss", "ce_loss")
+        {"EBFT": history},
+        metrics=("unbiased_feature_matching_loss", "ce_loss"),
+        before={"EBFT": before},
     )
     arguments.output.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.output / "qa_code.png", dpi=120)

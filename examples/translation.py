@@ -261,7 +261,9 @@ def main():
         print()
 
     figure = keras_ebft.plots.training_curves(
-        {"EBFT": history}, metrics=("unbiased_feature_matching_loss", "ce_loss")
+        {"EBFT": history},
+        metrics=("unbiased_feature_matching_loss", "ce_loss"),
+        before={"EBFT": before},
     )
     arguments.output.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.output / "translation.png", dpi=120)

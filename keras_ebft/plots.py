@@ -17,7 +17,7 @@ LABELS = {
 }
 
 
-def training_curves(runs, metrics=("feature_matching_loss", "ce_loss")):
+def training_curves(runs, metrics=("feature_matching_loss", "ce_loss"), before=None):
     """One panel per metric, one line per run, training dashed.
 
     Args:
@@ -25,36 +25,43 @@ def training_curves(runs, metrics=("feature_matching_loss", "ce_loss")):
             or a dict from metric names to lists of values, one per epoch. Values
             of `val_<metric>` are drawn solid.
         metrics: tuple of metric names.
+        before: dict from a run's name to a dict of what `evaluate` measured before
+            training, drawn as epoch 0 of the solid line; or `None`.
 
     Returns:
         `matplotlib.figure.Figure`.
 
     Raises:
-        ValueError: if there is no run, or no run has one of the metrics.
+        ValueError: if there is no run, no run has one of the metrics, or `before`
+            names a run that is not there.
 
     Example:
     ```python
-    figure = keras_ebft.plots.training_curves({"EBFT": ebft, "SFT": sft})
+    start = model.evaluate(held_out, return_dict=True)
+    history = model.fit(rows, validation_data=held_out)
+    figure = keras_ebft.plots.training_curves({"EBFT": history}, before={"EBFT": start})
     figure.savefig("curves.png")
     ```
     """
     histories = {
         name: getattr(run, "history", run) for name, run in _not_empty("runs", runs)
     }
+    before = before or {}
+    unknown = sorted(set(before) - set(histories))
+    if unknown:
+        raise ValueError(
+            f"Expected `before` with names of `runs`, {sorted(histories)}. Received: "
+            f"{', '.join(unknown)}. Use the same names in both."
+        )
     figure, axes = _figure(len(metrics))
     for axis, metric in zip(axes, metrics):
         drawn = 0
         for number, (name, history) in enumerate(histories.items()):
-            for key, style, suffix in (
-                (metric, "--", ", training"),
-                (f"val_{metric}", "-", ""),
-            ):
-                if key in history:
-                    values = np.asarray(history[key], dtype="float64")
-                    epochs = np.arange(1, len(values) + 1)
-                    colour = f"C{number}"
-                    axis.plot(epochs, values, style, color=colour, label=name + suffix)
-                    drawn += 1
+            start = before.get(name, {}).get(metric)
+            for epochs, values, style, suffix in _curves(history, metric, start):
+                label = name + suffix
+                axis.plot(epochs, values, style, color=f"C{number}", label=label)
+                drawn += 1
         if not drawn:
             raise ValueError(
                 f"Expected a run with {metric!r}. Received: runs with "
@@ -62,6 +69,19 @@ def training_curves(runs, metrics=("feature_matching_loss", "ce_loss")):
             )
         _finish(axis, "epoch", LABELS.get(metric, metric))
     return figure
+
+
+def _curves(history, metric, start):
+    """`(epochs, values, style, suffix)` of what a history has of a metric."""
+    curves = []
+    if metric in history:
+        curves.append((1, history[metric], "--", ", training"))
+    if f"val_{metric}" in history:
+        values = history[f"val_{metric}"]
+        measured = [] if start is None else [start]
+        curves.append((1 - len(measured), [*measured, *values], "-", ""))
+    for first, values, style, suffix in curves:
+        yield np.arange(first, first + len(values)), values, style, suffix
 
 
 def accuracy_plane(points, accuracy_label="accuracy"):

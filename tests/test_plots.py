@@ -28,6 +28,12 @@ def test_training_curves():
         "SFT": [[1, 3.0]],
     }
     assert axis.get_ylabel() == "cross-entropy (nats/token)"
+    before = {"EBFT": {"ce_loss": 4.0, "loss": 1.0}}
+    (axis,) = plots.training_curves(runs, metrics=("ce_loss",), before=before).axes
+    assert lines(axis)["EBFT"] == [[0, 4.0], [1, 3.5], [2, 2.5]]
+    assert lines(axis)["EBFT, training"] == [[1, 3.0], [2, 2.0]]
+    with pytest.raises(ValueError, match="Received: base"):
+        plots.training_curves(runs, metrics=("ce_loss",), before={"base": {}})
     with pytest.raises(ValueError, match=r"'reward'.*val_ce_loss"):
         plots.training_curves(runs, metrics=("ce_loss", "reward"))
 
