@@ -56,7 +56,7 @@ def parse_arguments():
     parser.add_argument(
         "--whitening", choices=("rollout", "feature", "none"), default="none"
     )
-    parser.add_argument("--ce-weight", type=float, default=0.1)
+    parser.add_argument("--ce-weight", type=float, default=0.3)
     parser.add_argument("--held-out-rows", type=int, default=96)
     parser.add_argument("--pretrain-steps", type=int, default=200)
     parser.add_argument("--layers", type=int, default=4)

@@ -68,6 +68,7 @@ def training_curves(runs, metrics=("feature_matching_loss", "ce_loss"), before=N
                 f"{sorted({key for h in histories.values() for key in h})}."
             )
         _finish(axis, "epoch", LABELS.get(metric, metric))
+        axis.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
