@@ -66,7 +66,7 @@ def run(way):
     if "LoRA" in way:
         backbone.enable_lora(RANK)
     model = keras_ebft.EBFTModel(causal_lm, seed=0)
-    model.compile(keras.optimizers.AdamW(1e-6), jit_compile=False)
+    model.compile(keras.optimizers.AdamW(1e-6))
     x = np.random.default_rng(0).integers(0, CONFIG["vocabulary_size"], (1, 64))
     model.fit(x, batch_size=1, verbose=0)
 

@@ -3,8 +3,9 @@
     KERAS_BACKEND=torch python benchmarks/memory_levers.py
 
 Each setting runs in a process of its own. On PyTorch and TensorFlow (not compiled by
-XLA), memory is how far the process's resident memory rose at its highest during a
-second and third step, over what it was before them. On JAX it is what the loss keeps
+XLA, without oneDNN, whose allocator keeps what it once had), memory is how far the
+process's resident memory rose at its highest during a second and third step, over
+what it was before them. On JAX it is what the loss keeps
 for its gradient, weights included; how much of it a compiled step holds at once, and
 what beside it, is XLA's decision.
 """
@@ -122,9 +123,14 @@ def main():
         return
     print("| setting | MiB | of neither |\n|---|---|---|")
     first = None
+    environment = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": "0"}
     for name in SETTINGS:
         done = subprocess.run(
-            [sys.executable, __file__, name], capture_output=True, text=True, check=True
+            [sys.executable, __file__, name],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         found = json.loads(done.stdout.splitlines()[-1])
         first = first or found
