@@ -337,3 +337,24 @@ def test_values_that_do_not_fit_are_refused():
         build(causal_lm, rematerialize="full")
     with pytest.raises(ValueError, match=r"mode='activations'.*rematerialize=True"):
         build(make("Llama", scope="activations"))
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="others have no such order"
+)
+def test_quantized_kernels_are_read_when_their_inputs_are_there():
+    import tensorflow as tf
+
+    model = build(make("Llama", adapted=True, mode="int4"))
+
+    def sampled(tokens):
+        return model({"token_ids": tokens, "padding_mask": tokens >= 0})["log_prob"]
+
+    graph = tf.function(sampled).get_concrete_function(tf.constant(X)).graph
+    reads = [
+        operation
+        for operation in graph.get_operations()
+        if operation.type == "ReadVariableOp" and operation.outputs[0].dtype == tf.int8
+    ]
+    assert reads
+    assert all(operation.control_inputs for operation in reads)

@@ -5,6 +5,8 @@ import contextlib
 import keras
 from keras import ops
 
+from keras_ebft.kernels.backend import after
+
 
 @contextlib.contextmanager
 def lent(owner, name, value):
@@ -44,6 +46,33 @@ def tokens_on_one_axis(decoders):
                 if type(layer) is keras.layers.EinsumDense and _projects_tokens(layer):
                     stack.enter_context(lent(layer, "call", _on_one_axis(layer.call)))
         yield
+
+
+@contextlib.contextmanager
+def kernels_unpacked_late(decoders):
+    """Context in which quantized layers read their kernels when inputs are there.
+
+    The kernels of all layers and passes would else lie unpacked in memory before
+    the first of them is used.
+
+    Args:
+        decoders: list of decoder layers.
+    """
+    with contextlib.ExitStack() as stack:
+        for decoder in decoders:
+            for layer in decoder._flatten_layers():
+                if getattr(layer, "quantization_mode", None) is not None:
+                    late = _after_inputs(layer.quantized_call)
+                    stack.enter_context(lent(layer, "quantized_call", late))
+        yield
+
+
+def _after_inputs(call):
+    def call_after_inputs(inputs, *args, **kwargs):
+        with after(inputs):
+            return call(inputs, *args, **kwargs)
+
+    return call_after_inputs
 
 
 def _projects_tokens(layer):

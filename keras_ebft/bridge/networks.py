@@ -8,7 +8,7 @@ from keras import ops
 from keras_ebft import adapters
 from keras_ebft.bridge.families import decoder_layers
 from keras_ebft.bridge.layer_route import layer_route
-from keras_ebft.bridge.lending import tokens_on_one_axis
+from keras_ebft.bridge.lending import kernels_unpacked_late, tokens_on_one_axis
 from keras_ebft.bridge.rematerialisation import rematerialised, without_remat_scope
 from keras_ebft.bridge.serving_route import serving_route
 
@@ -126,7 +126,7 @@ class RoutedNetwork:
         else:
             name = self.family.attention
             route = layer_route(attention, self.backbone, name, layers, positions)
-        with route, tokens_on_one_axis(layers):
+        with route, tokens_on_one_axis(layers), kernels_unpacked_late(layers):
             yield
 
     def _wrong_number_of_calls(self, received):

@@ -29,6 +29,19 @@ def no_gradient():
     return contextlib.nullcontext()
 
 
+def after(tensor):
+    """Context in which operations wait for a tensor, though they do not read it.
+
+    TensorFlow's graph begins with all that depends on variables alone; elsewhere
+    operations run in the order of the program or as XLA decides.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return contextlib.nullcontext()
+    import tensorflow as tf
+
+    return tf.control_dependencies([tensor])
+
+
 def resolve_jit_compile(jit_compile, runs_python=False):
     """What `jit_compile="auto"` means here: XLA on JAX, and on TensorFlow's GPUs.
 
