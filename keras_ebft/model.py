@@ -18,7 +18,7 @@ from keras_ebft.frozen_networks import FrozenNetworks, refuse_shared_paths
 from keras_ebft.functional import ESTIMATORS
 from keras_ebft.inputs import as_batch
 from keras_ebft.inspection import Inspection, compile_parts
-from keras_ebft.kernels.backend import no_gradient, run_in_state
+from keras_ebft.kernels.backend import after, no_gradient, run_in_state
 from keras_ebft.objective import Objective, check_combination
 from keras_ebft.rewards import FeatureMatchingReward, Reward
 from keras_ebft.serialization import Serialization
@@ -262,6 +262,11 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         """
         *state, data = state_and_data
         batch = as_batch(data)
+        # Where the data are at their end, nothing of a step may have happened.
+        with after(batch["token_ids"]):
+            return self._train_on(state, batch)
+
+    def _train_on(self, state, batch):
         if not self._repeats_updates:
             return super().train_step(*state, batch)
         self._collected, state = run_in_state(self, state, lambda: self._collect(batch))
@@ -290,8 +295,9 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
     def test_step(self, *state_and_data):
         """`train_step` without gradients and update."""
         *state, data = state_and_data
-        with no_gradient():
-            return super().test_step(*state, as_batch(data))
+        batch = as_batch(data)
+        with no_gradient(), after(batch["token_ids"]):
+            return super().test_step(*state, batch)
 
     def call(self, inputs, training=False):
         """Rollouts, rewards and log-probabilities of a batch of documents.
