@@ -260,14 +260,13 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         Returns:
             dict of logs, on JAX together with the new state.
         """
-        *state, data = state_and_data
-        batch = as_batch(data)
+        *state, batch = *state_and_data[:-1], as_batch(state_and_data[-1])
         # Where the data are at their end, nothing of a step may have happened.
         with after(batch["token_ids"]):
             return self._train_on(state, batch)
 
     def _train_on(self, state, batch):
-        if not self._repeats_updates:
+        if not self.objective.repeats_updates:
             return super().train_step(*state, batch)
         self._collected, state = run_in_state(self, state, lambda: self._collect(batch))
         try:
@@ -287,15 +286,9 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
             with no_gradient():
                 self._step.networks.follow(self.causal_lm.backbone)
 
-    @property
-    def _repeats_updates(self):
-        objective = self.objective
-        return objective.updates_per_rollout > 1 and objective.needs_rollouts
-
     def test_step(self, *state_and_data):
         """`train_step` without gradients and update."""
-        *state, data = state_and_data
-        batch = as_batch(data)
+        *state, batch = *state_and_data[:-1], as_batch(state_and_data[-1])
         with no_gradient(), after(batch["token_ids"]):
             return super().test_step(*state, batch)
 

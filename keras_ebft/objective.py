@@ -91,6 +91,11 @@ class Objective:
         )
 
     @property
+    def repeats_updates(self):
+        """Whether the same rollouts are learned from more than once."""
+        return self.updates_per_rollout > 1 and self.needs_rollouts
+
+    @property
     def needs_reference(self):
         """Whether the initial model's log-probabilities are needed."""
         return not is_zero(self.kl_weight)
