@@ -13,6 +13,7 @@ from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 from keras.src.trainers.data_adapters.data_adapter_utils import get_torch_dataloader
 from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
 
+from keras_ebft.kernels.backend import tensorflow_dataset
 from keras_ebft.token_rows import (
     DTYPES,
     FILLING,
@@ -144,15 +145,7 @@ class TokenBatches(DataAdapter):
 
     def get_tf_dataset(self):
         """A `tf.data.Dataset` of batches of static shape."""
-        from keras.src.utils.module_utils import tensorflow as tf
-
-        signature = {
-            name: tf.TensorSpec(*spec) for name, spec in self.signature.items()
-        }
-        dataset = tf.data.Dataset.from_generator(
-            self.get_numpy_iterator, output_signature=signature
-        )
-        return dataset.prefetch(1)
+        return tensorflow_dataset(self.get_numpy_iterator, self.signature)
 
     def get_torch_dataloader(self):
         """A torch `DataLoader` of batches of tensors."""

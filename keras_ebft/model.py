@@ -260,7 +260,8 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         Returns:
             dict of logs, on JAX together with the new state.
         """
-        *state, batch = *state_and_data[:-1], as_batch(state_and_data[-1])
+        *state, data = state_and_data
+        batch = as_batch(data)
         # Where the data are at their end, nothing of a step may have happened.
         with after(batch["token_ids"]):
             return self._train_on(state, batch)

@@ -43,7 +43,7 @@ def after(tensor):
 
 
 def resolve_jit_compile(jit_compile, runs_python=False):
-    """What `jit_compile="auto"` means here: XLA on JAX, and on TensorFlow's GPUs.
+    """What `jit_compile="auto"` means here: XLA on JAX and TensorFlow's accelerators.
 
     On a CPU, TensorFlow's own graph runs a step about as fast as XLA's program, is
     ready in half the time and takes less memory (docs/benchmarks.md).
@@ -133,6 +133,23 @@ def call_python(function, shape, *tensors):
         return tf.ensure_shape(result, shape)
     arrays = [keras.ops.convert_to_numpy(tensor) for tensor in tensors]
     return keras.ops.convert_to_tensor(function(*arrays))
+
+
+def tensorflow_dataset(read, signature):
+    """Batches of arrays as TensorFlow reads them.
+
+    Args:
+        read: function without arguments that returns an iterator of dicts of arrays.
+        signature: dict from their names to `(shape, dtype)`.
+
+    Returns:
+        `tf.data.Dataset`.
+    """
+    import tensorflow as tf
+
+    specs = {name: tf.TensorSpec(*spec) for name, spec in signature.items()}
+    dataset = tf.data.Dataset.from_generator(read, output_signature=specs)
+    return dataset.prefetch(1)
 
 
 def run_in_state(model, state, function):
