@@ -118,7 +118,7 @@ def run_own(folder, shape):
     import numpy as np
     from phases import make_phase
 
-    from keras_ebft.kernels.backend import no_gradient
+    from keras_ebft.backend.runtime import no_gradient
 
     backbone = keras_hub.models.LlamaBackbone.from_preset(
         str(folder), dtype=shape["dtype"]

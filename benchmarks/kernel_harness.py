@@ -18,8 +18,8 @@ from importlib import metadata
 import keras
 
 from keras_ebft import kernels
+from keras_ebft.backend.device import device_of
 from keras_ebft.kernels import dispatch
-from keras_ebft.kernels.device import device_of
 
 
 def milliseconds(function, wait, rounds=5, target=0.1):

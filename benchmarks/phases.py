@@ -6,10 +6,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ebft.documents import read_documents
-from keras_ebft.inputs import as_batch
-from keras_ebft.kernels.backend import no_gradient
-from keras_ebft.prefix_cache import read_document
+from keras_ebft.backend.runtime import no_gradient
+from keras_ebft.layout.documents import read_documents
+from keras_ebft.networks.prefix_cache import read_document
+from keras_ebft.training.batches import as_batch
 
 PHASES = ("prefill", "rollout", "features", "rewards", "policy", "optimizer", "step")
 

@@ -49,17 +49,17 @@ def table():
     from helpers import family
     from test_families import FAMILIES
 
-    from keras_ebft import bridge
+    from keras_ebft.networks import REFUSED, family_of
 
     measured = json.loads(MEASURED.read_text())
     lines = []
     for name in FAMILIES:
-        route = bridge.family_of(family(name).backbone).route
+        route = family_of(family(name).backbone).route
         errors = [measured[b][name] for b in ("jax", "tensorflow", "torch")]
         lines.append(f"| {name} | {ROUTES[route]} | {' | '.join(errors)} |")
     lines.append("")
     lines.append("Refused, with an error that says so:\n")
-    for name, reason in sorted(bridge.REFUSED.items()):
+    for name, reason in sorted(REFUSED.items()):
         lines.append(f"- {name.removesuffix('Backbone')}: {reason}.")
     return HEAD + "\n".join(lines) + "\n"
 

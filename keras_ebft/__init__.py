@@ -1,19 +1,20 @@
 """Energy-Based Fine-Tuning of KerasHub language models through `model.fit()`."""
 
 from keras_ebft import callbacks, data, evaluation, functional, plots
-from keras_ebft.block_sampler import BlockSampler, ReplaySampler
-from keras_ebft.checkpoints import TrainingCheckpoint
-from keras_ebft.critic import Critic
 from keras_ebft.export import export_to_hugging_face
 from keras_ebft.features import FeatureNetwork
-from keras_ebft.geometry import BlockGeometry
+from keras_ebft.layout.geometry import BlockGeometry
 from keras_ebft.model import EBFTModel
+from keras_ebft.objectives.critic import Critic
 from keras_ebft.rewards import (
     CharacteristicFunctionReward,
     FeatureMatchingReward,
     Reward,
+    RewardSum,
+    VerifierReward,
 )
-from keras_ebft.verifier_reward import RewardSum, VerifierReward
+from keras_ebft.samplers import BlockSampler, ReplaySampler
+from keras_ebft.training.checkpoints import TrainingCheckpoint
 from keras_ebft.version import __version__
 
 __all__ = [

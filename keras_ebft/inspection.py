@@ -3,11 +3,11 @@
 import numpy as np
 from keras import ops
 
-from keras_ebft.documents import read_documents
-from keras_ebft.draws import draw_numbers
-from keras_ebft.kernels.backend import compiled, no_gradient
-from keras_ebft.prefix_cache import read_document
-from keras_ebft.token_rows import to_token_rows
+from keras_ebft.backend.runtime import compiled, no_gradient
+from keras_ebft.layout.documents import read_documents
+from keras_ebft.layout.draws import draw_numbers
+from keras_ebft.networks.prefix_cache import read_document
+from keras_ebft.training.token_rows import to_token_rows
 
 REWARD_NAMES = ("alignment", "diversity", "reward", "advantage")
 

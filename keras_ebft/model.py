@@ -4,26 +4,32 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ebft import adapters, bridge, metrics
-from keras_ebft.block_sampler import BlockSampler
-from keras_ebft.checkpoints import TrainingState
-from keras_ebft.critic import (
+from keras_ebft.backend.runtime import after, no_gradient, run_in_state
+from keras_ebft.features import FeatureNetwork
+from keras_ebft.functional import ESTIMATORS
+from keras_ebft.inspection import Inspection, compile_parts
+from keras_ebft.networks import (
+    adapters,
+    check_supported,
+    dtype_policy_name,
+    resolve_rematerialize,
+)
+from keras_ebft.networks.frozen_networks import FrozenNetworks, refuse_shared_paths
+from keras_ebft.objectives.critic import (
     Critic,
     CriticHead,
     critic_accuracy,
     critic_loss,
 )
-from keras_ebft.features import FeatureNetwork
-from keras_ebft.frozen_networks import FrozenNetworks, refuse_shared_paths
-from keras_ebft.functional import ESTIMATORS
-from keras_ebft.inputs import as_batch
-from keras_ebft.inspection import Inspection, compile_parts
-from keras_ebft.kernels.backend import after, no_gradient, run_in_state
-from keras_ebft.objective import Objective, check_combination
+from keras_ebft.objectives.objective import Objective, check_combination
 from keras_ebft.rewards import FeatureMatchingReward, Reward
-from keras_ebft.serialization import Serialization
+from keras_ebft.samplers import BlockSampler
 from keras_ebft.step import EBFTStep
-from keras_ebft.trainer import DocumentTrainer
+from keras_ebft.training import metrics
+from keras_ebft.training.batches import as_batch
+from keras_ebft.training.checkpoints import TrainingState
+from keras_ebft.training.serialization import Serialization
+from keras_ebft.training.trainer import DocumentTrainer
 from keras_ebft.validation import (
     check_choice,
     check_instance,
@@ -122,10 +128,10 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         seed=None,
         **kwargs,
     ):
-        bridge.check_supported(causal_lm)
+        check_supported(causal_lm)
         adapters.freeze_base(causal_lm.backbone)
         # Not the global policy: the backbone's own decides on loss scaling.
-        kwargs.setdefault("dtype", bridge.dtype_policy_name(causal_lm.backbone))
+        kwargs.setdefault("dtype", dtype_policy_name(causal_lm.backbone))
         super().__init__(**kwargs)
         self.sampler = _part("sampler", sampler, BlockSampler)
         self.feature_network = _part("feature_network", feature_network, FeatureNetwork)
@@ -155,7 +161,7 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         self.seed = check_int("seed", seed, 0)
 
         backbone = causal_lm.backbone
-        self.rematerialize = bridge.resolve_rematerialize(rematerialize, backbone)
+        self.rematerialize = resolve_rematerialize(rematerialize, backbone)
         samples = self.sampler.num_samples
         self.micro_batches = check_micro_batches(micro_batches, samples)
         self.causal_lm = causal_lm

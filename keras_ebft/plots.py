@@ -6,7 +6,7 @@ needed. In a notebook a figure as the last line of a cell shows itself.
 
 import numpy as np
 
-from keras_ebft.geometry import BlockGeometry
+from keras_ebft.layout.geometry import BlockGeometry
 from keras_ebft.validation import check_instance
 
 LABELS = {

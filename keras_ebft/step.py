@@ -4,15 +4,20 @@ import functools
 
 from keras import ops
 
-from keras_ebft import bridge
-from keras_ebft.block_sampler import Rollouts, before_stop
-from keras_ebft.documents import read_documents, take_tokens
-from keras_ebft.draws import draw_numbers
+from keras_ebft.backend.runtime import no_gradient
+from keras_ebft.backend.sample_groups import in_groups
 from keras_ebft.kernels import linear_logprob
-from keras_ebft.kernels.backend import no_gradient
-from keras_ebft.prefix_cache import read_blocks, read_document, stop_gradient
-from keras_ebft.sample_groups import in_groups
-from keras_ebft.verifier_reward import RolloutBatch
+from keras_ebft.layout.documents import read_documents, take_tokens
+from keras_ebft.layout.draws import draw_numbers
+from keras_ebft.networks import (
+    end_token_ids,
+    maximum_length,
+    output_head,
+    routed_backbone,
+)
+from keras_ebft.networks.prefix_cache import read_blocks, read_document, stop_gradient
+from keras_ebft.records import RolloutBatch, Rollouts
+from keras_ebft.samplers import before_stop
 
 
 class EBFTStep:
@@ -48,7 +53,7 @@ class EBFTStep:
         self.estimator = estimator
         self.critic = critic
         self.micro_batches = micro_batches
-        self.policy = bridge.routed_backbone(causal_lm.backbone, rematerialize)
+        self.policy = routed_backbone(causal_lm.backbone, rematerialize)
         self.stop_token_ids = _resolve_stop_token_ids(sampler, causal_lm)
 
     def __call__(self, inputs, seed, train_documents):
@@ -122,7 +127,7 @@ class EBFTStep:
         Args:
             length: int, tokens per row.
         """
-        limit = bridge.maximum_length(self.causal_lm)
+        limit = maximum_length(self.causal_lm)
         runs_over = self.stop_token_ids or self.sampler.anchors == "answer_start"
         reached = length + self.sampler.rollout_length
         if limit is not None and runs_over and reached > limit:
@@ -147,7 +152,7 @@ class EBFTStep:
 
     def rollout(self, state, blocks, uniform):
         """`Rollouts` that continue what the policy has read."""
-        head = bridge.output_head(self.causal_lm.backbone)
+        head = output_head(self.causal_lm.backbone)
         state = stop_gradient(state)
         sample = functools.partial(self.sampler, self.policy)
         if self.sampler.draws_tokens:
@@ -244,7 +249,7 @@ class EBFTStep:
         A token is predicted from the position before it: the first of a block
         from the document, so the last generated token is never read.
         """
-        head = bridge.output_head(self.causal_lm.backbone)
+        head = output_head(self.causal_lm.backbone)
 
         def score(samples, shared):
             state, kernel = shared
@@ -280,7 +285,7 @@ class EBFTStep:
         }
 
     def _log_prob(self, hidden, labels, temperature, head=None):
-        head = head or bridge.output_head(self.causal_lm.backbone)
+        head = head or output_head(self.causal_lm.backbone)
         scores = linear_logprob(
             ops.reshape(hidden, (-1, hidden.shape[-1])),
             head.kernel,
@@ -316,5 +321,5 @@ def _resolve_stop_token_ids(sampler, causal_lm):
     if sampler.stop_token_ids != "auto":
         return sampler.stop_token_ids or ()
     if sampler.anchors == "answer_start":
-        return bridge.end_token_ids(causal_lm)
+        return end_token_ids(causal_lm)
     return ()

@@ -7,7 +7,7 @@ import pytest
 from helpers import XLA, documents, family, flat, gradients, llama, to_numpy
 
 import keras_ebft
-from keras_ebft import adapters, bridge
+from keras_ebft.networks import adapters, num_layers
 
 SAMPLER = keras_ebft.BlockSampler(
     rollout_length=2, stride=5, context_length=4, num_samples=2
@@ -217,7 +217,7 @@ def test_families_that_need_names_train_with_them(name, layers):
     causal_lm.backbone.enable_lora(2, target_layer_names=layers)
     model = build(causal_lm)
     # Two adapter matrices each.
-    count = bridge.num_layers(causal_lm.backbone) * len(layers)
+    count = num_layers(causal_lm.backbone) * len(layers)
     assert len(model.trainable_variables) == 2 * count
 
 

@@ -6,10 +6,10 @@ from helpers import documents, family, llama, to_numpy
 from keras import ops
 
 import keras_ebft
-from keras_ebft.block_sampler import before_stop
-from keras_ebft.blocks import make_blocks
-from keras_ebft.documents import read_documents
-from keras_ebft.inputs import as_batch
+from keras_ebft.layout.blocks import make_blocks
+from keras_ebft.layout.documents import read_documents
+from keras_ebft.samplers import before_stop
+from keras_ebft.training.batches import as_batch
 
 G = 3
 

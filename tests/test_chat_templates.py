@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from keras_ebft.data import ChatTemplate, pack
-from keras_ebft.token_rows import to_token_rows
+from keras_ebft.training.token_rows import to_token_rows
 
 pytestmark = pytest.mark.backend_independent
 

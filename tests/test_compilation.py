@@ -11,8 +11,8 @@ from helpers import documents, llama, value_and_gradients
 from keras import ops
 
 import keras_ebft
-from keras_ebft.kernels.gradients import differentiable
-from keras_ebft.process_memory import return_freed_memory
+from keras_ebft.backend.gradients import differentiable
+from keras_ebft.backend.process_memory import return_freed_memory
 
 BACKEND = keras.backend.backend()
 MIB = 2**20

@@ -7,7 +7,7 @@ from helpers import documents, flat, llama, to_numpy
 from keras import ops
 
 import keras_ebft
-from keras_ebft.critic import critic_accuracy, critic_loss
+from keras_ebft.objectives.critic import critic_accuracy, critic_loss
 
 SAMPLER = {"stride": 4, "context_length": 4}
 X = documents(2, 14)

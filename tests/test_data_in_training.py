@@ -9,7 +9,7 @@ from helpers import VOCABULARY, documents, llama, to_numpy
 from keras import ops
 
 import keras_ebft
-from keras_ebft.callbacks import Measure
+from keras_ebft.callbacks.measure import Measure
 from keras_ebft.evaluation import FeatureMatching, TextGenerator, cross_entropy
 from keras_ebft.evaluation.single_documents import single_documents
 

@@ -14,8 +14,8 @@ from keras import ops
 
 import keras_ebft
 from keras_ebft import kernels
+from keras_ebft.backend.device import Device, device_of
 from keras_ebft.kernels import dispatch
-from keras_ebft.kernels.device import Device, device_of
 
 OPS = (
     "causal_attention",

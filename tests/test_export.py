@@ -7,7 +7,7 @@ import pytest
 from helpers import documents, family, to_numpy
 
 import keras_ebft
-from keras_ebft import adapters
+from keras_ebft.networks import adapters
 
 X = documents(2, 12)
 # Layers of Gemma 2 alternate, those of Gemma 3 come in sixes; two suffice else.

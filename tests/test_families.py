@@ -20,8 +20,8 @@ from helpers import (
 from keras import ops
 
 import keras_ebft
-from keras_ebft import bridge
-from keras_ebft.bridge.lending import lent
+from keras_ebft import networks
+from keras_ebft.networks.lending import lent
 
 SERVING = (
     "Llama",
@@ -251,12 +251,12 @@ def test_every_causal_lm_of_keras_hub_has_its_place():
     names = {name for name in dir(keras_hub.models) if name.endswith("CausalLM")}
     # A drafting model for Gemma 4, and the base class.
     names -= {"CausalLM", "Gemma4AssistantCausalLM"}
-    placed = {*bridge.FAMILIES, *bridge.REFUSED}
+    placed = {*networks.FAMILIES, *networks.REFUSED}
     classes = {getattr(keras_hub.models, name).backbone_cls for name in names}
     assert {backbone.__name__ for backbone in classes} == placed
     tested = {name.split()[0].replace("Gemma2", "Gemma") for name in FAMILIES}
-    assert {f"{name}Backbone" for name in tested} == set(bridge.FAMILIES)
-    for name, route in bridge.FAMILIES.items():
+    assert {f"{name}Backbone" for name in tested} == set(networks.FAMILIES)
+    for name, route in networks.FAMILIES.items():
         listed = {"serving": SERVING, "layers": LAYERS, "rows": ROWS}[route.route]
         assert name.removesuffix("Backbone") in listed
 

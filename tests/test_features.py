@@ -7,7 +7,7 @@ from helpers import documents, llama, to_numpy
 from keras import ops
 
 import keras_ebft
-from keras_ebft.pooling import pool
+from keras_ebft.functional.pooling import pool
 
 SAMPLER = {"rollout_length": 3, "stride": 4, "context_length": 4, "num_samples": 2}
 X = documents(2, 14)

@@ -6,7 +6,7 @@ import pytest
 from helpers import documents, family, flat, llama, to_numpy
 
 import keras_ebft
-from keras_ebft.inputs import TokenBatches, token_batches
+from keras_ebft.training.batches import TokenBatches, token_batches
 
 LENGTH = 14
 BACKEND = keras.backend.backend()

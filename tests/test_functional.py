@@ -5,7 +5,7 @@ import pytest
 from helpers import to_numpy
 
 from keras_ebft import FeatureMatchingReward, functional
-from keras_ebft.inner_products import feature_inner_products, whiten
+from keras_ebft.functional.inner_products import feature_inner_products, whiten
 
 CASES = range(8)
 TOLERANCE = 1e-5

@@ -6,10 +6,10 @@ from helpers import documents, flat, gradients, llama, to_numpy
 from keras import ops
 
 import keras_ebft
-from keras_ebft.documents import read_documents
-from keras_ebft.inputs import as_batch
-from keras_ebft.kernels.backend import compiled
-from keras_ebft.prefix_cache import read_document
+from keras_ebft.backend.runtime import compiled
+from keras_ebft.layout.documents import read_documents
+from keras_ebft.networks.prefix_cache import read_document
+from keras_ebft.training.batches import as_batch
 
 LENGTH = 22
 

@@ -18,7 +18,7 @@ from helpers import (
 )
 
 import keras_ebft
-from keras_ebft import adapters, prefix_cache
+from keras_ebft.networks import adapters, prefix_cache
 
 # RWKV-7 says that kernels of a package of its own would be faster.
 pytestmark = pytest.mark.filterwarnings("ignore:The 'rwkv_ops' package:UserWarning")

@@ -6,8 +6,8 @@ from helpers import documents, flat, llama, to_numpy, value_and_gradients
 from keras import ops
 
 import keras_ebft
-from keras_ebft.blocks import make_blocks
-from keras_ebft.documents import Documents, first_of_segment, take_tokens
+from keras_ebft.layout.blocks import make_blocks
+from keras_ebft.layout.documents import Documents, first_of_segment, take_tokens
 
 SAMPLER = {"rollout_length": 3, "stride": 4, "context_length": 4, "num_samples": 2}
 # One document of 12 tokens and one of 15; blocks at 4 and 8, and at 4, 8 and 12.

@@ -6,7 +6,7 @@ import pytest
 from helpers import documents, flat, gradients, llama, to_numpy
 
 import keras_ebft
-from keras_ebft import adapters
+from keras_ebft.networks import adapters
 
 X = documents(2, 12)
 ROLLOUTS = documents(8, 2, seed=1).reshape(2, 2, 2, 2)

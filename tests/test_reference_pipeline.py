@@ -7,9 +7,9 @@ from helpers import XLA, to_numpy
 from keras import ops
 
 import keras_ebft
-from keras_ebft.documents import read_documents
-from keras_ebft.inputs import as_batch
-from keras_ebft.kernels.backend import compiled
+from keras_ebft.backend.runtime import compiled
+from keras_ebft.layout.documents import read_documents
+from keras_ebft.training.batches import as_batch
 
 XLA_ON_TENSORFLOW = (
     pytest.mark.slow,

@@ -5,7 +5,7 @@ import pytest
 from helpers import llama, to_numpy
 
 import keras_ebft
-from keras_ebft.token_rows import to_token_rows
+from keras_ebft.training.token_rows import to_token_rows
 
 TEXTS = ["def f(x): return", "abab", "a much longer text that has to be cut somewhere"]
 

@@ -7,7 +7,7 @@ from helpers import to_numpy
 from text_models import FAMILIES, LENGTH, TEXTS, text_model
 
 import keras_ebft
-from keras_ebft.token_rows import to_token_rows
+from keras_ebft.training.token_rows import to_token_rows
 
 # RWKV-7 says that kernels of a package of its own would be faster.
 pytestmark = pytest.mark.filterwarnings("ignore:The 'rwkv_ops' package:UserWarning")

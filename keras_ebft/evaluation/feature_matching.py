@@ -2,12 +2,12 @@
 
 import copy
 
-from keras_ebft.block_sampler import BlockSampler
 from keras_ebft.evaluation.models import causal_lm_of
 from keras_ebft.features import FeatureNetwork
-from keras_ebft.metrics import DOCUMENT_MEASURES
 from keras_ebft.model import EBFTModel
 from keras_ebft.rewards import FeatureMatchingReward
+from keras_ebft.samplers import BlockSampler
+from keras_ebft.training.metrics import DOCUMENT_MEASURES
 from keras_ebft.validation import check_int
 
 MEASURES = (

@@ -5,10 +5,10 @@ import math
 import numpy as np
 from keras import ops
 
+from keras_ebft.backend.runtime import compiled, no_gradient
 from keras_ebft.evaluation.models import causal_lm_of
 from keras_ebft.evaluation.single_documents import single_documents
-from keras_ebft.kernels.backend import compiled, no_gradient
-from keras_ebft.token_rows import to_token_rows
+from keras_ebft.training.token_rows import to_token_rows
 from keras_ebft.validation import check_int
 
 

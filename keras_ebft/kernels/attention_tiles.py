@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops
 
-from keras_ebft.kernels.gradients import differentiable, scan_tiles
+from keras_ebft.backend.gradients import differentiable, scan_tiles
 
 # Keys met at once: in a compiled loop, where a tile should fit a cache, and in one
 # counted in Python, where every operation costs time of its own.

@@ -16,8 +16,8 @@ from typing import Any
 
 import keras
 
-from keras_ebft.kernels.backend import backend_name
-from keras_ebft.kernels.device import device_of
+from keras_ebft.backend.device import device_of
+from keras_ebft.backend.runtime import backend_name
 
 ENVIRONMENT_VARIABLE = "KERAS_EBFT_KERNELS"
 BACKENDS = ("jax", "tensorflow", "torch")

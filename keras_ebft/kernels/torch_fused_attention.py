@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from keras_ebft.backend.gradients import differentiable, scan_tiles
 from keras_ebft.kernels.attention_tiles import (
     LOWEST_SCORE,
     OwnKeys,
@@ -20,7 +21,6 @@ from keras_ebft.kernels.attention_tiles import (
     rows_of,
     see_own,
 )
-from keras_ebft.kernels.gradients import differentiable, scan_tiles
 
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from keras_ebft.kernels.device import TRITON_INTERPRETED_ON
+from keras_ebft.backend.device import TRITON_INTERPRETED_ON
 
 # Decided when Triton is imported.
 INTERPRETED = bool(TRITON_INTERPRETED_ON)

@@ -3,7 +3,7 @@
 from keras import ops
 
 from keras_ebft.functional import ESTIMATORS
-from keras_ebft.inner_products import WHITENINGS, check_feature_shapes
+from keras_ebft.functional.inner_products import WHITENINGS, check_feature_shapes
 from keras_ebft.kernels import dispatch
 from keras_ebft.kernels.feature_reward.implementations import IMPLEMENTATIONS
 from keras_ebft.validation import check_choice

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from keras_ebft.functional import COSINE_EPSILON, GROUP_NORM_EPSILON
-from keras_ebft.inner_products import EIGENVALUE_CUTOFF
+from keras_ebft.functional.feature_matching import COSINE_EPSILON, GROUP_NORM_EPSILON
+from keras_ebft.functional.inner_products import EIGENVALUE_CUTOFF
 
 
 class Options(NamedTuple):

@@ -1,7 +1,7 @@
 """The definition of `feature_reward`: the equations of `functional`, put together."""
 
 from keras_ebft import functional
-from keras_ebft.inner_products import feature_inner_products, whiten
+from keras_ebft.functional.inner_products import feature_inner_products, whiten
 
 
 def feature_reward_reference(

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from keras_ebft.functional import COSINE_EPSILON, GROUP_NORM_EPSILON
-from keras_ebft.inner_products import EIGENVALUE_CUTOFF
+from keras_ebft.functional.feature_matching import COSINE_EPSILON, GROUP_NORM_EPSILON
+from keras_ebft.functional.inner_products import EIGENVALUE_CUTOFF
 from keras_ebft.kernels.feature_reward.jacobi import padded_size, sweeps_for
 from keras_ebft.kernels.feature_reward.torch_triton_kernels import reward_blocks
 from keras_ebft.kernels.torch_triton_common import on_device_of

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_ebft.kernels.gradients import differentiable, scan_tiles
+from keras_ebft.backend.gradients import differentiable, scan_tiles
 from keras_ebft.kernels.linear_logprob.reference import scaled_logits
 
 # A tile of logits, 8 MiB in float32: small enough for a cache, large enough for

@@ -1,6 +1,6 @@
 """The implementations of `linear_sample`, best first."""
 
-from keras_ebft.kernels.device import TRITON_INTERPRETED_ON
+from keras_ebft.backend.device import TRITON_INTERPRETED_ON
 from keras_ebft.kernels.dispatch import Implementation
 
 _HERE = "keras_ebft.kernels.linear_sample"

@@ -1,0 +1,1 @@
+"""Everything that differs between JAX, TensorFlow and PyTorch."""

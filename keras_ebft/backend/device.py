@@ -1,0 +1,86 @@
+"""Where tensors live, asked of the running backend alone."""
+
+import os
+from typing import Any, NamedTuple
+
+import keras
+
+from keras_ebft.backend.runtime import backend_name
+
+# Where Triton kernels run besides GPUs: its interpreter, if it was asked for.
+TRITON_INTERPRETED_ON = ("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else ()
+
+
+class Device(NamedTuple):
+    """The processor that an operation runs on.
+
+    Attributes:
+        platform: `"cpu"`, `"cuda"`, `"rocm"`, `"tpu"` or what the backend calls
+            anything else.
+        capability: `(major, minor)` of a CUDA device, otherwise `None`.
+    """
+
+    platform: str
+    capability: Any = None
+
+
+def device_of(tensor):
+    """The `Device` that operations on a tensor run on.
+
+    A traced tensor has no place yet; it will run where the backend puts things
+    by default.
+
+    Args:
+        tensor: tensor or `keras.Variable`.
+    """
+    if isinstance(tensor, keras.Variable):
+        tensor = tensor.value
+    return _FINDERS[backend_name()](tensor)
+
+
+def _torch_device(tensor):
+    import torch
+
+    if tensor.device.type != "cuda":
+        return Device(tensor.device.type)
+    if torch.version.hip is not None:
+        return Device("rocm")
+    return Device("cuda", torch.cuda.get_device_capability(tensor.device))
+
+
+def _jax_device(tensor):
+    import jax
+
+    if isinstance(tensor, jax.Array) and not isinstance(tensor, jax.core.Tracer):
+        device = min(tensor.devices(), key=lambda device: device.id)
+    else:
+        device = jax.config.jax_default_device or jax.local_devices()[0]
+    # `jax_default_device` may also be the name of a platform.
+    if isinstance(device, str):
+        device = jax.local_devices(backend=device)[0]
+    if device.platform != "gpu":
+        return Device(device.platform)
+    if "rocm" in device.client.platform_version.lower():
+        return Device("rocm")
+    major, minor = str(device.compute_capability).split(".")
+    return Device("cuda", (int(major), int(minor)))
+
+
+def _tensorflow_device(tensor):
+    import tensorflow as tf
+
+    name = getattr(tensor, "device", None)
+    kind = name.rsplit(":", 2)[-2] if name else None
+    if kind is None:
+        found = {device.device_type for device in tf.config.list_logical_devices()}
+        kind = next((k for k in ("TPU", "GPU") if k in found), "CPU")
+    if kind == "GPU":
+        return Device("rocm" if tf.test.is_built_with_rocm() else "cuda")
+    return Device(kind.lower())
+
+
+_FINDERS = {
+    "torch": _torch_device,
+    "jax": _jax_device,
+    "tensorflow": _tensorflow_device,
+}

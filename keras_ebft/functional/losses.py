@@ -1,0 +1,143 @@
+"""The terms of the loss, each defined once, in plain `keras.ops`.
+
+Axes: B rows, n samples, K blocks, G generated tokens per block. Source of the
+equations: Jelassi et al., 2026, "Matching Features, Not Tokens",
+arXiv:2603.12248, except where another is named.
+"""
+
+from keras import ops
+
+from keras_ebft.functional.masking import masked_mean, weighted_sum
+from keras_ebft.validation import check_choice
+
+KL_ESTIMATORS = ("k1", "k2", "k3")
+POLICY_LOSSES = ("token", "sequence")
+KL_BOUND = 10.0
+
+
+def token_weights(token_mask, starts=None):
+    """What each generated token contributes to a mean over rollout sequences.
+
+    A sequence is one sample of one document: the counted tokens of its blocks.
+    Tokens are averaged within their sequence, then sequences are averaged; the
+    weights of all tokens sum to 1, or to 0 if none counts.
+
+    Args:
+        token_mask: float32 tensor `[B, n, K, G]`, 1 where a token counts.
+        starts: int32 tensor `[B, K]`, tells the documents of a row apart by where
+            they start; `None` if every row is one document.
+
+    Returns:
+        float32 tensor `[B, n, K, G]`.
+
+    Example:
+    >>> import numpy as np
+    >>> mask = np.array([1.0, 1.0, 0.0, 1.0], "float32").reshape(1, 2, 1, 2)
+    >>> np.ravel(ops.convert_to_numpy(token_weights(mask))).tolist()
+    [0.25, 0.25, 0.0, 0.5]
+    """
+    token_mask = ops.convert_to_tensor(token_mask)
+    of_block = ops.sum(token_mask, axis=-1)
+    if starts is None:
+        of_sequence = ops.sum(of_block, axis=-1, keepdims=True)
+    else:
+        same = ops.cast(starts[:, :, None] == starts[:, None, :], "float32")
+        of_sequence = ops.matmul(of_block, same)
+    of_sequence = ops.maximum(of_sequence, 1.0)
+    sequences = ops.sum(of_block / of_sequence)
+    return token_mask / of_sequence[..., None] / ops.maximum(sequences, 1.0)
+
+
+def probability_ratio(log_prob, old_log_prob, token_mask, kind="token"):
+    """How much likelier the policy makes its rollouts than when it sampled them.
+
+    - `"token"`: `exp(logp - logp_old)` of each token;
+    - `"sequence"`: `exp(mean_t (logp_t - logp_old_t))` over the counted tokens of
+      a rollout, the same for all of them (GSPO, arXiv:2507.18071).
+
+    Args:
+        log_prob: float32 tensor `[B, n, K, G]`, with gradient.
+        old_log_prob: float32 tensor `[B, n, K, G]`, or `None` for the value of
+            `log_prob` itself: the ratio is then 1, its gradient that of `log_prob`.
+        token_mask: float32 tensor `[B, n, K, G]`.
+        kind: `"token"` or `"sequence"`.
+
+    Returns:
+        float32 tensor `[B, n, K, G]`.
+
+    Raises:
+        ValueError: for an unknown `kind`.
+    """
+    check_choice("policy_loss", kind, POLICY_LOSSES)
+    log_prob = ops.convert_to_tensor(log_prob)
+    old = log_prob if old_log_prob is None else ops.convert_to_tensor(old_log_prob)
+    difference = log_prob - ops.stop_gradient(old)
+    if kind == "sequence":
+        mean = masked_mean(difference, token_mask, axis=-1)
+        difference = ops.broadcast_to(mean[..., None], difference.shape)
+    return ops.exp(difference)
+
+
+def policy_loss(ratio, advantage, weights, clip_range=None):
+    """Policy-gradient loss.
+
+        - sum_t weight_t * ratio_t * A_t
+        - sum_t weight_t * min(ratio_t A_t, clip(ratio_t, 1 - low, 1 + high) A_t)
+
+    the second with `clip_range=(low, high)` (PPO, arXiv:1707.06347).
+
+    Args:
+        ratio: float32 tensor `[B, n, K, G]` from `probability_ratio`.
+        advantage: float32 tensor `[B, n, K]`, for all tokens of a block, or
+            `[B, n, K, G]`; no gradient flows into it.
+        weights: float32 tensor `[B, n, K, G]` from `token_weights`.
+        clip_range: `(low, high)` or `None`.
+
+    Returns:
+        float32 scalar.
+    """
+    ratio, weights = ops.convert_to_tensor(ratio), ops.convert_to_tensor(weights)
+    advantage = ops.stop_gradient(ops.convert_to_tensor(advantage))
+    if len(advantage.shape) < len(ratio.shape):
+        advantage = advantage[..., None]
+    gain = ratio * advantage
+    if clip_range is not None:
+        low, high = clip_range
+        gain = ops.minimum(gain, ops.clip(ratio, 1.0 - low, 1.0 + high) * advantage)
+    return -weighted_sum(gain, weights)
+
+
+def kl_estimate(log_prob, ref_log_prob, estimator="k2"):
+    """Estimates of KL(policy || reference) from samples of the policy.
+
+    With `d = log_prob - ref_log_prob`:
+
+        k1 = d        k2 = d^2 / 2        k3 = exp(-d) - 1 + d
+
+    clipped to [-10, 10], as in the authors' code.
+
+    Args:
+        log_prob: float tensor, log-probabilities under the policy, in nats.
+        ref_log_prob: float tensor of the same shape, under the reference.
+        estimator: `"k1"`, `"k2"` or `"k3"`.
+
+    Returns:
+        float32 tensor of the same shape.
+
+    Raises:
+        ValueError: for an unknown `estimator`.
+
+    Example:
+    >>> import numpy as np
+    >>> float(kl_estimate(np.float32(-1.0), np.float32(-3.0), "k2"))
+    2.0
+    """
+    check_choice("kl_estimator", estimator, KL_ESTIMATORS)
+    difference = ops.cast(log_prob, "float32") - ops.cast(ref_log_prob, "float32")
+    if estimator == "k1":
+        estimate = difference
+    elif estimator == "k2":
+        estimate = ops.square(difference) / 2.0
+    else:
+        estimate = ops.exp(-difference) - 1.0 + difference
+    return ops.clip(estimate, -KL_BOUND, KL_BOUND)

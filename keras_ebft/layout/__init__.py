@@ -1,0 +1,1 @@
+"""Where things stand: documents in rows, blocks in documents."""

@@ -1,0 +1,56 @@
+"""The one door into KerasHub: networks, output heads, sub-networks.
+
+Block-parallel passes need an attention of their own inside KerasHub's models. How
+a family gives way to it is decided here (`families`) and done here (the routes);
+nothing else in this library imports `keras_hub.src` or knows a family.
+"""
+
+from keras_ebft.networks.causal_lm import (
+    OutputHead,
+    check_feature_backbone,
+    check_supported,
+    dtype_policy_name,
+    end_token_ids,
+    marker_token_ids,
+    maximum_length,
+    output_head,
+    tokenizer,
+    vocabulary_size,
+)
+from keras_ebft.networks.families import FAMILIES, REFUSED, family_of, num_layers
+from keras_ebft.networks.frozen import (
+    copied_variables,
+    frozen_taps,
+    leading,
+    routed_backbone,
+)
+from keras_ebft.networks.rematerialisation import resolve_rematerialize
+from keras_ebft.networks.routed import RoutedNetwork, RowNetwork
+from keras_ebft.networks.texts import export_tokenizer, preprocess_texts, to_numpy
+
+__all__ = [
+    "FAMILIES",
+    "REFUSED",
+    "OutputHead",
+    "RoutedNetwork",
+    "RowNetwork",
+    "check_feature_backbone",
+    "check_supported",
+    "copied_variables",
+    "dtype_policy_name",
+    "end_token_ids",
+    "export_tokenizer",
+    "family_of",
+    "frozen_taps",
+    "leading",
+    "marker_token_ids",
+    "maximum_length",
+    "num_layers",
+    "output_head",
+    "preprocess_texts",
+    "resolve_rematerialize",
+    "routed_backbone",
+    "to_numpy",
+    "tokenizer",
+    "vocabulary_size",
+]

@@ -1,0 +1,1 @@
+"""What is minimised: the weighted sum of losses, and the critic."""

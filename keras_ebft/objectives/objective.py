@@ -1,0 +1,227 @@
+"""The loss as a weighted sum of terms, its settings checked together."""
+
+import keras
+from keras import ops
+
+from keras_ebft.functional.losses import (
+    KL_ESTIMATORS,
+    POLICY_LOSSES,
+    kl_estimate,
+    policy_loss,
+    probability_ratio,
+    token_weights,
+)
+from keras_ebft.functional.masking import masked_mean
+from keras_ebft.validation import (
+    check_choice,
+    check_clip_range,
+    check_int,
+    check_some_weight,
+    check_weight,
+    is_zero,
+)
+
+WEIGHTS = ("policy_weight", "ce_weight", "kl_weight", "entropy_weight")
+
+
+class Objective:
+    """`policy_weight L_PG + ce_weight L_CE + kl_weight L_KL - entropy_weight H`.
+
+    Args:
+        policy_weight: float or `LearningRateSchedule`; so are the other weights.
+        ce_weight: of the documents' next-token cross-entropy.
+        kl_weight: of the estimated divergence from the initial model.
+        entropy_weight: of the entropy at generated tokens.
+        kl_estimator: `"k1"`, `"k2"` or `"k3"`.
+        policy_loss: `"token"` or `"sequence"`, see `probability_ratio`.
+        updates_per_rollout: int.
+        clip_range: float, `(low, high)` or `None`.
+
+    Raises:
+        TypeError: for a value of the wrong type.
+        ValueError: for a value out of range, unknown, or of no effect.
+    """
+
+    def __init__(
+        self,
+        policy_weight,
+        ce_weight,
+        kl_weight,
+        entropy_weight,
+        kl_estimator,
+        policy_loss,
+        updates_per_rollout,
+        clip_range,
+    ):
+        self.policy_weight = check_weight("policy_weight", policy_weight)
+        self.ce_weight = check_weight("ce_weight", ce_weight)
+        self.kl_weight = check_weight("kl_weight", kl_weight)
+        self.entropy_weight = check_weight("entropy_weight", entropy_weight)
+        check_some_weight(**self.weights)
+        self.kl_estimator = check_choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
+        self.policy_loss = check_choice("policy_loss", policy_loss, POLICY_LOSSES)
+        self.updates_per_rollout = check_int(
+            "updates_per_rollout", updates_per_rollout, 1
+        )
+        self.clip_range = check_clip_range(clip_range)
+        if self.clip_range is not None and self.updates_per_rollout == 1:
+            raise ValueError(
+                "Expected no `clip_range` with one update per rollout, whose ratios "
+                f"are all 1 and never clipped. Received: clip_range={clip_range!r}, "
+                "updates_per_rollout=1. Leave it out, or raise updates_per_rollout."
+            )
+
+    @property
+    def weights(self):
+        """The weights by name."""
+        return {name: getattr(self, name) for name in WEIGHTS}
+
+    @property
+    def trains_documents(self):
+        """Whether the cross-entropy of documents has a gradient."""
+        return not is_zero(self.ce_weight)
+
+    @property
+    def needs_rollouts(self):
+        """Whether anything is learned from rollouts."""
+        return any(
+            not is_zero(weight)
+            for name, weight in self.weights.items()
+            if name != "ce_weight"
+        )
+
+    @property
+    def repeats_updates(self):
+        """Whether the same rollouts are learned from more than once."""
+        return self.updates_per_rollout > 1 and self.needs_rollouts
+
+    @property
+    def needs_reference(self):
+        """Whether the initial model's log-probabilities are needed."""
+        return not is_zero(self.kl_weight)
+
+    def terms(self, outputs):
+        """The terms of the loss, before their weights.
+
+        Args:
+            outputs: dict from `EBFTModel.call`.
+
+        Returns:
+            dict of float32 scalars: `ce_loss` and, with rollouts, `policy_loss`,
+            `entropy` and, with a reference, `kl`.
+        """
+        documents = -outputs["document_log_prob"]
+        terms = {"ce_loss": masked_mean(documents, outputs["document_mask"])}
+        if "log_prob" not in outputs:
+            return terms
+        mask = outputs["token_mask"]
+        ratio = probability_ratio(
+            outputs["log_prob"], outputs.get("old_log_prob"), mask, self.policy_loss
+        )
+        terms["policy_loss"] = policy_loss(
+            ratio,
+            outputs["advantage"],
+            token_weights(mask, outputs.get("block_starts")),
+            self.clip_range,
+        )
+        terms["entropy"] = masked_mean(outputs["entropy"], mask)
+        if "ref_log_prob" in outputs:
+            estimate = kl_estimate(
+                outputs["log_prob"], outputs["ref_log_prob"], self.kl_estimator
+            )
+            terms["kl"] = masked_mean(estimate, mask)
+        return terms
+
+    def loss(self, terms, step):
+        """The weighted sum of terms.
+
+        Args:
+            terms: dict from `terms`.
+            step: int32 scalar tensor, training steps so far, for schedules.
+
+        Returns:
+            float32 scalar.
+        """
+        names = {
+            "policy_weight": "policy_loss",
+            "ce_weight": "ce_loss",
+            "kl_weight": "kl",
+            "entropy_weight": "entropy",
+        }
+        loss = 0.0
+        for weight_name, weight in self.weights.items():
+            if is_zero(weight):
+                continue
+            value = weight if isinstance(weight, float) else weight(step)
+            sign = -1.0 if weight_name == "entropy_weight" else 1.0
+            loss = loss + sign * ops.cast(value, "float32") * terms[names[weight_name]]
+        return loss
+
+    def get_config(self):
+        """The constructor's arguments as a dict that JSON can hold."""
+        weights = {
+            name: weight
+            if isinstance(weight, float)
+            else keras.saving.serialize_keras_object(weight)
+            for name, weight in self.weights.items()
+        }
+        return {
+            **weights,
+            "kl_estimator": self.kl_estimator,
+            "policy_loss": self.policy_loss,
+            "updates_per_rollout": self.updates_per_rollout,
+            "clip_range": None if self.clip_range is None else list(self.clip_range),
+        }
+
+
+def check_combination(objective, sampler, feature_network, reward, advantage, critic):
+    """Checks settings of different parts that must go together.
+
+    Raises:
+        ValueError: for combinations that would quietly mean something else.
+    """
+    if critic is not None:
+        _check_critic(critic, objective, feature_network, reward)
+    if not objective.needs_rollouts:
+        return
+    if sampler.num_samples == 1:
+        if advantage != "reinforce":
+            raise ValueError(
+                f"Expected num_samples of at least 2 with advantage={advantage!r}, "
+                "whose baseline comes from the other rollouts of a block. Received: "
+                'num_samples=1. Use more samples or advantage="reinforce".'
+            )
+        if reward.diversity_weight:
+            raise ValueError(
+                "Expected num_samples of at least 2 with a diversity reward, which "
+                "compares the rollouts of a block. Received: num_samples=1 and "
+                f"diversity_weight={reward.diversity_weight}. Use more samples or "
+                "diversity_weight=0."
+            )
+    if feature_network.pooling == "token" and objective.policy_loss == "sequence":
+        raise ValueError(
+            'Expected policy_loss="token" with pooling="token", which rewards each '
+            'token by itself. Received: policy_loss="sequence", which gives all of '
+            "them one ratio. Change one of them."
+        )
+    if feature_network.ema_decay is not None and not reward.needs_features:
+        raise ValueError(
+            "Expected no `ema_decay` with a reward that looks at no features. "
+            f"Received: ema_decay={feature_network.ema_decay} and "
+            f"{type(reward).__name__}. Leave it out."
+        )
+
+
+def _check_critic(critic, objective, feature_network, reward):
+    if not objective.needs_rollouts or not reward.needs_features:
+        raise ValueError(
+            "Expected a critic beside a reward that looks at features of rollouts. "
+            f"Received: {type(reward).__name__} with weights {objective.weights}. "
+            "Leave the critic out."
+        )
+    if critic.train_features and feature_network.ema_decay is not None:
+        raise ValueError(
+            "Expected a feature network that either follows the policy or learns with "
+            f"the critic. Received: ema_decay={feature_network.ema_decay} and "
+            "train_features=True. Leave one of them out."
+        )

@@ -1,0 +1,76 @@
+"""The base class of rewards: rollouts in, rewards of every rollout out."""
+
+from keras_ebft import functional
+from keras_ebft.configurable import Configurable
+
+
+class Reward(Configurable):
+    """Base class of rewards.
+
+    A subclass of one's own defines `__call__(generated, target, rollouts)`, which
+    returns a dict of float32 tensors `[B, n, K]`: `alignment`, the part of each
+    rollout's reward that no other rollout of its block enters; `diversity`, the
+    part that sums over pairs of rollouts (0 if there is none); and `reward`, their
+    weighted difference. Baselines need the two apart. Further entries `[B, K]`,
+    named in `block_measures`, are measured and averaged by `fit`.
+
+    Attributes:
+        needs_features: whether `generated` and `target` are used at all.
+        runs_python: whether it calls Python code that cannot be compiled.
+        block_measures: names of its own measures per block.
+        alignment_weight, diversity_weight: the two parts' weights in `reward`.
+    """
+
+    needs_features = True
+    runs_python = False
+    block_measures = ()
+    alignment_weight = 1.0
+    diversity_weight = 1.0
+
+    def prepare(self, causal_lm):
+        """Called once with the model whose rollouts will be rewarded."""
+
+    def __call__(self, generated, target, rollouts=None):
+        """Rewards of every rollout.
+
+        Args:
+            generated: float tensor `[B, n, K, F, D]`, features of the rollouts;
+                `None` if `needs_features` is false.
+            target: float tensor `[B, K, F, D]`, features of the true texts.
+            rollouts: `RolloutBatch`, their tokens.
+        """
+        raise TypeError(
+            f"Expected {type(self).__name__} to define __call__(generated, target, "
+            "rollouts). See keras_ebft.rewards.Reward."
+        )
+
+    def judge(self, generated, target, rollouts, estimator):
+        """Rewards and advantages of every rollout, as a step uses them.
+
+        Args:
+            generated: as `__call__` takes it.
+            target: as `__call__` takes it.
+            rollouts: as `__call__` takes them.
+            estimator: name of the baseline.
+
+        Returns:
+            What `__call__` returns, and `advantage`.
+        """
+        rewards = self(generated, target, rollouts)
+        return {**rewards, "advantage": self.advantages(rewards, estimator)}
+
+    def advantages(self, rewards, estimator):
+        """Advantages of what `__call__` returned, of the shape of its rewards.
+
+        Args:
+            rewards: dict with `alignment` and `diversity`.
+            estimator: name of the baseline, see
+                `keras_ebft.functional.advantages`.
+        """
+        return functional.advantages(
+            rewards["alignment"],
+            rewards["diversity"],
+            alignment_weight=self.alignment_weight,
+            diversity_weight=self.diversity_weight,
+            estimator=estimator,
+        )

@@ -1,0 +1,160 @@
+"""Rewards from a verifier in Python."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_ebft.backend.runtime import call_python
+from keras_ebft.networks import marker_token_ids, tokenizer
+from keras_ebft.rewards.reward import Reward
+from keras_ebft.validation import check_bool
+
+
+@keras.saving.register_keras_serializable("keras_ebft")
+class VerifierReward(Reward):
+    """Reinforcement learning with a verifier (RLVR): a Python function rewards.
+
+    The function runs outside the compiled step, on the host. On TensorFlow the
+    step is then not compiled by XLA.
+
+    Args:
+        fn: `fn(prompts, completions, targets)` returns numbers `[B, n, K]`.
+            `prompts[b][k]` is what block k sees of its document,
+            `completions[b][j][k]` what sample j adds, `targets[b][k]` the true text
+            of the window. All are strings, without the tokenizer's start and end
+            tokens, or lists of all token ids with `decode=False`. In dead blocks
+            (padding) all three are empty, and the number is not looked at.
+        decode: bool, whether the function gets strings.
+
+    Raises:
+        TypeError: if `fn` is not callable.
+        ValueError: when an `EBFTModel` is built, if strings are wanted of a model
+            without a preprocessor; while training, if `fn` returns another shape
+            or numbers that are not finite.
+
+    Example:
+    ```python
+    def ends_with_a_full_stop(prompts, completions, targets):
+        return [
+            [[float(text.endswith(".")) for text in sample] for sample in document]
+            for document in completions
+        ]
+
+    model = keras_ebft.EBFTModel(
+        causal_lm,
+        sampler=keras_ebft.BlockSampler(anchors="answer_start", rollout_length=64),
+        reward=keras_ebft.VerifierReward(ends_with_a_full_stop),
+    )
+    ```
+    """
+
+    needs_features = False
+    runs_python = True
+    diversity_weight = 0.0
+
+    def __init__(self, fn, decode=True):
+        if not callable(fn):
+            raise TypeError(
+                "Expected `fn` to be a function of (prompts, completions, targets). "
+                f"Received: fn={fn!r} (of type {type(fn).__name__})."
+            )
+        self.fn = fn
+        self.decode = check_bool("decode", decode)
+        self._tokenizer = None
+        self._markers = ()
+
+    def prepare(self, causal_lm):
+        """Takes the model's tokenizer, to decode rollouts with."""
+        if not self.decode:
+            return
+        self._tokenizer = tokenizer(causal_lm)
+        if self._tokenizer is None:
+            raise ValueError(
+                "Expected a CausalLM with a preprocessor, whose tokenizer decodes "
+                "rollouts for the verifier. Received: one without. Build the "
+                "CausalLM with `preprocessor=`, or use VerifierReward(fn, "
+                "decode=False) for token ids."
+            )
+        self._markers = marker_token_ids(causal_lm)
+
+    def __call__(self, generated, target, rollouts=None):
+        """The verifier's numbers as `reward` and `alignment`; no diversity."""
+        documents, blocks = rollouts.documents, rollouts.blocks
+        shape = tuple(rollouts.token_ids.shape[:3])
+        start = ops.zeros(blocks.live.shape, dtype="int32")
+        reward = call_python(
+            self._verify,
+            shape,
+            documents.token_ids,
+            start if blocks.starts is None else blocks.starts,
+            ops.add(start, blocks.anchors),
+            rollouts.token_ids,
+            rollouts.alive,
+            ops.broadcast_to(blocks.true_index, blocks.true_exists.shape),
+            blocks.true_exists,
+            blocks.live,
+        )
+        return {
+            "alignment": reward,
+            "diversity": ops.zeros_like(reward),
+            "reward": reward,
+        }
+
+    def _verify(self, token_ids, starts, anchors, rollouts, alive, true, exists, live):
+        batch, samples, blocks = rollouts.shape[:3]
+
+        def text(row, tokens):
+            return self._text(tokens) if live[row] else self._text(tokens[:0])
+
+        places = [[(b, k) for k in range(blocks)] for b in range(batch)]
+        prompts = [
+            [text(at, token_ids[at[0], starts[at] : anchors[at]]) for at in row]
+            for row in places
+        ]
+        targets = [
+            [text(at, token_ids[at[0], true[at][exists[at]]]) for at in row]
+            for row in places
+        ]
+        completions = [
+            [
+                [text(at, rollouts[b, j, at[1]][alive[b, j, at[1]]]) for at in row]
+                for j in range(samples)
+            ]
+            for b, row in enumerate(places)
+        ]
+        found = np.asarray(self.fn(prompts, completions, targets), dtype="float32")
+        if found.shape != (batch, samples, blocks):
+            raise ValueError(
+                "Expected the verifier to return numbers [B, n, K] = "
+                f"{[batch, samples, blocks]}, of the shape of `completions`. "
+                f"Received: shape {list(found.shape)}."
+            )
+        found = np.where(live[:, None, :], found, np.float32(0.0))
+        if not np.isfinite(found).all():
+            raise ValueError(
+                "Expected the verifier to return finite numbers. Received: NaN or "
+                "infinity. Return 0.0 for what cannot be judged."
+            )
+        return found
+
+    def _text(self, tokens):
+        tokens = [int(token) for token in tokens]
+        if not self.decode:
+            return tokens
+        tokens = [token for token in tokens if token not in self._markers]
+        return self._tokenizer.detokenize(tokens) if tokens else ""
+
+    def get_config(self):
+        """The constructor's arguments as a dict that JSON can hold."""
+        return {
+            "fn": keras.saving.serialize_keras_object(self.fn),
+            "decode": self.decode,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        """Builds the object from what `get_config` returned."""
+        fn = config["fn"]
+        if not callable(fn):
+            fn = keras.saving.deserialize_keras_object(fn)
+        return cls(**{**config, "fn": fn})

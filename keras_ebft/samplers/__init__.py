@@ -1,0 +1,7 @@
+"""Samplers: how rollouts continue the documents."""
+
+from keras_ebft.samplers.block_sampler import BlockSampler
+from keras_ebft.samplers.replay_sampler import ReplaySampler
+from keras_ebft.samplers.stopping import before_stop
+
+__all__ = ["BlockSampler", "ReplaySampler", "before_stop"]

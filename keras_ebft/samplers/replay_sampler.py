@@ -1,0 +1,77 @@
+"""Rollouts that are given instead of sampled."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_ebft.records import Rollouts
+from keras_ebft.samplers.block_sampler import BlockSampler
+
+
+@keras.saving.register_keras_serializable("keras_ebft")
+class ReplaySampler(BlockSampler):
+    """Returns given rollouts instead of sampling.
+
+    A `fit` step becomes deterministic, and comparable with other programs.
+
+    Args:
+        token_ids: int array `[B, n, K, G]`; every batch must have B documents
+            with K blocks.
+        **geometry: further arguments of `BlockSampler`. `rollout_length` and
+            `num_samples` follow from `token_ids`.
+
+    Raises:
+        TypeError: if `token_ids` are not integers.
+        ValueError: if `token_ids` has not four axes, or, when called, does not
+            fit the batch.
+
+    Example:
+    >>> import numpy as np
+    >>> sampler = ReplaySampler(np.zeros((1, 2, 3, 4), dtype="int32"), stride=4)
+    >>> sampler.num_samples, sampler.rollout_length
+    (2, 4)
+    """
+
+    def __init__(self, token_ids, **geometry):
+        token_ids = np.asarray(token_ids)
+        if not np.issubdtype(token_ids.dtype, np.integer):
+            raise TypeError(
+                "Expected `token_ids` to be integers. Received: dtype "
+                f"{token_ids.dtype}. Convert them with .astype('int32')."
+            )
+        if token_ids.ndim != 4:
+            raise ValueError(
+                "Expected `token_ids` of shape [B, n, K, G] (documents, samples, "
+                f"blocks, tokens). Received: shape {token_ids.shape}."
+            )
+        geometry.setdefault("rollout_length", token_ids.shape[3])
+        geometry.setdefault("num_samples", token_ids.shape[1])
+        super().__init__(**geometry)
+        given = (self.num_samples, self.rollout_length)
+        if given != (token_ids.shape[1], token_ids.shape[3]):
+            raise ValueError(
+                "Expected `num_samples` and `rollout_length` to be those of "
+                f"`token_ids`, {token_ids.shape[1]} and {token_ids.shape[3]}. "
+                f"Received: {given[0]} and {given[1]}. Leave them out."
+            )
+        self.token_ids = token_ids.astype("int32")
+
+    @property
+    def draws_tokens(self):
+        """False: they are given, for all samples together."""
+        return False
+
+    def __call__(self, policy, head, document, blocks, uniform):
+        """The given rollouts; see `BlockSampler.__call__`."""
+        if tuple(uniform.shape) != self.token_ids.shape:
+            raise ValueError(
+                "Expected rollouts for the batch, of shape [B, n, K, G] = "
+                f"{tuple(uniform.shape)}. Received: token_ids of shape "
+                f"{self.token_ids.shape}. Replay them on the documents, batch size "
+                "and geometry they were made with."
+            )
+        return Rollouts(ops.convert_to_tensor(self.token_ids), None)
+
+    def get_config(self):
+        """The constructor's arguments as a dict that JSON can hold."""
+        return {"token_ids": self.token_ids.tolist(), **super().get_config()}

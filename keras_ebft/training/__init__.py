@@ -1,0 +1,1 @@
+"""Training through Keras: data in, callbacks, checkpoints, metrics."""

@@ -1,0 +1,68 @@
+"""How `EBFTModel` is written to a file and read from it."""
+
+import keras
+
+from keras_ebft.networks import adapters
+from keras_ebft.objectives.objective import WEIGHTS
+
+
+class Serialization:
+    """Configuration and state of an `EBFTModel`, as Keras' saving asks for them."""
+
+    def _saved_variables(self):
+        """What Keras does not save, or not apart from other weights."""
+        return {
+            "training_seed": self._training_seed.state,
+            "evaluation_seed": self._evaluation_seed.state,
+            "inspection_seed": self._inspection_seed.state,
+            **adapters.exact_variables(self.causal_lm.backbone),
+        }
+
+    def get_config(self):
+        """The constructor's arguments, parts serialized as Keras does.
+
+        `adapters` is for `from_config` alone: the configuration of a KerasHub
+        backbone leaves out that it has some.
+        """
+        causal_lm = keras.saving.serialize_keras_object(self.causal_lm)
+        # Compiled for `generate` only; KerasHub compiles it again when it is built.
+        causal_lm.pop("compile_config", None)
+        return {
+            **super().get_config(),
+            "causal_lm": causal_lm,
+            "adapters": adapters.adapter_config(self.causal_lm.backbone),
+            "sampler": keras.saving.serialize_keras_object(self.sampler),
+            "feature_network": keras.saving.serialize_keras_object(
+                self.feature_network
+            ),
+            "reward": keras.saving.serialize_keras_object(self.reward),
+            "advantage": self.advantage,
+            **self.objective.get_config(),
+            "critic": keras.saving.serialize_keras_object(self.critic)
+            if self.critic
+            else None,
+            "rematerialize": self.rematerialize,
+            "micro_batches": self.micro_batches,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        """Builds the model from what `get_config` returned."""
+        parts = (
+            "causal_lm",
+            "sampler",
+            "feature_network",
+            "reward",
+            "critic",
+            *WEIGHTS,
+        )
+        config = {
+            name: keras.saving.deserialize_keras_object(value)
+            if name in parts and isinstance(value, dict)
+            else value
+            for name, value in config.items()
+        }
+        enabled = config.pop("adapters", None)
+        adapters.enable_adapters(config["causal_lm"].backbone, enabled)
+        return cls(**config)

@@ -1,0 +1,221 @@
+"""Documents of any accepted form as checked arrays of token ids."""
+
+import numpy as np
+
+from keras_ebft.networks import (
+    maximum_length,
+    preprocess_texts,
+    to_numpy,
+    vocabulary_size,
+)
+
+# What a row may consist of, and what fills up rows and batches.
+DTYPES = {
+    "token_ids": "int32",
+    "padding_mask": "bool",
+    "segment_ids": "int32",
+    "answer_mask": "bool",
+    "anchors": "int32",
+}
+FILLING = {
+    "token_ids": 0,
+    "padding_mask": False,
+    "segment_ids": 0,
+    "answer_mask": False,
+    "anchors": -1,
+}
+
+
+def to_token_rows(x, causal_lm, trim=True):
+    """Documents as token ids and padding mask.
+
+    Args:
+        x: list or array of strings; an integer array `[N, T]` of token ids; or a
+            dict with `token_ids` and optionally, all `[N, T]`: `padding_mask`,
+            padded on the right (by default everything is real, or what has a
+            segment above 0); `segment_ids`, integers that tell apart the
+            documents packed in a row; `answer_mask`, which tokens are answers;
+            and `anchors` `[N, K]`, where blocks stand, -1 for none.
+        causal_lm: the `CausalLM` the documents are for; its preprocessor reads
+            strings.
+        trim: bool, whether rows of strings end with the longest document rather
+            than at the preprocessor's `sequence_length`.
+
+    Returns:
+        dict of `token_ids` int32 `[N, T]`, `padding_mask` bool `[N, T]` and what
+        else was given: `segment_ids` int32, `answer_mask` bool, `anchors` int32.
+
+    Raises:
+        TypeError: for token ids that are not integers, or messages in place of
+            strings.
+        ValueError: for a wrong rank, ids outside the vocabulary, a mask that does
+            not fit or has gaps, unknown keys, documents beyond the model's
+            learned positions, or strings without a preprocessor.
+    """
+    if isinstance(x, dict):
+        rows = _from_dict(x)
+    else:
+        _check_no_messages(x)
+        values = to_numpy(x)
+        if values.dtype.kind in "OSU":
+            rows = _from_strings(values, causal_lm, trim)
+        else:
+            rows = _from_dict({"token_ids": values})
+    _check_token_ids(rows["token_ids"], causal_lm)
+    _check_masks(rows)
+    _check_anchors(rows)
+    return {name: values.astype(DTYPES[name]) for name, values in rows.items()}
+
+
+def check_row_fits(shape, fixed_shape):
+    """Raises a `ValueError` if a batch is larger than the first one was."""
+    if shape[0] > fixed_shape[0] or shape[1] > fixed_shape[1]:
+        raise ValueError(
+            "Expected no batch to be larger than the first, of shape [B, T] = "
+            f"{list(fixed_shape)}, because one compiled step serves all. Received: a "
+            f"batch of shape {list(shape)}. Pad all batches to one length."
+        )
+
+
+def check_same_keys(rows, expected):
+    """Raises a `ValueError` if a batch has other entries than the first one."""
+    if set(rows) != set(expected):
+        raise ValueError(
+            f"Expected every batch to have the entries of the first, "
+            f"{sorted(expected)}. Received: {sorted(rows)}. Give all or none."
+        )
+
+
+def _from_dict(x):
+    unknown = sorted(set(x) - set(DTYPES))
+    if unknown or "token_ids" not in x:
+        raise ValueError(
+            "Expected a dict with 'token_ids' and optionally "
+            f"{', '.join(repr(name) for name in list(DTYPES)[1:])}. "
+            f"Received: keys {sorted(x)}. Leave other entries out."
+        )
+    rows = {name: to_numpy(x[name]) for name in DTYPES if x.get(name) is not None}
+    if "padding_mask" not in rows:
+        # Segment 0 is what packing leaves empty.
+        rows["padding_mask"] = (
+            rows["segment_ids"] > 0
+            if "segment_ids" in rows
+            else np.ones(rows["token_ids"].shape, dtype=bool)
+        )
+    rows["padding_mask"] = rows["padding_mask"].astype(bool)
+    return rows
+
+
+def _from_strings(texts, causal_lm, trim):
+    preprocessor = causal_lm.preprocessor
+    if preprocessor is None:
+        raise ValueError(
+            "Expected token ids, because this CausalLM has no preprocessor to read "
+            "strings with. Received: strings. Build the CausalLM with "
+            "`preprocessor=`, or pass {'token_ids': ..., 'padding_mask': ...}."
+        )
+    texts = [_text(text) for text in np.ravel(texts)]
+    token_ids, mask = preprocess_texts(preprocessor, texts)
+    if trim:
+        longest = max(int(mask.sum(axis=1).max()), 1)
+        token_ids, mask = token_ids[:, :longest], mask[:, :longest]
+    return {"token_ids": token_ids, "padding_mask": mask}
+
+
+def _text(text):
+    if isinstance(text, bytes):
+        return text.decode("utf-8")
+    if isinstance(text, str):
+        return str(text)
+    raise TypeError(
+        f"Expected strings. Received: {str(text)[:40]!r} (of type "
+        f"{type(text).__name__}). Turn messages into strings with "
+        "keras_ebft.data.ChatTemplate, and leave out what is missing."
+    )
+
+
+def _check_no_messages(x):
+    """Refuses conversations, which NumPy would make an array of dicts of."""
+    first = x[0] if isinstance(x, (list, tuple)) and x else None
+    if isinstance(first, (list, tuple)) and first and isinstance(first[0], dict):
+        _text(first[0])
+    if isinstance(first, dict):
+        _text(first)
+
+
+def _check_token_ids(token_ids, causal_lm):
+    if token_ids.dtype.kind not in "iu":
+        raise TypeError(
+            "Expected token ids to be integers. Received: an array of dtype "
+            f"{token_ids.dtype}. Pass the tokenizer's ids, or strings."
+        )
+    if token_ids.ndim != 2:
+        raise ValueError(
+            "Expected token ids of shape [documents, tokens]. Received: shape "
+            f"{token_ids.shape}. Add or remove an axis."
+        )
+    size = vocabulary_size(causal_lm.backbone)
+    if token_ids.size and (token_ids.min() < 0 or token_ids.max() >= size):
+        raise ValueError(
+            f"Expected token ids from 0 to {size - 1}, the model's vocabulary. "
+            f"Received: ids from {token_ids.min()} to {token_ids.max()}. Use the "
+            "tokenizer the model was trained with."
+        )
+    limit = maximum_length(causal_lm)
+    if limit is not None and token_ids.shape[1] > limit:
+        raise ValueError(
+            f"Expected documents of at most {limit} tokens, the model's learned "
+            f"positions. Received: {token_ids.shape[1]} tokens. Cut the documents."
+        )
+
+
+def _check_masks(rows):
+    expected = rows["token_ids"].shape
+    for name in ("padding_mask", "segment_ids", "answer_mask"):
+        if name in rows and rows[name].shape != expected:
+            raise ValueError(
+                f"Expected `{name}` of the shape of `token_ids`, {expected}. "
+                f"Received: {rows[name].shape}."
+            )
+    if "segment_ids" in rows:
+        _check_integers("segment_ids", rows["segment_ids"])
+    mask = rows["padding_mask"]
+    if (mask[:, 1:] & ~mask[:, :-1]).any():
+        raise ValueError(
+            "Expected documents padded on the right: a `padding_mask` of ones and "
+            "then zeros in each row. Received: a row with a zero before a one. Move "
+            "the padding to the end."
+        )
+    answers = rows.get("answer_mask")
+    if answers is not None and not np.isin(answers, (0, 1)).all():
+        raise ValueError(
+            "Expected `answer_mask` of zeros and ones. Received: values from "
+            f"{answers.min()} to {answers.max()}."
+        )
+
+
+def _check_anchors(rows):
+    anchors = rows.get("anchors")
+    if anchors is None:
+        return
+    _check_integers("anchors", anchors)
+    documents, length = rows["token_ids"].shape
+    if anchors.ndim != 2 or anchors.shape[0] != documents or not anchors.shape[1]:
+        raise ValueError(
+            f"Expected `anchors` of shape [documents, blocks] = [{documents}, K]. "
+            f"Received: shape {list(anchors.shape)}."
+        )
+    outside = (anchors != -1) & ((anchors < 1) | (anchors >= length))
+    if outside.any():
+        raise ValueError(
+            f"Expected `anchors` from 1 to {length - 1}, how many tokens a block sees, "
+            f"or -1 for none. Received: {anchors[outside][0]}."
+        )
+
+
+def _check_integers(name, values):
+    if values.dtype.kind not in "iu":
+        raise TypeError(
+            f"Expected `{name}` to be integers. Received: an array of dtype "
+            f"{values.dtype}. Convert them with .astype('int32')."
+        )

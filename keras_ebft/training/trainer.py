@@ -1,0 +1,204 @@
+"""`compile`, `fit` and `evaluate` for models that train on documents alone."""
+
+import keras
+
+from keras_ebft.backend.runtime import resolve_jit_compile
+from keras_ebft.kernels import watch_choices
+from keras_ebft.objectives.critic import PolicyAndCriticOptimizer
+from keras_ebft.training.batches import refuse_targets, split_rows, token_batches
+from keras_ebft.training.checkpoints import DataPosition
+from keras_ebft.training.current_weights import CurrentWeights
+from keras_ebft.training.kernel_log import KernelLog
+from keras_ebft.training.train_function import TrainFunction
+
+
+class DocumentTrainer(keras.Model):
+    """A Keras model whose data are documents, without targets.
+
+    A subclass has `causal_lm`, `seed`, an `_evaluation_seed` that starts at
+    `_evaluation_start`, `critic`, `_check_rows`, `_runs_python` and a
+    `training_state`.
+    """
+
+    def compile(
+        self,
+        optimizer=None,
+        *,
+        run_eagerly=False,
+        jit_compile="auto",
+        steps_per_execution=1,
+        auto_scale_loss=True,
+        **unsupported,
+    ):
+        """Configures training.
+
+        Args:
+            optimizer: any Keras optimizer or its name. By default the paper's:
+                AdamW at 1e-6, betas 0.9 and 0.95, no decay, global clip norm 1.
+            run_eagerly: bool, run step by step, for debugging.
+            jit_compile: bool or `"auto"`: compiled by XLA on JAX, and on
+                TensorFlow where there is an accelerator (a graph of its own on
+                CPU); eager on PyTorch.
+            steps_per_execution: int, steps per compiled call (not on PyTorch).
+            auto_scale_loss: bool, scale the loss under `mixed_float16`.
+            **unsupported: losses and metrics of other models, refused.
+
+        Raises:
+            ValueError: for losses or metrics, which EBFT brings itself, or XLA
+                where the reward runs Python that it cannot call.
+        """
+        given = sorted(name for name, value in unsupported.items() if value)
+        if given:
+            raise ValueError(
+                "Expected no losses or metrics: EBFTModel computes its own from "
+                f"`policy_weight` and `ce_weight`. Received: {', '.join(given)}. "
+                "Leave them out of compile()."
+            )
+        if optimizer is None:
+            optimizer = keras.optimizers.AdamW(
+                1e-6, beta_2=0.95, weight_decay=0.0, global_clipnorm=1.0
+            )
+        if run_eagerly and jit_compile == "auto":
+            jit_compile = False
+        super().compile(
+            optimizer=self._training_optimizer(keras.optimizers.get(optimizer)),
+            run_eagerly=run_eagerly,
+            jit_compile=resolve_jit_compile(jit_compile, self._runs_python),
+            steps_per_execution=steps_per_execution,
+            auto_scale_loss=auto_scale_loss,
+        )
+
+    def compile_from_config(self, config):
+        """Compiles as the saved model was, with an optimizer of its own."""
+        config = keras.saving.deserialize_keras_object(config)
+        self.compile(**config)
+        self.optimizer.build(self.trainable_variables)
+
+    def make_train_function(self, force=False):
+        """Makes the function that trains on one batch, as Keras does."""
+        # TensorFlow traces twice where the first time made variables.
+        if not self.optimizer.built:
+            self.optimizer.build(self.trainable_variables)
+        super().make_train_function(force)
+        if not isinstance(self.train_function, TrainFunction):
+            self.train_function = TrainFunction(
+                self.train_function, self.steps_per_execution
+            )
+
+    def _training_optimizer(self, optimizer):
+        if self.critic is None:
+            return optimizer
+        own = list(self.critic_head.trainable_variables)
+        if self.critic.train_features:
+            own += self.frozen_network.trainable_variables
+        return PolicyAndCriticOptimizer(optimizer, self.critic.optimizer, own)
+
+    def get_compile_config(self):
+        """What `compile` was called with, for saving."""
+        config = super().get_compile_config()
+        if config and isinstance(self.optimizer, PolicyAndCriticOptimizer):
+            own = self.optimizer.policy_optimizer
+            config["optimizer"] = keras.saving.serialize_keras_object(own)
+        return config
+
+    def fit(
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        *,
+        callbacks=None,
+        validation_data=None,
+        validation_split=0.0,
+        validation_batch_size=None,
+        shuffle=True,
+        **kwargs,
+    ):
+        """Fine-tunes on documents.
+
+        Args:
+            x: list of strings; integer array `[N, T]`; dict with `token_ids` and
+                optionally `padding_mask`, `segment_ids`, `answer_mask`, `anchors`;
+                or a `tf.data.Dataset`, `PyDataset`, torch `DataLoader` or
+                generator that yields batches of these.
+            y: must be `None`; documents are their own targets.
+            batch_size: int, documents per step for data in memory (default 16).
+            callbacks: `keras.callbacks.Callback`, a list of them, or `None`.
+            validation_data: documents of any accepted form, or `None`.
+            validation_split: float in [0, 1), share of in-memory documents, taken
+                from the end, to validate on.
+            validation_batch_size: int, by default `batch_size`.
+            shuffle: bool, reorder in-memory documents every epoch.
+            **kwargs: further arguments of `keras.Model.fit`.
+
+        Returns:
+            `keras.callbacks.History`.
+
+        Raises:
+            TypeError: for token ids that are not integers.
+            ValueError: for documents too short to hold a block, and whatever
+                else is wrong with them; the message says what to do.
+        """
+        refuse_targets(y=y, **kwargs)
+        if validation_split and validation_data is None:
+            x, validation_data = split_rows(x, self.causal_lm, validation_split)
+        if validation_data is not None:
+            validation_data = self._batches(
+                validation_data, validation_batch_size or batch_size
+            )
+        train = self._batches(x, batch_size, shuffle)
+        # Keras would keep the epoch that an earlier `fit` resumed at.
+        self._initial_epoch = None
+        position = DataPosition(
+            self.training_state, train, kwargs.get("steps_per_epoch")
+        )
+        with watch_choices() as choices:
+            own = [position, KernelLog(choices), CurrentWeights()]
+            return super().fit(
+                train,
+                validation_data=validation_data,
+                callbacks=[*own, *_as_list(callbacks)],
+                **kwargs,
+            )
+
+    def evaluate(self, x=None, y=None, batch_size=None, *, callbacks=None, **kwargs):
+        """Measures on documents, always with the same random numbers.
+
+        Args:
+            x: documents of any form `fit` accepts.
+            y: must be `None`.
+            batch_size: int, documents per step for data in memory (default 16).
+            callbacks: `keras.callbacks.Callback`, a list of them, or `None`.
+            **kwargs: further arguments of `keras.Model.evaluate`.
+
+        Returns:
+            list of metric values, or a dict with `return_dict=True`.
+
+        Raises:
+            TypeError: for token ids that are not integers.
+            ValueError: for anything else wrong with the documents.
+        """
+        refuse_targets(y=y, **kwargs)
+        self._evaluation_seed.state.assign(self._evaluation_start.copy())
+        # Within `fit`, its callbacks come as one object.
+        if not isinstance(callbacks, keras.callbacks.CallbackList):
+            callbacks = [CurrentWeights(), *_as_list(callbacks)]
+        return super().evaluate(
+            self._batches(x, batch_size), callbacks=callbacks, **kwargs
+        )
+
+    def _batches(self, x, batch_size, shuffle=False):
+        return token_batches(
+            x,
+            self.causal_lm,
+            check_rows=self._check_rows,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            seed=self.seed,
+        )
+
+
+def _as_list(callbacks):
+    if isinstance(callbacks, (list, tuple)):
+        return list(callbacks)
+    return [] if callbacks is None else [callbacks]
