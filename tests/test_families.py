@@ -384,7 +384,7 @@ def test_copies_that_follow_keep_what_lower_layers_read(name):
     rollouts = model.rollout(prompt, seed=1)
     before = target_at_layer_3(model, prompt, rollouts)
     randomise(causal_lm, seed=1)
-    model._step.networks.follow(causal_lm.backbone)
+    model.feature_reader.follow(causal_lm.backbone, decay=0.0)
     after = target_at_layer_3(model, prompt, rollouts)
     assert np.abs(after - before).max() > 0.1
 
