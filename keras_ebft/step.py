@@ -78,6 +78,9 @@ class EBFTStep:
         self.critic_head = critic_head
         self.micro_batches = micro_batches
         self.policy = routed_backbone(causal_lm.backbone, rematerialize)
+        # Raises now where they are wanted of a model that cannot know them. Asked
+        # again when needed: the tokenizer of a model that is being loaded is empty.
+        _ = self.stop_token_ids
 
     def __call__(self, documents, seed, experience=None):
         """From documents to the terms of the loss.
