@@ -120,7 +120,8 @@ class DocumentTrainer(keras.Model):
             x: list of strings; integer array `[N, T]`; dict with `token_ids` and
                 optionally `padding_mask`, `segment_ids`, `answer_mask`, `anchors`;
                 or a `tf.data.Dataset`, `PyDataset`, torch `DataLoader` or
-                generator that yields batches of these.
+                generator that yields batches of these. A `begin_epoch(epoch)` of
+                its own is called before every epoch.
             y: must be `None`; documents are their own targets.
             batch_size: int, documents per step for data in memory (default 16).
             callbacks: `keras.callbacks.Callback`, a list of them, or `None`.
