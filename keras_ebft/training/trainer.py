@@ -4,11 +4,11 @@ import keras
 
 from keras_ebft.backend.runtime import resolve_jit_compile
 from keras_ebft.kernels import watch_choices
-from keras_ebft.objectives.critic import PolicyAndCriticOptimizer
 from keras_ebft.training.batches import refuse_targets, split_rows, token_batches
 from keras_ebft.training.checkpoints import DataPosition
 from keras_ebft.training.current_weights import CurrentWeights
 from keras_ebft.training.kernel_log import KernelLog
+from keras_ebft.training.optimizers import policy_optimizer_config, with_critic
 from keras_ebft.training.train_function import TrainFunction
 
 
@@ -91,14 +91,13 @@ class DocumentTrainer(keras.Model):
         own = list(self.critic_head.trainable_variables)
         if self.critic.train_features:
             own += self.frozen_network.trainable_variables
-        return PolicyAndCriticOptimizer(optimizer, self.critic.optimizer, own)
+        return with_critic(optimizer, self.critic.optimizer, own)
 
     def get_compile_config(self):
         """What `compile` was called with, for saving."""
         config = super().get_compile_config()
-        if config and isinstance(self.optimizer, PolicyAndCriticOptimizer):
-            own = self.optimizer.policy_optimizer
-            config["optimizer"] = keras.saving.serialize_keras_object(own)
+        if config and self.critic is not None:
+            config["optimizer"] = policy_optimizer_config(self.optimizer)
         return config
 
     def fit(
