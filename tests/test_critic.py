@@ -113,3 +113,40 @@ def test_features_learn_with_the_critic(policy):
     )
     same = keras_ebft.Critic.from_config(critic.get_config())
     assert same.get_config() == critic.get_config()
+
+
+@pytest.mark.parametrize(
+    "own_scale", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
+def test_a_critic_with_scaled_losses_saves_and_loads(own_scale, tmp_path):
+    """Keras scales losses under `mixed_float16` by an optimizer around the two."""
+    optimizer = keras.optimizers.Adam(0.01)
+    if own_scale:
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer, 64.0)
+    model = keras_ebft.EBFTModel(
+        llama(num_layers=1, dtype="mixed_float16"),
+        keras_ebft.ReplaySampler(ROLLOUTS, **SAMPLER),
+        keras_ebft.FeatureNetwork(layers=(1,)),
+        critic=keras_ebft.Critic(optimizer=keras.optimizers.Adam(0.1)),
+        seed=0,
+    )
+    model.compile(optimizer)
+    model.train_on_batch(X)
+    scaled = model.optimizer
+    assert isinstance(scaled, keras.optimizers.LossScaleOptimizer)
+    assert float(to_numpy(scaled.dynamic_scale)) == (64.0 if own_scale else 2.0**15)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for name in ("variables", "trainable_variables"):
+        one, two = getattr(model, name), getattr(loaded, name)
+        assert [v.shape for v in one] == [v.shape for v in two]
+    for one, two in zip(
+        [*model.variables, *model.optimizer.variables],
+        [*loaded.variables, *loaded.optimizer.variables],
+        strict=True,
+    ):
+        np.testing.assert_array_equal(to_numpy(one), to_numpy(two), one.path)
+    assert model.train_on_batch(X) == loaded.train_on_batch(X)
+    np.testing.assert_array_equal(
+        flat(model.causal_lm.get_weights()), flat(loaded.causal_lm.get_weights())
+    )

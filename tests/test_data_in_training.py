@@ -102,6 +102,70 @@ def test_fit_on_a_stream_reads_it_anew_every_epoch(model):
     assert drawn.sum() == 2 * per_epoch
 
 
+def orders(model, dataset, **options):
+    """The order of the rows in every epoch of `fit`."""
+    seen = []
+    note = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: seen.append(dataset.read)
+    )
+    model.fit(dataset, verbose=0, callbacks=[note], **options)
+    return seen
+
+
+def noting(dataset):
+    """A `PyDataset` that keeps in `read` which rows its epoch has handed out."""
+
+    class Noting(type(dataset)):
+        def __getitem__(self, index):
+            batch = super().__getitem__(index)
+            self.read = [*(self.read if index else []), *batch["token_ids"].tolist()]
+            return batch
+
+    dataset.__class__ = Noting
+    return dataset
+
+
+def test_the_number_of_an_epoch_decides_the_order_of_a_py_dataset(model):
+    """So that resumed training sees what it would have seen."""
+    rows = packed().load()
+    whole = orders(model, noting(rows.py_dataset(4, seed=3)), epochs=3)
+    assert whole[0] != whole[1] != whole[2]
+    resumed = noting(rows.py_dataset(4, seed=3))
+    assert orders(model, resumed, initial_epoch=1, epochs=3) == whole[1:]
+    # The same data set again, as in a second call of `fit`.
+    assert orders(model, resumed, epochs=1) == whole[:1]
+
+
+def test_a_shuffled_py_dataset_measures_the_same_every_time(model):
+    dataset = packed().load().py_dataset(4, seed=3)
+    first, second = (model.evaluate(dataset, verbose=0) for _ in range(2))
+    assert first == second
+
+
+class OwnOrder:
+    """A source of one's own that is told which epoch it is in."""
+
+    def __init__(self, rows):
+        self.rows = rows
+        self.epoch = None
+        self.epochs_read = []
+
+    def begin_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.epochs_read.append(self.epoch)
+        yield {name: values[:4] for name, values in self.rows.items()}
+
+
+@UNKNOWN_LENGTH
+def test_any_source_may_ask_for_the_number_of_the_epoch(model):
+    source = OwnOrder(packed().load().arrays)
+    model.fit(source, initial_epoch=1, epochs=3, verbose=0)
+    # Once before training, for the shape of the batches.
+    assert source.epochs_read == [None, 1, 2]
+
+
 def test_single_documents_undo_packing():
     stream = packed()
     rows = stream.load().arrays

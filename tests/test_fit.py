@@ -198,7 +198,9 @@ def test_shuffling_follows_the_seed(fitted):
         batches = adapter(fitted.model, rows, batch_size=8, shuffle=True)
         for epoch in range(2):
             batches.begin_epoch(epoch)
+            batches.on_epoch_begin()
             yield next(batches.get_numpy_iterator())["token_ids"]
+            batches.on_epoch_end()
 
     first, second = list(epochs()), list(epochs())
     np.testing.assert_array_equal(first, second)

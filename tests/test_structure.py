@@ -14,13 +14,13 @@ PACKAGE = Path(keras_ebft.__file__).parent
 # imports another.
 LAYERS = (
     ("version", "validation", "configurable"),
-    ("backend",),
+    ("backend", "data"),
     ("layout",),
     ("records",),
     ("functional",),
     ("kernels", "objectives"),
     ("networks",),
-    ("samplers", "features", "rewards", "training", "export", "data", "plots"),
+    ("samplers", "features", "rewards", "training", "export", "plots"),
     ("step",),
     ("inspection",),
     ("model",),

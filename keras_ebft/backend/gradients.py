@@ -262,11 +262,8 @@ def _map_groups_tensorflow(function, groups, shared):
     size = keras.tree.flatten(groups)[0].shape[0]
     tensors, rebuild = float_tensors(shared)
 
-    def take(structure, index):
-        return keras.tree.map_structure(lambda tensor: tensor[index], structure)
-
     def run(index, tensors):
-        return function(take(groups, index), rebuild(*tensors))
+        return function(_take(groups, index), rebuild(*tensors))
 
     @tf.custom_gradient
     def mapped(*tensors):
@@ -282,35 +279,54 @@ def _map_groups_tensorflow(function, groups, shared):
         )
 
         def gradient(*upstream, variables=()):
-            structure = tf.nest.pack_sequence_as(returned, upstream)
-
-            def add(index, sums):
-                local = [tf.identity(tensor) for tensor in tensors]
-                with tf.GradientTape(watch_accessed_variables=False) as tape:
-                    tape.watch([*local, *variables])
-                    found = run(index, local)
-                found = tf.nest.flatten(found)
-                wanted = tf.nest.flatten(take(structure, index))
-                pairs = [(f, w) for f, w in zip(found, wanted) if f.dtype.is_floating]
-                new = tape.gradient(
-                    [f for f, _ in pairs],
-                    [*local, *variables],
-                    output_gradients=[w for _, w in pairs],
-                    unconnected_gradients=tf.UnconnectedGradients.ZERO,
-                )
-                return index + 1, [
-                    s + tf.convert_to_tensor(g) for s, g in zip(sums, new)
-                ]
-
-            zeros = [tf.zeros_like(value) for value in [*tensors, *variables]]
-            _, sums = tf.while_loop(
-                lambda index, _: index < size,
-                add,
-                (tf.constant(0), zeros),
-                parallel_iterations=1,
-            )
+            upstream = tf.nest.pack_sequence_as(returned, upstream)
+            sums = _summed_gradients(run, size, tensors, variables, upstream)
             return sums[: len(tensors)], sums[len(tensors) :]
 
         return outputs, gradient
 
     return mapped(*tensors)
+
+
+def _summed_gradients(run, size, tensors, variables, upstream):
+    """Gradients of all groups in a TensorFlow loop that keeps one group's tape.
+
+    Args:
+        run: function of the index of a group and `tensors`.
+        size: int, number of groups.
+        tensors: list of tensors that gradients are by.
+        variables: list of variables that gradients are by.
+        upstream: structure that `run` returns, each tensor `[size, ...]`.
+
+    Returns:
+        list of tensors, shaped like `[*tensors, *variables]`.
+    """
+    import tensorflow as tf
+
+    def add(index, sums):
+        local = [tf.identity(tensor) for tensor in tensors]
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch([*local, *variables])
+            found = tf.nest.flatten(run(index, local))
+        wanted = tf.nest.flatten(_take(upstream, index))
+        pairs = [(f, w) for f, w in zip(found, wanted) if f.dtype.is_floating]
+        new = tape.gradient(
+            [f for f, _ in pairs],
+            [*local, *variables],
+            output_gradients=[w for _, w in pairs],
+            unconnected_gradients=tf.UnconnectedGradients.ZERO,
+        )
+        return index + 1, [s + tf.convert_to_tensor(g) for s, g in zip(sums, new)]
+
+    _, sums = tf.while_loop(
+        lambda index, _: index < size,
+        add,
+        (tf.constant(0), [tf.zeros_like(value) for value in [*tensors, *variables]]),
+        parallel_iterations=1,
+    )
+    return sums
+
+
+def _take(structure, index):
+    """One group of a structure of tensors `[groups, ...]`."""
+    return keras.tree.map_structure(lambda tensor: tensor[index], structure)

@@ -1,10 +1,6 @@
-"""Packed rows in memory and in batches, as every framework likes to read them."""
+"""Packed rows in memory, as every framework likes to read them."""
 
-import math
-
-import keras
-import numpy as np
-
+from keras_ebft.data.row_batches import RowBatches
 from keras_ebft.validation import check_int
 
 
@@ -48,9 +44,9 @@ class PackedRows:
         Args:
             batch_size: int, rows per batch; the last may be smaller.
             shuffle: bool, another order every epoch.
-            seed: int, decides the orders.
+            seed: int, decides the orders, each together with the epoch's number.
         """
-        return RowPyDataset(self, batch_size, shuffle, seed)
+        return RowBatches(self.arrays, batch_size, shuffle, seed)
 
     def tf_dataset(self, batch_size):
         """Batches, in order, as a `tf.data.Dataset`. Needs TensorFlow."""
@@ -58,75 +54,3 @@ class PackedRows:
 
         batch_size = check_int("batch_size", batch_size, 1)
         return tf.data.Dataset.from_tensor_slices(self.arrays).batch(batch_size)
-
-
-class RowPyDataset(keras.utils.PyDataset):
-    """Batches of `PackedRows`. Made by `PackedRows.py_dataset`."""
-
-    def __init__(self, rows, batch_size, shuffle, seed):
-        super().__init__()
-        self.rows = rows
-        self.rows_per_batch = check_int("batch_size", batch_size, 1)
-        self.shuffle = shuffle
-        self.random = np.random.default_rng(seed)
-        self.order = np.arange(len(rows))
-
-    def __len__(self):
-        return math.ceil(len(self.rows) / self.rows_per_batch)
-
-    def __getitem__(self, index):
-        """Batch `index`: a dict of arrays `[batch_size, length]`."""
-        start = index * self.rows_per_batch
-        chosen = self.order[start : start + self.rows_per_batch]
-        return {name: values[chosen] for name, values in self.rows.arrays.items()}
-
-    def on_epoch_begin(self):
-        """Draws the order of the epoch."""
-        if self.shuffle:
-            self.order = self.random.permutation(len(self.rows))
-
-
-class RowBatches:
-    """Batches of streamed rows. Made by `PackedStream.batches`.
-
-    Args:
-        rows: iterable of dicts of arrays `[length]`.
-        batch_size: int.
-    """
-
-    def __init__(self, rows, batch_size):
-        self.rows = rows
-        self.batch_size = batch_size
-
-    def __iter__(self):
-        held = []
-        for row in self.rows:
-            held.append(row)
-            if len(held) == self.batch_size:
-                yield _stack(held)
-                held = []
-        if held:
-            yield _stack(held)
-
-    def tf_dataset(self):
-        """The batches as a `tf.data.Dataset`."""
-        import tensorflow as tf
-
-        length = self.rows.length
-        types = {
-            "token_ids": "int32",
-            "padding_mask": "bool",
-            "segment_ids": "int32",
-            "answer_mask": "bool",
-        }
-        return tf.data.Dataset.from_generator(
-            lambda: iter(self),
-            output_signature={
-                name: tf.TensorSpec((None, length), dtype)
-                for name, dtype in types.items()
-            },
-        )
-
-
-def _stack(rows):
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

@@ -6,7 +6,8 @@ import numpy as np
 
 from keras_ebft.data.bin_packing import STRATEGIES
 from keras_ebft.data.documents import DocumentTokenizer, every_nth
-from keras_ebft.data.packed_rows import PackedRows, RowBatches
+from keras_ebft.data.packed_rows import PackedRows
+from keras_ebft.data.row_batches import StreamBatches
 from keras_ebft.data.token_window import TokenWindow
 from keras_ebft.validation import check_choice, check_int
 
@@ -198,7 +199,7 @@ class PackedStream:
         Returns:
             iterable of dicts of arrays `[batch_size, length]`.
         """
-        return RowBatches(self, check_int("batch_size", batch_size, 1))
+        return StreamBatches(self, batch_size)
 
     def tf_dataset(self, batch_size):
         """The same batches as a `tf.data.Dataset`. Needs TensorFlow."""

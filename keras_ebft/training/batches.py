@@ -1,7 +1,6 @@
 """Whatever `fit` accepts, as a stream of token batches of one fixed shape."""
 
 import itertools
-import math
 
 import keras
 import numpy as np
@@ -14,6 +13,7 @@ from keras.src.trainers.data_adapters.data_adapter_utils import get_torch_datalo
 from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
 
 from keras_ebft.backend.runtime import tensorflow_dataset
+from keras_ebft.data.row_batches import RowBatches
 from keras_ebft.training.token_rows import (
     DTYPES,
     FILLING,
@@ -21,43 +21,9 @@ from keras_ebft.training.token_rows import (
     check_same_keys,
     to_token_rows,
 )
-from keras_ebft.validation import check_int, check_number
+from keras_ebft.validation import check_number
 
 DEFAULT_BATCH_SIZE = 16
-
-
-class RowBatches(keras.utils.PyDataset):
-    """Batches of token rows held in memory, reshuffled every epoch.
-
-    Args:
-        rows: dict of arrays `[N, T]`.
-        batch_size: int.
-        shuffle: bool.
-        seed: int, decides the order of every epoch.
-    """
-
-    def __init__(self, rows, batch_size, shuffle, seed):
-        super().__init__()
-        self.rows = rows
-        self.rows_per_batch = batch_size
-        self.shuffle = shuffle
-        self.seed = seed
-        self.order = np.arange(len(rows["token_ids"]))
-
-    def __len__(self):
-        return math.ceil(len(self.order) / self.rows_per_batch)
-
-    def __getitem__(self, index):
-        start = index * self.rows_per_batch
-        chosen = self.order[start : start + self.rows_per_batch]
-        return {name: values[chosen] for name, values in self.rows.items()}
-
-    def begin_epoch(self, epoch):
-        """Draws the order of an epoch, the same whenever training comes to it."""
-        if self.shuffle:
-            random = np.random.default_rng(self.seed)
-            for _ in range(epoch + 1):
-                self.order = random.permutation(len(self.order))
 
 
 class TokenBatches(DataAdapter):
@@ -69,7 +35,8 @@ class TokenBatches(DataAdapter):
 
     Args:
         source: `PyDataset` or iterable of batches of anything
-            `to_token_rows` reads, or of tuples `(batch,)`.
+            `to_token_rows` reads, or of tuples `(batch,)`. Its `begin_epoch(epoch)`,
+            where it has one, is called before every epoch, with 0 to evaluate.
         causal_lm: the model the batches are for.
         check_rows: function of a dict of rows, raises if they cannot be used.
 
@@ -86,6 +53,7 @@ class TokenBatches(DataAdapter):
             self.keras_adapter = PyDatasetAdapter(source)
         self._unread = None
         self._batches_to_skip = 0
+        self._epoch = 0
         first = self._read(self._first())
         check_rows(first)
         self.shape = first["token_ids"].shape
@@ -178,9 +146,8 @@ class TokenBatches(DataAdapter):
         return None
 
     def begin_epoch(self, epoch):
-        """Chooses the order of documents in memory for the epoch, an int."""
-        if isinstance(self.source, RowBatches):
-            self.source.begin_epoch(epoch)
+        """Notes which epoch comes next, an int; without this it is the first."""
+        self._epoch = epoch
 
     def skip(self, batches):
         """Leaves out the first `batches` batches of the next reading.
@@ -192,7 +159,9 @@ class TokenBatches(DataAdapter):
         self._batches_to_skip = batches
 
     def on_epoch_begin(self):
-        """Tells a `PyDataset` that an epoch begins."""
+        """Tells a source that asks for it which epoch begins."""
+        if hasattr(self.source, "begin_epoch"):
+            self.source.begin_epoch(self._epoch)
         if self.keras_adapter is not None:
             self.keras_adapter.on_epoch_begin()
 
@@ -226,7 +195,6 @@ def token_batches(x, causal_lm, check_rows, batch_size, shuffle, seed):
             )
         if batch_size is None:
             batch_size = min(DEFAULT_BATCH_SIZE, len(rows["token_ids"]))
-        batch_size = check_int("batch_size", batch_size, 1)
         x = RowBatches(rows, batch_size, shuffle, seed)
     elif batch_size is not None:
         raise ValueError(

@@ -88,8 +88,9 @@ class TrainingCheckpoint(keras.callbacks.Callback):
     A run that was killed at any moment, and started again by the same program,
     ends with the weights it would have had: bit for bit on the same backend and
     machine, provided the data comes in the same order. Documents in memory do,
-    shuffled or not, with the model's `seed` given; a stream must yield the same
-    batches again.
+    shuffled or not, with the model's `seed` given, and so do `PackedRows.py_dataset`
+    and any source whose order follows from what its `begin_epoch(epoch)` is told;
+    another stream must yield the same batches again.
 
     The file holds weights, optimizer, random generators, adapters and the place
     in the data. It is replaced in one move, so that one of the two is whole even

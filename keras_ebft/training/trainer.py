@@ -4,9 +4,9 @@ import keras
 
 from keras_ebft.backend.runtime import resolve_jit_compile
 from keras_ebft.kernels import watch_choices
-from keras_ebft.objectives.critic import PolicyAndCriticOptimizer
 from keras_ebft.training.batches import refuse_targets, split_rows, token_batches
 from keras_ebft.training.callbacks import CurrentWeights, DataPosition, KernelLog
+from keras_ebft.training.optimizers import policy_optimizer_config, with_critic
 from keras_ebft.training.train_function import TrainFunction
 
 
@@ -89,14 +89,13 @@ class DocumentTrainer(keras.Model):
         own = list(self.critic_head.trainable_variables)
         if self.critic.train_features:
             own += self.frozen_network.trainable_variables
-        return PolicyAndCriticOptimizer(optimizer, self.critic.optimizer, own)
+        return with_critic(optimizer, self.critic.optimizer, own)
 
     def get_compile_config(self):
         """What `compile` was called with, for saving."""
         config = super().get_compile_config()
-        if config and isinstance(self.optimizer, PolicyAndCriticOptimizer):
-            own = self.optimizer.policy_optimizer
-            config["optimizer"] = keras.saving.serialize_keras_object(own)
+        if config and self.critic is not None:
+            config["optimizer"] = policy_optimizer_config(self.optimizer)
         return config
 
     def fit(
@@ -118,7 +117,8 @@ class DocumentTrainer(keras.Model):
             x: list of strings; integer array `[N, T]`; dict with `token_ids` and
                 optionally `padding_mask`, `segment_ids`, `answer_mask`, `anchors`;
                 or a `tf.data.Dataset`, `PyDataset`, torch `DataLoader` or
-                generator that yields batches of these.
+                generator that yields batches of these. A `begin_epoch(epoch)` of
+                its own is called before every epoch.
             y: must be `None`; documents are their own targets.
             batch_size: int, documents per step for data in memory (default 16).
             callbacks: `keras.callbacks.Callback`, a list of them, or `None`.
