@@ -53,12 +53,12 @@ def attributes(backbone):
     return [{name: id(v) for name, v in vars(layer).items()} for layer in layers]
 
 
-class Interruption(Exception):
+class CutShortError(Exception):
     pass
 
 
 def interrupt(*_, **__):
-    raise Interruption
+    raise CutShortError
 
 
 def run(network):
@@ -85,7 +85,7 @@ def test_every_layer_is_unchanged_afterwards(name):
         run(network)
         assert attributes(backbone) == before
         last = networks.family_of(backbone).decoder_layers(backbone)[-1]
-        with patched([(last, "call", interrupt)]), pytest.raises(Interruption):
+        with patched([(last, "call", interrupt)]), pytest.raises(CutShortError):
             run(network)
         assert attributes(backbone) == before
 

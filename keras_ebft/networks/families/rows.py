@@ -3,8 +3,8 @@
 Right for anything causal, at the cost of a full forward pass per block and step. What
 keeps them from running on shared documents:
 
-- Gemma 4: layers that share keys and values from below, with heads of other widths in
-  layers that see everything.
+- Gemma 4: uppermost layers that attend to keys and values from below, of several
+  widths, next to keys that are values.
 - GPT-OSS: a sink beside the scores of every head, which no attention kernel here has.
 - Qwen 3.5 and RWKV-7: a recurrent state, which runs through a row.
 """
