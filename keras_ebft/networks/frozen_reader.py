@@ -10,7 +10,7 @@ from keras_ebft.networks import (
     num_layers,
     output_head,
 )
-from keras_ebft.networks.frozen import frozen_taps
+from keras_ebft.networks.from_backbone import frozen_taps
 from keras_ebft.networks.prefix_cache import read_blocks, read_document
 
 
