@@ -46,6 +46,7 @@ def rollouts_of(model, prompt, seed=5):
     return to_numpy(model.rollout(prompt, seed=seed)["token_ids"])
 
 
+@pytest.mark.numbers
 def test_sampled_tokens_equal_one_block_at_a_time(model):
     prompt = documents(1, LENGTH)
     uniform = np.random.default_rng(1).random((1, 2, 4, 3)).astype("float32")
@@ -75,6 +76,7 @@ def _sample(step, prompt, anchors, uniform):
     )
 
 
+@pytest.mark.numbers
 def test_tokens_after_an_anchor_change_nothing_in_its_rollouts(model):
     prompt = documents(1, LENGTH)
     changed = prompt.copy()
