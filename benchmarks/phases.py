@@ -8,7 +8,6 @@ from keras import ops
 
 from keras_ebft.backend.runtime import no_gradient
 from keras_ebft.layout.documents import read_documents
-from keras_ebft.networks.prefix_cache import read_document
 from keras_ebft.training.batches import as_batch
 
 PHASES = ("prefill", "rollout", "features", "rewards", "policy", "optimizer", "step")
@@ -37,9 +36,8 @@ class _Phases:
         self.model = model
         self.step = model._step
         mask = np.ones(token_ids.shape, bool)
-        batch = as_batch({"token_ids": token_ids, "padding_mask": mask})
         self.documents = read_documents(
-            {name: ops.convert_to_tensor(value) for name, value in batch.items()}
+            as_batch({"token_ids": token_ids, "padding_mask": mask})
         )
         self.blocks = self.step.blocks(self.documents)
         samples, length = model.sampler.num_samples, model.sampler.rollout_length
@@ -64,7 +62,7 @@ class _Phases:
 
     def _read(self, token_ids):
         documents = self.documents._replace(token_ids=token_ids)
-        return read_document(self.step.policy, documents)
+        return self.step.read(documents)
 
     def prefill(self):
         return self._compiled(self._read, self.documents.token_ids)
@@ -73,13 +71,16 @@ class _Phases:
         state = _compile(self._read, self.model)(self.documents.token_ids)
 
         def sample(state, uniform):
-            return self.step.rollout(state, self.blocks, uniform).token_ids
+            numbers = uniform, None
+            return self.step.sample(self.documents, state, numbers).token_ids
 
         return self._compiled(sample, state, self.uniform)
 
     def _features(self, token_ids, rollout_ids):
         documents = self.documents._replace(token_ids=token_ids)
-        return self.step.features(documents, self.blocks, rollout_ids)
+        rollouts = self.step.replayed(documents, rollout_ids)
+        frozen = self.step.read_frozen(rollouts, with_reference=False)
+        return frozen.generated, frozen.target
 
     def features(self):
         tokens = self.documents.token_ids
@@ -92,16 +93,17 @@ class _Phases:
 
         def reward(generated, target):
             judged = self.step.reward.judge(
-                generated, target, None, self.step.estimator
+                generated, target, None, self.step.advantage
             )
             return judged["advantage"]
 
         return self._compiled(reward, *found)
 
     def policy_loss(self, rollout_ids):
-        state = read_document(self.step.policy, self.documents)
-        scores = self.step.score_rollouts(state, self.blocks, rollout_ids)
-        return -ops.mean(scores["log_prob"] * self.advantage[..., None])
+        rollouts = self.step.replayed(self.documents, rollout_ids)
+        state = self.step.read(self.documents)
+        scores = self.step.score_rollouts(state, rollouts)
+        return -ops.mean(scores.log_prob * self.advantage[..., None])
 
 
 def _through_keras(model, x):

@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 MEASURED = ROOT / "docs" / "families.json"
 ROUTES = {
-    "serving": "shared document, by KerasHub's serving interface",
-    "layers": "shared document, attention layers lent other methods",
+    "serving": "shared document, attention by KerasHub's serving interface",
+    "patched": "shared document, attention by patched layers",
     "rows": "every block a sequence of its own (slow)",
 }
 HEAD = """# Families
@@ -27,6 +27,16 @@ Made by `docs/make_family_table.py`. Errors are the largest absolute difference 
 log-probabilities between block-parallel passes and each block alone as a plain
 causal sequence, float32, tiny random models; `tests/test_families.py` runs the same
 comparison, and one of gradients, on every backend.
+
+On a shared document the embeddings run first, then one decoder layer after another
+with the caller's attention in each, then the final normalisation
+(`keras_ebft/networks/routed_network.py`). Other families are run as KerasHub's own
+graph, on whole rows: those with a recurrent state (Qwen 3.5, RWKV-7), and those whose
+attention depends on more than queries, keys, values and positions (GPT-OSS's sinks;
+Phi-3's long frequencies, which change with a row's length; Gemma 4's uppermost layers,
+which attend to keys and values from below, of several widths).
+
+How a family is added stands in `keras_ebft/networks/families/__init__.py`.
 
 | family | way it is run | JAX | TensorFlow | PyTorch |
 |---|---|---|---|---|

@@ -6,7 +6,7 @@ from keras import ops
 from keras_ebft.backend.runtime import compiled, no_gradient
 from keras_ebft.layout.documents import read_documents
 from keras_ebft.layout.draws import draw_numbers
-from keras_ebft.networks.prefix_cache import read_document
+from keras_ebft.records import LossTerms
 from keras_ebft.training.token_rows import to_token_rows
 
 REWARD_NAMES = ("alignment", "diversity", "reward", "advantage")
@@ -39,11 +39,11 @@ class Inspection:
         model.rewards(texts, rollouts)["reward"]
         ```
         """
-        batch = self._in_memory(x)
+        documents = self._in_memory(x)
         seed = self._inspection_seed if seed is None else seed
         with no_gradient():
-            uniforms = draw_numbers(self.sampler, read_documents(batch), seed)
-            return self._compiled["rollout"](batch, uniforms)
+            numbers = draw_numbers(self.sampler, documents, seed)
+            return self._compiled["rollout"](documents, numbers)
 
     def score(self, x, rollouts):
         """Log-probabilities of rollouts and documents, with gradient.
@@ -57,10 +57,7 @@ class Inspection:
             temperature, and `document_log_prob` `[B, T - 1]`, at temperature 1;
             float32, nats.
         """
-        scores = self._compiled["score"](*self._with_rollouts(x, rollouts))
-        return {
-            name: scores[name] for name in ("log_prob", "entropy", "document_log_prob")
-        }
+        return self._compiled["score"](*self._with_rollouts(x, rollouts))
 
     def features(self, x, rollouts):
         """Features of rollouts and of the true continuations.
@@ -89,29 +86,30 @@ class Inspection:
             `advantage`, 0 in dead blocks; `[B, n, K, G]` with `"token"` pooling.
         """
         self._refuse_without_rollouts()
-        rewards = self._judge(*self._with_rollouts(x, rollouts))
-        return {name: rewards[name] for name in REWARD_NAMES}
-
-    @property
-    def losses(self):
-        """Layer losses (a list); called with `(x, rollouts)`, a dict of scalars."""
-        return CallableLosses(super().losses, self._losses_of)
-
-    def _losses_of(self, x, rollouts):
-        if self.objective.needs_rollouts:
-            batch, rollout_ids = self._with_rollouts(x, rollouts)
-            outputs = {
-                **self._compiled["score"](batch, rollout_ids),
-                **self._judge(batch, rollout_ids),
-            }
-        else:
-            outputs = self._compiled["read_only"](self._in_memory(x))
-        terms = self.objective.terms(outputs)
-        return {**terms, "loss": self.objective.loss(terms, self._training_steps)}
-
-    def _judge(self, batch, rollout_ids):
         with no_gradient():
-            return self._compiled["judge"](batch, rollout_ids)
+            return self._compiled["rewards"](*self._with_rollouts(x, rollouts))
+
+    def loss_terms(self, x, rollouts):
+        """The terms of the loss and their weighted sum, with gradient.
+
+        Args:
+            x: documents.
+            rollouts: rollouts of these documents; not looked at by a model that
+                learns from documents alone.
+
+        Returns:
+            dict of float32 scalars: `ce_loss`, with rollouts `policy_loss` and
+            `entropy`, with a reference `kl`, with a critic `critic_loss` and
+            `critic_accuracy`; and `loss`, as the next training step would weigh
+            them.
+        """
+        if self.objective.needs_rollouts:
+            given = self._with_rollouts(x, rollouts)
+        else:
+            given = (self._in_memory(x), None, None)
+        terms = self._compiled["loss_terms"](*given)
+        loss = self.objective.loss(LossTerms(**terms), self._training_steps)
+        return {**terms, "loss": loss}
 
     def _refuse_without_rollouts(self):
         if not self.objective.needs_rollouts:
@@ -124,33 +122,40 @@ class Inspection:
     def _in_memory(self, x):
         rows = to_token_rows(x, self.causal_lm)
         self._check_rows(rows)
-        return {name: ops.convert_to_tensor(value) for name, value in rows.items()}
+        return read_documents(
+            {name: ops.convert_to_tensor(value) for name, value in rows.items()}
+        )
 
     def _with_rollouts(self, x, rollouts):
-        batch = self._in_memory(x)
+        """`(documents, token ids, anchors)`, checked against each other."""
+        documents = self._in_memory(x)
         given = rollouts if isinstance(rollouts, dict) else {"token_ids": rollouts}
-        if "anchors" in given:
-            batch["anchors"] = ops.convert_to_tensor(given["anchors"], dtype="int32")
-        if self.sampler.draws_anchors and "anchors" not in batch:
+        anchors = given.get("anchors")
+        if anchors is not None:
+            anchors = ops.convert_to_tensor(anchors, dtype="int32")
+            num_blocks = anchors.shape[1]
+        elif self.sampler.draws_anchors and documents.anchors is None:
             raise ValueError(
                 "Expected the anchors of rollouts that stand at random places. "
                 "Received: token ids alone. Pass what `rollout` returned."
             )
+        else:
+            num_blocks = self.sampler.num_blocks(documents)
+        batch = documents.token_ids.shape[0]
         shape = tuple(np.shape(given["token_ids"]))
-        documents = batch["token_ids"].shape[0]
-        blocks = self.sampler.num_blocks(read_documents(batch))
-        fits = (documents, blocks, self.sampler.rollout_length)
+        fits = (batch, num_blocks, self.sampler.rollout_length)
         if len(shape) != 4 or (shape[0], *shape[2:]) != fits:
             raise ValueError(
                 "Expected rollouts of shape [B, n, K, G] = "
-                f"[{documents}, n, {fits[1]}, {fits[2]}] for these documents and "
+                f"[{batch}, n, {fits[1]}, {fits[2]}] for these documents and "
                 f"this sampler. Received: shape {shape}."
             )
-        return batch, ops.convert_to_tensor(given["token_ids"], dtype="int32")
+        token_ids = ops.convert_to_tensor(given["token_ids"], dtype="int32")
+        return documents, token_ids, anchors
 
 
-def compile_parts(step, variables):
-    """The parts of a step as functions of tensors, compiled where it pays.
+def compile_stages(step, variables):
+    """The stages of a step as functions of tensors, compiled where it pays.
 
     Args:
         step: `EBFTStep`.
@@ -160,65 +165,44 @@ def compile_parts(step, variables):
         dict of functions.
     """
 
-    def rollout(batch, uniforms):
-        documents = read_documents(batch)
-        uniform, anchor_uniform = uniforms
-        state = read_document(step.policy, documents)
-        blocks = step.blocks(documents, anchor_uniform)
-        rollout_ids, log_prob = step.rollout(state, blocks, uniform)
+    def rollout(documents, numbers):
+        state = step.read(documents)
+        rollouts = step.sample(documents, state, numbers)
+        log_prob = rollouts.log_prob
         if log_prob is None:
-            log_prob = step.score_rollouts(state, blocks, rollout_ids)["log_prob"]
+            log_prob = step.score_rollouts(state, rollouts).log_prob
         return {
-            "token_ids": rollout_ids,
+            "token_ids": rollouts.token_ids,
             "log_prob": log_prob,
-            "mask": step.token_mask(blocks, rollout_ids),
-            "anchors": step.absolute_anchors(blocks),
+            "mask": rollouts.counted,
+            "anchors": rollouts.blocks.absolute_anchors(),
         }
 
-    def score(batch, rollout_ids):
-        documents = read_documents(batch)
-        state = read_document(step.policy, documents)
-        return {
-            **step.score_rollouts(state, step.blocks(documents), rollout_ids),
-            **step.score_documents(state, documents, train=True),
-        }
+    def score(documents, token_ids, anchors):
+        state = step.read(documents)
+        scores = step.score_rollouts(
+            state, step.replayed(documents, token_ids, anchors)
+        )
+        document_scores = step.score_documents(state, documents)
+        return {**scores._asdict(), "document_log_prob": document_scores.log_prob}
 
-    def features(batch, rollout_ids):
-        documents = read_documents(batch)
-        return step.features(documents, step.blocks(documents), rollout_ids)
+    def features(documents, token_ids, anchors):
+        rollouts = step.replayed(documents, token_ids, anchors)
+        frozen = step.read_frozen(rollouts, with_reference=False)
+        return frozen.generated, frozen.target
 
-    def judge(batch, rollout_ids):
-        documents = read_documents(batch)
-        return step.judge(documents, step.blocks(documents), rollout_ids)
+    def rewards(documents, token_ids, anchors):
+        rollouts = step.replayed(documents, token_ids, anchors)
+        judged = step.judge(rollouts, step.read_frozen(rollouts, with_reference=False))
+        return {name: getattr(judged, name) for name in REWARD_NAMES}
 
-    def read_only(batch):
-        return step.read_only(batch)
+    def loss_terms(documents, token_ids, anchors):
+        experience = None
+        if token_ids is not None:
+            experience = step.experience_of(
+                step.replayed(documents, token_ids, anchors)
+            )
+        return step(documents, None, experience).terms.measured()
 
-    parts = (rollout, score, features, judge, read_only)
-    return {part.__name__: compiled(part, variables) for part in parts}
-
-
-class CallableLosses(list):
-    """Keras' list of layer losses that, called, gives the losses of rollouts.
-
-    `model.losses` belongs to Keras, which reads a list from it, and is the
-    natural name for the losses of given rollouts: it serves both.
-    """
-
-    def __init__(self, layer_losses, of_rollouts):
-        super().__init__(layer_losses)
-        self._of_rollouts = of_rollouts
-
-    def __call__(self, x, rollouts):
-        """Losses of given rollouts.
-
-        Args:
-            x: documents in memory.
-            rollouts: what `rollout` returned, or int array `[B, n, K, G]`; not
-                looked at by a model that learns from documents alone.
-
-        Returns:
-            dict of float32 scalars: the terms, such as `policy_loss`, `ce_loss`
-            and `entropy`, and their weighted sum `loss`.
-        """
-        return self._of_rollouts(x, rollouts)
+    stages = (rollout, score, features, rewards, loss_terms)
+    return {stage.__name__: compiled(stage, variables) for stage in stages}

@@ -7,21 +7,18 @@ from keras import ops
 from keras_ebft.backend.runtime import after, no_gradient, run_in_state
 from keras_ebft.features import FeatureNetwork
 from keras_ebft.functional import ESTIMATORS
-from keras_ebft.inspection import Inspection, compile_parts
+from keras_ebft.inspection import Inspection, compile_stages
+from keras_ebft.layout.documents import read_documents
 from keras_ebft.networks import (
     adapters,
     check_supported,
     dtype_policy_name,
     resolve_rematerialize,
 )
-from keras_ebft.networks.frozen_networks import FrozenNetworks, refuse_shared_paths
-from keras_ebft.objectives.critic import (
-    Critic,
-    CriticHead,
-    critic_accuracy,
-    critic_loss,
-)
+from keras_ebft.networks.frozen_reader import frozen_readers, refuse_shared_paths
+from keras_ebft.objectives.critic import Critic, CriticHead
 from keras_ebft.objectives.objective import Objective, check_combination
+from keras_ebft.records import Batch
 from keras_ebft.rewards import FeatureMatchingReward, Reward
 from keras_ebft.samplers import BlockSampler
 from keras_ebft.step import EBFTStep
@@ -52,7 +49,7 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
 
         L = policy_weight L_PG + ce_weight L_CE + kl_weight L_KL - entropy_weight H
 
-    see `keras_ebft.losses`. The trained weights are those of `causal_lm` itself.
+    see `keras_ebft.functional`. The trained weights are those of `causal_lm` itself.
 
     Weights are floats or `keras.optimizers.schedules.LearningRateSchedule`s, which
     get the number of training steps so far.
@@ -133,6 +130,9 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         # Not the global policy: the backbone's own decides on loss scaling.
         kwargs.setdefault("dtype", dtype_policy_name(causal_lm.backbone))
         super().__init__(**kwargs)
+        # Batches are records of tensors, whose floats keep their precision.
+        self._convert_input_args = False
+        self._allow_non_tensor_positional_args = True
         self.sampler = _part("sampler", sampler, BlockSampler)
         self.feature_network = _part("feature_network", feature_network, FeatureNetwork)
         self.reward = _part("reward", reward, Reward, FeatureMatchingReward)
@@ -156,32 +156,13 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
             advantage,
             self.critic,
         )
-        if seed is None:
-            seed = int(np.random.randint(2**31 - 3))
-        self.seed = check_int("seed", seed, 0)
-
         backbone = causal_lm.backbone
         self.rematerialize = resolve_rematerialize(rematerialize, backbone)
         samples = self.sampler.num_samples
         self.micro_batches = check_micro_batches(micro_batches, samples)
         self.causal_lm = causal_lm
         self._build_step()
-        self._training_seed = keras.random.SeedGenerator(self.seed)
-        self._evaluation_seed = keras.random.SeedGenerator(self.seed + 1)
-        self._inspection_seed = keras.random.SeedGenerator(self.seed + 2)
-        self._evaluation_start = self._evaluation_seed.state.numpy()
-        self._training_steps = self.add_weight(
-            name="training_steps",
-            shape=(),
-            initializer="zeros",
-            dtype="int32",
-            trainable=False,
-        )
-        self._trackers = metrics.make_trackers(self._measured_names())
-        self._collected = None
-        self.training_state = TrainingState(
-            self._saved_variables, lambda: self.metrics_variables
-        )
+        self._build_state(seed)
         self.built = True
 
     @classmethod
@@ -200,64 +181,96 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         return cls(causal_lm, policy_weight=0.0, ce_weight=1.0, seed=seed, **kwargs)
 
     def _build_step(self):
-        """The step, its frozen networks, and its parts compiled."""
-        rollouts = self.objective.needs_rollouts
-        networks = FrozenNetworks(
+        """The step, and the frozen networks and the critic it asks."""
+        backbone, rollouts = self.causal_lm.backbone, self.objective.needs_rollouts
+        trains_features = self.critic is not None and self.critic.train_features
+        features, reference = frozen_readers(
             self.feature_network,
-            self.causal_lm.backbone,
-            needs_features=rollouts and self.reward.needs_features,
-            needs_reference=self.objective.needs_reference,
-            learns=self.critic is not None and self.critic.train_features,
-            rematerialize=self.rematerialize,
+            backbone,
+            features=rollouts and self.reward.needs_features,
+            reference=self.objective.needs_reference,
+            live=trains_features,
         )
-        refuse_shared_paths(networks, self.causal_lm)
-        self.frozen_networks = networks.models
+        if trains_features:
+            features.learn(self.rematerialize)
+        readers = {id(r): r for r in (features, reference) if r is not None}
+        self.frozen_networks = [
+            r.model for r in readers.values() if r.model is not None
+        ]
+        refuse_shared_paths(self.frozen_networks, self.causal_lm)
         self.reward.prepare(self.causal_lm)
+        self.critic_head = None
+        if self.critic is not None:
+            steps = self.sampler.rollout_length
+            width = self.feature_network.num_features(features.network, steps)
+            self.critic_head = CriticHead(width)
         self._step = EBFTStep(
             self.causal_lm,
             self.sampler,
-            networks,
+            self.feature_network,
+            (features, reference),
             self.reward,
             self.advantage,
+            self.objective,
             self.critic,
+            self.critic_head,
             self.rematerialize,
             self.micro_batches,
         )
-        self.critic_head = None
-        if self.critic is not None:
-            self.critic_head = CriticHead(
-                self.feature_network.num_features(
-                    networks.taps, self.sampler.rollout_length
-                )
-            )
-        self._compiled = compile_parts(
-            self._step,
-            lambda: [
-                *self.causal_lm.variables,
-                *(v for model in networks.models for v in model.variables),
-            ],
+        self._compiled = compile_stages(self._step, self._read_variables)
+
+    def _build_state(self, seed):
+        """Random generators, the count of steps, and the running means."""
+        if seed is None:
+            seed = int(np.random.randint(2**31 - 3))
+        self.seed = check_int("seed", seed, 0)
+        self._training_seed = keras.random.SeedGenerator(self.seed)
+        self._evaluation_seed = keras.random.SeedGenerator(self.seed + 1)
+        self._inspection_seed = keras.random.SeedGenerator(self.seed + 2)
+        self._evaluation_start = self._evaluation_seed.state.numpy()
+        self._training_steps = self.add_weight(
+            name="training_steps",
+            shape=(),
+            initializer="zeros",
+            dtype="int32",
+            trainable=False,
         )
+        self._trackers = metrics.make_trackers(self._measured_names())
+        self.training_state = TrainingState(
+            self._saved_variables, lambda: self.metrics_variables
+        )
+
+    def _read_variables(self):
+        """All that the stages of a step read, a list of variables."""
+        frozen = [v for model in self.frozen_networks for v in model.variables]
+        return [*self.causal_lm.variables, *frozen]
+
+    @property
+    def feature_reader(self):
+        """`FrozenReader` of the network that features come from, or `None`."""
+        return self._step.feature_reader
 
     @property
     def frozen_network(self):
         """The `keras.Model` that features come from; `None` if there is none."""
-        taps = self._step.networks.taps
-        return None if taps is None else taps.model
+        return None if self.feature_reader is None else self.feature_reader.model
 
     def train_step(self, *state_and_data):
         """One update of the policy on one batch of documents, on every backend.
 
-        1. `call`: the policy reads the documents once; every block and sample
-           continues them token by token (`BlockSampler`); the frozen network
-           embeds rollouts and truth (`FeatureNetwork`); rewards and advantages
-           come from their inner products (`Reward`); the policy scores the
-           sampled tokens against the same reading, with gradient.
-        2. `compute_loss`: the weighted sum of `keras_ebft.losses`.
+        1. `call` runs the step (`keras_ebft.step.EBFTStep`): the policy reads the
+           documents once; every block and sample continues them token by token
+           (`BlockSampler`); the frozen network embeds rollouts and truth
+           (`FeatureNetwork`); rewards and advantages come from their inner
+           products (`Reward`); the policy scores the sampled tokens against the
+           same reading, with gradient; from the scores come the terms of the loss.
+        2. `compute_loss` weighs them: `L = policy_weight L_PG + ce_weight L_CE +
+           kl_weight L_KL - entropy_weight H`.
         3. Keras' own trainer: gradients, clipping, the optimizer's update.
         4. `compute_metrics`: every quantity of the step into its running mean.
 
         With several updates per rollout, sampling and rewards come first, and 1
-        to 4 score the same rollouts again each time.
+        to 4 learn from the same experience again each time.
 
         Args:
             *state_and_data: what the backend's trainer hands in: the batch, on
@@ -267,112 +280,76 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
             dict of logs, on JAX together with the new state.
         """
         *state, data = state_and_data
-        batch = as_batch(data)
+        batch = Batch(read_documents(as_batch(data)))
         # Where the data are at their end, nothing of a step may have happened.
-        with after(batch["token_ids"]):
-            return self._train_on(state, batch)
-
-    def _train_on(self, state, batch):
-        if not self.objective.repeats_updates:
-            return super().train_step(*state, batch)
-        self._collected, state = run_in_state(self, state, lambda: self._collect(batch))
-        try:
+        with after(batch.documents.token_ids):
+            if not self.objective.repeats_updates:
+                return super().train_step(*state, (batch,))
+            experience, state = run_in_state(
+                self, state, lambda: self._explore(batch.documents)
+            )
+            batch = batch._replace(experience=experience)
             for _ in range(self.objective.updates_per_rollout):
-                result = super().train_step(*state, batch)
+                result = super().train_step(*state, (batch,))
                 state = [result[1]] if state else state
-        finally:
-            self._collected = None
-        return result
+            return result
 
-    def _collect(self, batch):
+    def _explore(self, documents):
         self._follow_policy()
-        return self._step.collect(batch, self._training_seed)
+        return self._step.explore_first(documents, self._training_seed)
 
     def _follow_policy(self):
-        if self.feature_network.ema_decay is not None:
+        decay = self.feature_network.ema_decay
+        if decay is not None:
             with no_gradient():
-                self._step.networks.follow(self.causal_lm.backbone)
+                self.feature_reader.follow(self.causal_lm.backbone, decay)
 
     def test_step(self, *state_and_data):
         """`train_step` without gradients and update."""
-        *state, batch = *state_and_data[:-1], as_batch(state_and_data[-1])
-        with no_gradient(), after(batch["token_ids"]):
-            return super().test_step(*state, batch)
+        *state, data = state_and_data
+        batch = Batch(read_documents(as_batch(data)))
+        with no_gradient(), after(batch.documents.token_ids):
+            return super().test_step(*state, (batch,))
 
     def call(self, inputs, training=False):
-        """Rollouts, rewards and log-probabilities of a batch of documents.
+        """One step up to its loss: `keras_ebft.step.EBFTStep`.
 
         Args:
-            inputs: dict of `token_ids` int32 `[B, T]` and `padding_mask` bool
-                `[B, T]`, padded on the right; optionally `segment_ids` int32 and
-                `answer_mask` bool `[B, T]`, `anchors` int32 `[B, K]`.
+            inputs: `keras_ebft.records.Batch`, or a dict of `token_ids` int32
+                `[B, T]` and `padding_mask` bool `[B, T]`, padded on the right;
+                optionally `segment_ids` int32 and `answer_mask` bool `[B, T]`,
+                `anchors` int32 `[B, K]`.
             training: bool, which random generator is drawn from.
 
         Returns:
-            dict: `token_ids`, `log_prob`, `entropy`, `token_mask` `[B, n, K, G]`;
-            `alignment`, `diversity`, `reward`, `advantage`, `reward_mask`
-            `[B, n, K]`, 0 in dead blocks (`[B, n, K, G]` with `"token"` pooling);
-            the reward's own measures `[B, K]`; `ref_log_prob` `[B, n, K, G]` with
-            a reference; `document_log_prob` and `document_mask` `[B, T - 1]`.
+            `keras_ebft.records.StepOutputs`.
         """
-        objective = self.objective
-        if training:
-            self._training_steps.assign(self._training_steps + 1)
-        if not objective.needs_rollouts:
-            return self._step.read_only(inputs)
-        trains_documents = objective.trains_documents
-        if self._collected is not None:
-            outputs = self._step.score(inputs, self._collected, trains_documents)
-        else:
-            if training:
-                self._follow_policy()
-            seed = self._training_seed if training else self._evaluation_seed
-            outputs = self._step(inputs, seed, trains_documents)
-        return outputs if self.critic is None else self._criticise(outputs)
-
-    def _criticise(self, outputs):
-        """Outputs with the critic's logits in place of features."""
-        features = ("features", "true_features")
-        kept = {name: v for name, v in outputs.items() if name not in features}
-        return {
-            **kept,
-            "critic_logit": self.critic_head(outputs["features"]),
-            "critic_true_logit": self.critic_head(outputs["true_features"]),
-        }
+        if not isinstance(inputs, Batch):
+            inputs = Batch(read_documents(as_batch(inputs)))
+        documents, experience = inputs
+        if training and experience is None:
+            self._follow_policy()
+        seed = self._training_seed if training else self._evaluation_seed
+        return self._step(documents, seed, experience)
 
     def compute_loss(
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True
     ):
         """The weighted loss of what `call` returned; a float32 scalar."""
-        # `call` has counted this step already; schedules start at 0.
-        step = ops.maximum(self._training_steps - 1, 0)
-        terms = self._terms(y_pred)
-        loss = self.objective.loss(terms, step)
-        if self.critic is not None:
-            loss = loss + terms["critic_loss"]
+        steps = self._training_steps
+        # Evaluation weighs as the last training step did.
+        weighed_at = steps + 0 if training else ops.maximum(steps - 1, 0)
+        loss = self.objective.loss(y_pred.terms, weighed_at)
+        if training:
+            steps.assign(steps + 1)
         return sum(self.losses, start=loss)
-
-    def _terms(self, outputs):
-        terms = self.objective.terms(outputs)
-        if self.critic is None:
-            return terms
-        logits = outputs["critic_true_logit"], outputs["critic_logit"]
-        mask = outputs["reward_mask"]
-        return {
-            **terms,
-            "critic_loss": critic_loss(*logits, mask, self.critic.selection),
-            "critic_accuracy": critic_accuracy(*logits, mask),
-        }
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         """Adds one step to the running means; returns their values."""
         with no_gradient():
-            terms = self._terms(y_pred)
-            measured = metrics.measure_documents(y_pred, terms)
-            if "reward" in y_pred:
-                measured |= metrics.measure_rollouts(
-                    y_pred, terms, self.reward.block_measures
-                )
+            measured = metrics.measure_documents(y_pred)
+            if y_pred.experience is not None:
+                measured |= metrics.measure_rollouts(y_pred)
             for name, (value, weight) in measured.items():
                 self._trackers[name].update_state(value, sample_weight=weight)
         return self.get_metrics_result()

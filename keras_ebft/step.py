@@ -1,4 +1,11 @@
-"""The algorithm of one step, on tensors: documents in, everything measured out."""
+"""One step of Energy-Based Fine-Tuning, top to bottom.
+
+`EBFTStep.__call__` is the algorithm (Jelassi et al., 2026, arXiv:2603.12248);
+the stages it calls follow in the order in which they are called. What differs from
+the authors' code: a document is read once, and blocks, samples, rollout and policy
+gradient share its keys and values; nothing above the last tapped layer runs for
+features; rewards come from n x n inner products.
+"""
 
 import functools
 
@@ -7,7 +14,7 @@ from keras import ops
 from keras_ebft.backend.runtime import no_gradient
 from keras_ebft.backend.sample_groups import in_groups
 from keras_ebft.kernels import linear_logprob
-from keras_ebft.layout.documents import read_documents, take_tokens
+from keras_ebft.layout.documents import take_tokens
 from keras_ebft.layout.draws import draw_numbers
 from keras_ebft.networks import (
     end_token_ids,
@@ -16,7 +23,15 @@ from keras_ebft.networks import (
     routed_backbone,
 )
 from keras_ebft.networks.prefix_cache import read_blocks, read_document, stop_gradient
-from keras_ebft.records import RolloutBatch, Rollouts
+from keras_ebft.records import (
+    DocumentScores,
+    Experience,
+    FrozenReading,
+    Judged,
+    Rollouts,
+    RolloutScores,
+    StepOutputs,
+)
 from keras_ebft.samplers import before_stop
 
 
@@ -26,10 +41,13 @@ class EBFTStep:
     Args:
         causal_lm: supported `keras_hub.models.CausalLM`, the policy.
         sampler: `BlockSampler`.
-        networks: `FrozenNetworks`.
+        feature_network: `FeatureNetwork`.
+        readers: `(feature reader, reference reader)`, see `frozen_readers`.
         reward: `Reward`.
-        estimator: name of the advantage estimator.
+        advantage: name of the advantage estimator.
+        objective: `Objective`.
         critic: `Critic` or `None`.
+        critic_head: `CriticHead` or `None`.
         rematerialize: bool, whether the policy's decoder layers run again in the
             backward pass.
         micro_batches: int, groups of samples that are read one after another.
@@ -39,87 +57,320 @@ class EBFTStep:
         self,
         causal_lm,
         sampler,
-        networks,
+        feature_network,
+        readers,
         reward,
-        estimator,
+        advantage,
+        objective,
         critic=None,
+        critic_head=None,
         rematerialize=False,
         micro_batches=1,
     ):
         self.causal_lm = causal_lm
         self.sampler = sampler
-        self.networks = networks
+        self.feature_network = feature_network
+        self.feature_reader, self.reference_reader = readers
         self.reward = reward
-        self.estimator = estimator
+        self.advantage = advantage
+        self.objective = objective
         self.critic = critic
+        self.critic_head = critic_head
         self.micro_batches = micro_batches
         self.policy = routed_backbone(causal_lm.backbone, rematerialize)
-        self.stop_token_ids = _resolve_stop_token_ids(sampler, causal_lm)
+        # Raises now where they are wanted of a model that cannot know them. Asked
+        # again when needed: the tokenizer of a model that is being loaded is empty.
+        _ = self.stop_token_ids
 
-    def __call__(self, inputs, seed, train_documents):
-        """Samples, rewards and scores, with one reading of the documents.
+    def __call__(self, documents, seed, experience=None):
+        """From documents to the terms of the loss.
 
         Args:
-            inputs: dict of tensors; see `EBFTModel.call`.
-            seed: int or `keras.random.SeedGenerator`.
-            train_documents: bool, whether `document_log_prob` has a gradient.
+            documents: `Documents`.
+            seed: int or `keras.random.SeedGenerator`, decides the rollouts.
+            experience: `Experience` that an earlier update of these documents
+                learned from, or `None` to sample.
 
         Returns:
-            dict; see `EBFTModel.call`.
+            `StepOutputs`.
         """
-        documents = read_documents(inputs)
-        state = read_document(self.policy, documents)
-        with no_gradient():
-            blocks, rollout_ids = self.sample(documents, state, seed)
-            rewarded = self.judge(documents, blocks, rollout_ids)
-        return {
-            "token_ids": rollout_ids,
-            **self.score_rollouts(state, blocks, rollout_ids),
-            **rewarded,
-            **self.learning_features(documents, blocks, rollout_ids),
-            **self.score_documents(state, documents, train_documents),
-        }
+        # The policy reads every document once, with gradient.
+        state = self.read(documents)
+        document_scores = self.score_documents(
+            state, documents, with_gradient=self.objective.trains_documents
+        )
+        if not self.objective.needs_rollouts:
+            terms = self.objective.terms(document_scores)
+            return StepOutputs(terms, document_scores)
 
-    def collect(self, inputs, seed):
-        """Rollouts, rewards and the log-probabilities they were sampled with.
+        # Every block of every sample continues it; rollouts are embedded and rewarded.
+        if experience is None:
+            experience = self.explore(documents, state, seed)
 
-        For several updates per rollout: what `score` needs besides `inputs`.
+        # The policy scores what it sampled against the same reading, with gradient.
+        scores = self.score_rollouts(state, experience.rollouts)
+
+        # L = policy_weight L_PG + ce_weight L_CE + kl_weight L_KL - entropy_weight H
+        terms = self.objective.terms(document_scores, experience, scores)
+        if self.critic is not None:
+            terms = terms._replace(**self.criticise(experience))
+        return StepOutputs(terms, document_scores, experience, scores)
+
+    def read(self, documents):
+        """What the policy knows of documents, shared by all that continues them.
+
+        Args:
+            documents: `Documents`.
+
+        Returns:
+            `DocumentState`.
         """
-        documents = read_documents(inputs)
+        return read_document(self.policy, documents)
+
+    def explore(self, documents, state, seed):
+        """Rollouts, their features, rewards and advantages, without gradient.
+
+        Args:
+            documents: `Documents`.
+            state: `DocumentState` of the policy.
+            seed: int or `keras.random.SeedGenerator`.
+
+        Returns:
+            `Experience`.
+        """
         with no_gradient():
-            state = read_document(self.policy, documents)
-            blocks, rollout_ids = self.sample(documents, state, seed)
-            scores = self.score_rollouts(state, blocks, rollout_ids)
-            return {
-                "token_ids": rollout_ids,
-                "anchors": self.absolute_anchors(blocks),
-                "old_log_prob": scores["log_prob"],
-                **self.judge(documents, blocks, rollout_ids),
-            }
+            numbers = draw_numbers(self.sampler, documents, seed)
+            return self.experience_of(self.sample(documents, state, numbers))
 
-    def score(self, inputs, collected, train_documents):
-        """Scores what `collect` returned under the policy as it is now."""
-        documents = read_documents({**inputs, "anchors": collected["anchors"]})
-        state = read_document(self.policy, documents)
-        blocks = self.blocks(documents)
-        return {
-            **collected,
-            **self.score_rollouts(state, blocks, collected["token_ids"]),
-            **self.learning_features(documents, blocks, collected["token_ids"]),
-            **self.score_documents(state, documents, train_documents),
-        }
+    def experience_of(self, rollouts):
+        """Rollouts with what the frozen networks and the reward say of them.
 
-    def read_only(self, inputs):
-        """The documents' scores alone, where nothing is learned from rollouts."""
-        documents = read_documents(inputs)
-        state = read_document(self.policy, documents)
-        return self.score_documents(state, documents, train=True)
+        Args:
+            rollouts: `Rollouts`.
 
-    def sample(self, documents, state, seed):
-        """`(blocks, rollout_ids)`: blocks of documents, and what continues them."""
-        uniform, anchor_uniform = draw_numbers(self.sampler, documents, seed)
+        Returns:
+            `Experience`, without gradient.
+        """
+        with no_gradient():
+            frozen = self.read_frozen(rollouts)
+            return Experience(rollouts, frozen, self.judge(rollouts, frozen))
+
+    def explore_first(self, documents, seed):
+        """`explore`, for several updates that learn from the same rollouts.
+
+        Returns:
+            `Experience` with `old_log_prob`, all of it in tensors.
+        """
+        with no_gradient():
+            state = self.read(documents)
+            experience = self.explore(documents, state, seed)
+            scores = self.score_rollouts(state, experience.rollouts)
+        return experience._replace(
+            rollouts=experience.rollouts._replace(
+                blocks=experience.rollouts.blocks.as_tensors()
+            ),
+            old_log_prob=scores.log_prob,
+        )
+
+    def sample(self, documents, state, numbers):
+        """Strided block-parallel sampling: all blocks and samples, token by token.
+
+        Args:
+            documents: `Documents`.
+            state: `DocumentState` of the policy.
+            numbers: what `draw_numbers` returned.
+
+        Returns:
+            `Rollouts`.
+        """
+        uniform, anchor_uniform = numbers
         blocks = self.blocks(documents, anchor_uniform)
-        return blocks, self.rollout(state, blocks, uniform).token_ids
+        sample = functools.partial(self.sampler, self.policy)
+        head, state = output_head(self.causal_lm.backbone), stop_gradient(state)
+        if self.sampler.draws_tokens:
+            token_ids, log_prob = self._in_groups(
+                lambda samples, shared: sample(*shared, blocks, samples["uniform"]),
+                {"uniform": uniform},
+                (head, state),
+            )
+        else:
+            token_ids, log_prob = sample(head, state, blocks, uniform)
+        alive = before_stop(token_ids, self.stop_token_ids)
+        if self.stop_token_ids:
+            # What comes after the end says nothing more than that.
+            token_ids = ops.where(alive, token_ids, self.stop_token_ids[0])
+        return Rollouts(documents, blocks, token_ids, alive, log_prob)
+
+    def replayed(self, documents, token_ids, anchors=None):
+        """Given tokens as `Rollouts`, where the sampler put them.
+
+        Args:
+            documents: `Documents`.
+            token_ids: int32 tensor `[B, n, K, G]`.
+            anchors: int32 tensor `[B, K]`, where `sample` put its blocks, -1 for
+                dead ones; `None` where the documents alone decide that.
+        """
+        if anchors is None:
+            blocks = self.blocks(documents)
+        else:
+            blocks = self.sampler.blocks_at(
+                documents, anchors, stops=bool(self.stop_token_ids)
+            )
+        alive = before_stop(token_ids, self.stop_token_ids)
+        return Rollouts(documents, blocks, token_ids, alive)
+
+    def read_frozen(self, rollouts, with_reference=True):
+        """Features of rollouts and truth, and the reference's log-probabilities.
+
+        Args:
+            rollouts: `Rollouts`.
+            with_reference: bool, whether the reference is asked, if there is one.
+
+        Returns:
+            `FrozenReading`.
+        """
+        features = self.feature_reader
+        reference = self.reference_reader if with_reference else None
+        # Where both are one copy it reads once.
+        readers = list({id(r): r for r in (features, reference) if r}.values())
+        states = [reader.read(rollouts.documents) for reader in readers]
+        kernel = None if reference is None else reference.reference_head().kernel
+
+        def read(samples, shared):
+            states, kernel = shared
+            token_ids, blocks = samples["token_ids"], rollouts.blocks
+            outputs = [
+                reader.continued(state, token_ids, blocks)
+                for reader, state in zip(readers, states)
+            ]
+            said = {}
+            if features is not None:
+                said["generated"] = self.feature_network.generated(
+                    features.taps(outputs[0]), samples["counted"], samples["alive"]
+                )
+            if reference is not None:
+                said["reference_log_prob"], _ = self._log_prob(
+                    reference.reference_hidden(states[-1], outputs[-1], blocks),
+                    token_ids,
+                    self.sampler.scoring_temperature,
+                    reference.reference_head()._replace(kernel=kernel),
+                )
+            return said
+
+        samples = {
+            "token_ids": rollouts.token_ids,
+            "counted": rollouts.counted,
+            "alive": rollouts.alive,
+        }
+        said = self._in_groups(read, samples, (states, kernel)) if readers else {}
+        if features is not None:
+            said["target"] = self.feature_network.target(
+                features.taps(states[0].outputs), rollouts.blocks
+            )
+        return FrozenReading(**said)
+
+    def judge(self, rollouts, frozen):
+        """Rewards and advantages, 0 where nothing counts.
+
+        Args:
+            rollouts: `Rollouts`.
+            frozen: `FrozenReading`.
+
+        Returns:
+            `Judged`.
+        """
+        rewards = self.reward.judge(
+            frozen.generated, frozen.target, rollouts, self.advantage
+        )
+        return _where_counted(rewards, self.reward.block_measures, rollouts)
+
+    def score_rollouts(self, state, rollouts):
+        """Log-probability and entropy of generated tokens, with gradient.
+
+        A token is predicted from the position before it: the first of a block
+        from the document, so the last generated token is never read.
+
+        Args:
+            state: `DocumentState` of the policy.
+            rollouts: `Rollouts`.
+
+        Returns:
+            `RolloutScores`.
+        """
+        head = output_head(self.causal_lm.backbone)
+        blocks = rollouts.blocks
+
+        def score(samples, shared):
+            state, kernel = shared
+            token_ids = samples["token_ids"]
+            before = take_tokens(state.outputs, blocks.anchors - 1)
+            count, steps = token_ids.shape[1], token_ids.shape[-1]
+            hidden = ops.repeat(before[:, None, :, None, :], count, axis=1)
+            if steps > 1:
+                read = read_blocks(self.policy, state, token_ids[..., :-1], blocks)
+                hidden = ops.concatenate([hidden, read], axis=-2)
+            temperature = self.sampler.scoring_temperature
+            return self._log_prob(
+                hidden, token_ids, temperature, head._replace(kernel=kernel)
+            )
+
+        samples = {"token_ids": rollouts.token_ids}
+        return RolloutScores(*self._in_groups(score, samples, (state, head.kernel)))
+
+    def score_documents(self, state, documents, with_gradient=True):
+        """Log-probability of every next token, temperature 1.
+
+        Args:
+            state: `DocumentState` of the policy.
+            documents: `Documents`.
+            with_gradient: bool.
+
+        Returns:
+            `DocumentScores`.
+        """
+        labels = documents.token_ids[:, 1:]
+        if with_gradient:
+            log_prob, _ = self._log_prob(state.outputs[:, :-1], labels, 1.0)
+        else:
+            with no_gradient():
+                hidden = stop_gradient(state).outputs[:, :-1]
+                log_prob, _ = self._log_prob(hidden, labels, 1.0)
+        mask = ops.cast(documents.next_token_mask, "float32")
+        return DocumentScores(log_prob, mask)
+
+    def criticise(self, experience):
+        """The critic's terms of the loss: can it tell rollouts from the truth?
+
+        Args:
+            experience: `Experience`.
+
+        Returns:
+            dict of float32 scalars, see `Critic.terms`.
+        """
+        frozen = experience.frozen
+        if self.critic.train_features:
+            # Once more, with gradient to the network that features come from.
+            frozen = self.read_frozen(experience.rollouts, with_reference=False)
+        return self.critic.terms(
+            self.critic_head(frozen.target),
+            self.critic_head(frozen.generated),
+            experience.judged.mask,
+        )
+
+    @property
+    def stop_token_ids(self):
+        """The tokens that end a rollout, a tuple of ints."""
+        if self.sampler.stop_token_ids != "auto":
+            return self.sampler.stop_token_ids or ()
+        if self.sampler.anchors == "answer_start":
+            return end_token_ids(self.causal_lm)
+        return ()
+
+    def blocks(self, documents, anchor_uniform=None):
+        """The `Blocks` of documents."""
+        return self.sampler.blocks(
+            documents, anchor_uniform, stops=bool(self.stop_token_ids)
+        )
 
     def check_positions(self, length):
         """Raises a `ValueError` if rollouts could leave the learned positions.
@@ -138,152 +389,6 @@ class EBFTStep:
                 "shorter rows or a smaller `rollout_length`."
             )
 
-    def blocks(self, documents, anchor_uniform=None):
-        """The `Blocks` of documents."""
-        return self.sampler.blocks(
-            documents, anchor_uniform, stops=bool(self.stop_token_ids)
-        )
-
-    @staticmethod
-    def absolute_anchors(blocks):
-        """Anchors as an int32 tensor `[B, K]`, -1 for dead blocks."""
-        anchors = ops.cast(ops.convert_to_tensor(blocks.anchors), "int32")
-        return ops.where(blocks.live, anchors, -1)
-
-    def rollout(self, state, blocks, uniform):
-        """`Rollouts` that continue what the policy has read."""
-        head = output_head(self.causal_lm.backbone)
-        state = stop_gradient(state)
-        sample = functools.partial(self.sampler, self.policy)
-        if self.sampler.draws_tokens:
-            rollouts = self._in_groups(
-                lambda samples, shared: sample(*shared, blocks, samples["uniform"]),
-                {"uniform": uniform},
-                (head, state),
-            )
-        else:
-            rollouts = sample(head, state, blocks, uniform)
-        if not self.stop_token_ids:
-            return rollouts
-        alive = before_stop(rollouts.token_ids, self.stop_token_ids)
-        # What comes after the end says nothing more than that.
-        stopped = ops.where(alive, rollouts.token_ids, self.stop_token_ids[0])
-        return Rollouts(stopped, rollouts.log_prob)
-
-    def token_mask(self, blocks, rollout_ids):
-        """Generated tokens that count, bool `[B, n, K, G]`."""
-        alive = before_stop(rollout_ids, self.stop_token_ids)
-        return ops.logical_and(blocks.counted[:, None], alive)
-
-    def judge(self, documents, blocks, rollout_ids):
-        """Rewards, advantages and masks of rollouts, 0 where nothing counts."""
-        alive = before_stop(rollout_ids, self.stop_token_ids)
-        token_mask = self.token_mask(blocks, rollout_ids)
-        generated, target, ref_log_prob = self.embed(documents, blocks, rollout_ids)
-        batch = RolloutBatch(documents, blocks, rollout_ids, alive)
-        rewards = self.reward.judge(generated, target, batch, self.estimator)
-        judged = _where_live(rewards, blocks, token_mask)
-        judged["token_mask"] = ops.cast(token_mask, "float32")
-        if self.critic is not None:
-            judged["features"], judged["true_features"] = generated, target
-        if blocks.starts is not None:
-            judged["block_starts"] = blocks.starts
-        if ref_log_prob is not None:
-            judged["ref_log_prob"] = ref_log_prob
-        return judged
-
-    def embed(self, documents, blocks, rollout_ids, with_reference=True):
-        """What the frozen networks say of documents and rollouts.
-
-        Returns:
-            `(generated, target, ref_log_prob)`: features of rollouts and of true
-            continuations, and log-probabilities `[B, n, K, G]` under the reference;
-            `None` for what is not needed.
-        """
-        networks = self.networks
-        with_reference = with_reference and networks.has_reference
-        states = networks.read(documents)
-
-        def embed(samples, shared):
-            states, kernel = shared
-            outputs = networks.outputs(states, samples["token_ids"], blocks)
-            masks = samples["token_mask"], samples["alive"]
-            found = {}
-            if self.reward.needs_features:
-                found["features"] = networks.features(outputs, *masks)
-            if with_reference:
-                found["log_prob"], _ = self._log_prob(
-                    networks.reference_hidden(outputs, blocks),
-                    samples["token_ids"],
-                    self.sampler.scoring_temperature,
-                    networks.reference_head()._replace(kernel=kernel),
-                )
-            return found
-
-        samples = {
-            "token_ids": rollout_ids,
-            "token_mask": self.token_mask(blocks, rollout_ids),
-            "alive": before_stop(rollout_ids, self.stop_token_ids),
-        }
-        kernel = networks.reference_head().kernel if with_reference else None
-        found = self._in_groups(embed, samples, (states, kernel)) if states else {}
-        target = None
-        if self.reward.needs_features:
-            target = networks.true_features(states, blocks)
-        return found.get("features"), target, found.get("log_prob")
-
-    def features(self, documents, blocks, rollout_ids):
-        """`(generated, target)` features of rollouts and true continuations."""
-        return self.embed(documents, blocks, rollout_ids, with_reference=False)[:2]
-
-    def learning_features(self, documents, blocks, rollout_ids):
-        """Features once more, with gradient, where the critic trains them."""
-        if self.critic is None or not self.critic.train_features:
-            return {}
-        generated, target = self.features(documents, blocks, rollout_ids)
-        return {"features": generated, "true_features": target}
-
-    def score_rollouts(self, state, blocks, rollout_ids):
-        """Log-probability and entropy `[B, n, K, G]` at the sampling temperature.
-
-        A token is predicted from the position before it: the first of a block
-        from the document, so the last generated token is never read.
-        """
-        head = output_head(self.causal_lm.backbone)
-
-        def score(samples, shared):
-            state, kernel = shared
-            rollout_ids = samples["token_ids"]
-            before = take_tokens(state.outputs, blocks.anchors - 1)
-            count, steps = rollout_ids.shape[1], rollout_ids.shape[-1]
-            hidden = ops.repeat(before[:, None, :, None, :], count, axis=1)
-            if steps > 1:
-                read = read_blocks(self.policy, state, rollout_ids[..., :-1], blocks)
-                hidden = ops.concatenate([hidden, read], axis=-2)
-            log_prob, entropy = self._log_prob(
-                hidden,
-                rollout_ids,
-                self.sampler.scoring_temperature,
-                head._replace(kernel=kernel),
-            )
-            return {"log_prob": log_prob, "entropy": entropy}
-
-        return self._in_groups(score, {"token_ids": rollout_ids}, (state, head.kernel))
-
-    def score_documents(self, state, documents, train):
-        """Log-probability `[B, T - 1]` of every next token, temperature 1."""
-        labels = documents.token_ids[:, 1:]
-        if train:
-            log_prob, _ = self._log_prob(state.outputs[:, :-1], labels, 1.0)
-        else:
-            with no_gradient():
-                outputs = stop_gradient(state).outputs
-                log_prob, _ = self._log_prob(outputs[:, :-1], labels, 1.0)
-        return {
-            "document_log_prob": log_prob,
-            "document_mask": ops.cast(documents.next_token_mask, "float32"),
-        }
-
     def _log_prob(self, hidden, labels, temperature, head=None):
         head = head or output_head(self.causal_lm.backbone)
         scores = linear_logprob(
@@ -299,27 +404,24 @@ class EBFTStep:
         return in_groups(function, self.micro_batches, samples, shared)
 
 
-def _where_live(rewards, blocks, token_mask):
-    """Rewards with 0 in what does not count, and the mask that says so."""
+def _where_counted(rewards, block_measures, rollouts):
+    """What a reward returned as `Judged`, with 0 in what does not count."""
     shape = rewards["reward"].shape
     if len(shape) == 4:
-        counts = ops.logical_and(token_mask, blocks.true_counted[:, None])
+        counts = ops.logical_and(
+            rollouts.counted, rollouts.blocks.true_counted[:, None]
+        )
     else:
-        counts = ops.broadcast_to(blocks.live[:, None], shape)
+        counts = ops.broadcast_to(rollouts.blocks.live[:, None], shape)
     measured = ops.any(counts, axis=1)
 
-    def keep(value):
-        # What has no sample axis is a measure of the block.
-        mask = counts if len(value.shape) == len(shape) else measured
+    def keep(name, mask):
+        value = rewards[name]
         return ops.where(mask, value, ops.zeros_like(value))
 
-    kept = {name: keep(value) for name, value in rewards.items()}
-    return {**kept, "reward_mask": ops.cast(counts, "float32")}
-
-
-def _resolve_stop_token_ids(sampler, causal_lm):
-    if sampler.stop_token_ids != "auto":
-        return sampler.stop_token_ids or ()
-    if sampler.anchors == "answer_start":
-        return end_token_ids(causal_lm)
-    return ()
+    names = ("alignment", "diversity", "reward", "advantage")
+    return Judged(
+        *(keep(name, counts) for name in names),
+        mask=ops.cast(counts, "float32"),
+        measures={name: keep(name, measured) for name in block_measures},
+    )

@@ -170,7 +170,7 @@ def test_the_reference_of_the_kl_term_is_the_base():
     options = {"kl_weight": 0.1, "kl_estimator": "k1"}
     # Adapters start as zero: policy and reference are one.
     same = build(adapted("Llama", num_layers=1), **options)
-    assert abs(float(to_numpy(same.losses(X, rollouts)["kl"]))) < 1e-6
+    assert abs(float(to_numpy(same.loss_terms(X, rollouts)["kl"]))) < 1e-6
     causal_lm = adapted("Llama", nonzero=True, num_layers=1)
     model = build(causal_lm, **options)
     assert len(model.frozen_networks) == 1
@@ -180,7 +180,7 @@ def test_the_reference_of_the_kl_term_is_the_base():
     log_prob, base = (
         to_numpy(m.score(X, rollouts)["log_prob"]) for m in (model, plain)
     )
-    found = float(to_numpy(model.losses(X, rollouts)["kl"]))
+    found = float(to_numpy(model.loss_terms(X, rollouts)["kl"]))
     assert found == pytest.approx((log_prob - base).mean(), rel=1e-4)
     assert abs(found) > 1e-3
 

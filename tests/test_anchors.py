@@ -65,8 +65,8 @@ def test_a_dead_block_changes_no_loss(causal_lm):
     rollouts = documents(6, G).reshape(1, 2, 3, G)
     three = {"token_ids": x, "anchors": np.array([[4, 8, -1]])}
     two = {"token_ids": x, "anchors": np.array([[4, 8]])}
-    one = model.losses(three, rollouts)
-    other = model.losses(two, rollouts[:, :, :2])
+    one = model.loss_terms(three, rollouts)
+    other = model.loss_terms(two, rollouts[:, :, :2])
     for name, value in one.items():
         expected = float(to_numpy(other[name]))
         assert float(to_numpy(value)) == pytest.approx(expected, abs=1e-6), name
@@ -164,7 +164,7 @@ def test_learned_positions_bound_rows_and_rollouts_together():
     given = {"token_ids": documents(1, 40), "anchors": np.array([[20, 39]])}
     rollouts = model.rollout(given, seed=0)
     assert to_numpy(rollouts["anchors"]).tolist() == [[20, -1]]
-    losses = model.losses(given, rollouts["token_ids"])
+    losses = model.loss_terms(given, rollouts["token_ids"])
     assert np.isfinite(float(to_numpy(losses["loss"])))
 
 
@@ -202,7 +202,7 @@ def test_what_follows_a_stop_token_changes_nothing(causal_lm):
     changed = rollouts.copy()
     changed[0, 0, 0, 3:] = (changed[0, 0, 0, 3:] + 1) % 30
     for name in ("policy_loss", "entropy"):
-        one, two = (to_numpy(model.losses(x, r)[name]) for r in (rollouts, changed))
+        one, two = (to_numpy(model.loss_terms(x, r)[name]) for r in (rollouts, changed))
         assert one == two
     for one, two in zip(model.features(x, rollouts), model.features(x, changed)):
         np.testing.assert_array_equal(to_numpy(one), to_numpy(two))

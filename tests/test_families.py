@@ -1,5 +1,6 @@
 """Block-parallel passes against each block alone as a plain causal sequence."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from keras import ops
 
 import keras_ebft
 from keras_ebft import networks
-from keras_ebft.networks.lending import lent
+from keras_ebft.export import layouts
+from keras_ebft.networks.patches import patched
 
 SERVING = (
     "Llama",
@@ -35,7 +37,7 @@ SERVING = (
     "GPT2",
     "OPT",
 )
-LAYERS = (
+PATCHED = (
     "Bloom",
     "Falcon",
     "Gemma3n",
@@ -57,7 +59,9 @@ ROWS = (
     "Qwen3_5Moe",
     "RWKV7",
 )
-FAMILIES = (*SERVING, *LAYERS, *ROWS)
+FAMILIES = (*SERVING, *PATCHED, *ROWS)
+# Factors of Phi-3's rotary embedding, one per pair of coordinates.
+NOT_PER_LAYER = ("rope_scaling_short_factor", "rope_scaling_long_factor")
 # Compiling is most of the time: the quick run takes one family for each thing that
 # can go wrong.
 QUICK_FAMILIES = (*SERVING, "Falcon", "Gemma3n", "Mixtral", "GptOss")
@@ -110,8 +114,11 @@ def merged_streams(backbone, x, num_layers):
     layers = text.transformer_layers[:num_layers]
     last = num_layers == len(text.transformer_layers)
     normalise = text.final_normalization if last else lambda hidden: hidden
-    ended = lent(text, "transformer_layers", layers)
-    with ended, lent(text, "final_normalization", normalise):
+    patches = [
+        (text, "transformer_layers", layers),
+        (text, "final_normalization", normalise),
+    ]
+    with patched(patches):
         return backbone(x, training=False)
 
 
@@ -257,8 +264,37 @@ def test_every_causal_lm_of_keras_hub_has_its_place():
     tested = {name.split()[0].replace("Gemma2", "Gemma") for name in FAMILIES}
     assert {f"{name}Backbone" for name in tested} == set(networks.FAMILIES)
     for name, route in networks.FAMILIES.items():
-        listed = {"serving": SERVING, "layers": LAYERS, "rows": ROWS}[route.route]
+        listed = {"serving": SERVING, "patched": PATCHED, "rows": ROWS}[route.route]
         assert name.removesuffix("Backbone") in listed
+
+
+@pytest.mark.backend_independent
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_record_of_a_family_is_complete(name):
+    """What a field left out would get wrong without an error."""
+    backbone = family(name).backbone
+    record = networks.family_of(backbone)
+    depth = networks.num_layers(backbone)
+    config = backbone.get_config()
+    assert config[record.depth_setting] == depth
+    per_layer = {
+        setting
+        for setting, value in config.items()
+        if isinstance(value, (list, tuple)) and len(value) == depth
+    }
+    assert per_layer <= {*record.per_layer_settings, *NOT_PER_LAYER}
+    known = inspect.signature(type(backbone)).parameters
+    assert {*record.per_layer_settings, record.depth_setting} <= set(known)
+    assert ("tie_word_embeddings" in known) == (record.tying_setting is not None)
+    assert ("num_kv_shared_layers" in known) == (record.shared_setting is not None)
+    assert networks.vocabulary_size(backbone) == VOCABULARY
+    kernel = networks.output_head(backbone).kernel
+    assert tuple(kernel.shape) == (VOCABULARY, record.output(backbone).shape[-1])
+    # Learned positions are the one thing that limits a row.
+    learned = [w for w in backbone.weights if "position_embedding" in w.path]
+    limit = record.maximum_length(backbone)
+    assert [w.shape[0] for w in learned] == ([] if limit is None else [limit])
+    assert record.layout is None or record.layout in layouts.LAYOUTS
 
 
 @pytest.mark.backend_independent
@@ -289,16 +325,6 @@ def test_slow_families_are_announced_once(name, announced, caplog):
     # TensorFlow has something to say of its own where many models were trained.
     own = [r for r in caplog.records if r.name.startswith("keras_ebft")]
     assert [r.getMessage().split()[0] for r in own] == announced
-
-
-def test_the_layer_route_leaves_no_trace():
-    causal_lm = family("SmolLM3", num_layers=2)
-    layers = [layer.self_attn for layer in causal_lm.backbone.transformer_layers]
-    model = keras_ebft.EBFTModel(causal_lm, seed=0)
-    model.rollout(documents(1, 20), seed=0)
-    for layer in layers:
-        assert "_compute_attention" not in vars(layer)
-        assert "call" not in vars(layer.rotary_embedding)
 
 
 def test_other_families_are_named_in_the_error():
@@ -384,7 +410,7 @@ def test_copies_that_follow_keep_what_lower_layers_read(name):
     rollouts = model.rollout(prompt, seed=1)
     before = target_at_layer_3(model, prompt, rollouts)
     randomise(causal_lm, seed=1)
-    model._step.networks.follow(causal_lm.backbone)
+    model.feature_reader.follow(causal_lm.backbone, decay=0.0)
     after = target_at_layer_3(model, prompt, rollouts)
     assert np.abs(after - before).max() > 0.1
 
@@ -416,17 +442,37 @@ def test_a_second_cap_on_logits_is_refused():
         keras_ebft.EBFTModel(causal_lm)
 
 
-def test_a_network_that_does_not_route_attention_is_noticed(monkeypatch):
+# None is what KerasHub's attention does in a family that it has not routed.
+@pytest.mark.parametrize("calls", [0, 2])
+def test_a_layer_that_does_not_route_attention_once_is_noticed(calls):
     model = keras_ebft.EBFTModel(llama(num_layers=4), seed=0)
-    monkeypatch.setattr(model._step.policy, "num_layers", 5)
-    with pytest.raises(ValueError, match=r"each of 5 layers.*4 routed calls"):
+    attention = model.causal_lm.backbone.transformer_layers[2]._self_attention_layer
+    once = attention.call
+
+    def call(hidden_states, **inputs):
+        for _ in range(calls):
+            hidden_states = once(hidden_states, **inputs)
+        return hidden_states
+
+    expected = rf"each of 4 layers of LlamaBackbone.*{calls} routed calls in layer 3"
+    patch = (attention, "call", call)
+    with patched([patch]), pytest.raises(ValueError, match=expected):
         model.rollout(documents(1, 20))
 
 
-def test_untested_version_of_keras_hub_is_refused(monkeypatch):
-    monkeypatch.setattr(keras_hub, "__version__", "0.99.0")
-    with pytest.raises(ValueError, match=r"0\.32.*keras-hub 0\.99\.0.*pip install"):
-        keras_ebft.EBFTModel(llama())
+@pytest.mark.backend_independent
+@pytest.mark.parametrize(
+    ("package", "version", "message"),
+    [
+        (keras_hub, "0.99.0", r"keras-hub.*0\.32.*keras-hub 0\.99\.0.*pip install"),
+        (keras_hub, "0.320.0", r"keras-hub 0\.320\.0"),
+        (keras, "3.99.1", r"keras that.*3\.15.*keras 3\.99\.1.*\"keras==3\.15\.\*\""),
+    ],
+)
+def test_untested_versions_are_refused(package, version, message, monkeypatch):
+    monkeypatch.setattr(package, "__version__", version)
+    with pytest.raises(ValueError, match=message):
+        keras_ebft.EBFTModel(llama(num_layers=1))
 
 
 def test_layers_above_the_last_tap_are_not_copied():

@@ -307,9 +307,8 @@ def test_rollouts_by_seed(fitted):
     assert (fresh[0] != fresh[1]).any()
 
 
-def test_losses_is_both_a_list_and_a_method(fitted):
-    assert list(fitted.model.losses) == []
-    assert callable(fitted.model.losses)
+def test_losses_is_what_keras_says_it_is(fitted):
+    assert type(fitted.model.losses) is list
 
 
 def test_configurations_rebuild_every_part():

@@ -173,7 +173,7 @@ def test_loss_and_gradient(name):
         return expected_loss(model, plain, outputs, COUNTED[kind], reference)
 
     def ours():
-        return model.losses(x, rollouts)["loss"]
+        return model.loss_terms(x, rollouts)["loss"]
 
     assert outputs["mask"].any()
     assert np.abs(outputs["advantage"]).max() > 0

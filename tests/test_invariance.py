@@ -8,7 +8,6 @@ from keras import ops
 import keras_ebft
 from keras_ebft.backend.runtime import compiled
 from keras_ebft.layout.documents import read_documents
-from keras_ebft.networks.prefix_cache import read_document
 from keras_ebft.training.batches import as_batch
 
 LENGTH = 22
@@ -67,8 +66,7 @@ def _sample(step, prompt, anchors, uniform):
     def rollout(token_ids, anchors, uniform):
         batch = as_batch({"token_ids": token_ids, "anchors": anchors})
         read = read_documents(batch)
-        state = read_document(step.policy, read)
-        return step.rollout(state, step.blocks(read), uniform).token_ids
+        return step.sample(read, step.read(read), (uniform, None)).token_ids
 
     run = compiled(rollout, lambda: step.causal_lm.variables)
     return to_numpy(
@@ -144,7 +142,7 @@ def test_padding_contributes_exactly_nothing():
     with_padding = {"token_ids": padded, "padding_mask": mask}
 
     def losses(x, rollout_ids):
-        values = model.losses(x, rollout_ids)
+        values = model.loss_terms(x, rollout_ids)
         return {name: float(to_numpy(value)) for name, value in values.items()}
 
     alone, together = losses(prompt, rollouts), losses(with_padding, more)
@@ -160,7 +158,7 @@ def test_padding_contributes_exactly_nothing():
     def gradient(x, rollout_ids):
         return flat(
             gradients(
-                lambda: model.losses(x, rollout_ids)["loss"],
+                lambda: model.loss_terms(x, rollout_ids)["loss"],
                 model.trainable_variables,
             )
         )

@@ -150,8 +150,8 @@ def test_a_feature_network_of_ones_own_and_stop_tokens_go_by_groups():
     )
     rollouts = first.rollout(X, seed=3)
     assert not to_numpy(rollouts["mask"]).all()
-    for name, values in first.losses(X, rollouts).items():
-        found = float(to_numpy(second.losses(X, rollouts)[name]))
+    for name, values in first.loss_terms(X, rollouts).items():
+        found = float(to_numpy(second.loss_terms(X, rollouts)[name]))
         assert found == pytest.approx(float(to_numpy(values)), rel=1e-4, abs=1e-5)
 
 

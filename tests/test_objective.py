@@ -161,7 +161,7 @@ def test_sft_is_what_kerashub_fits(policy):
     assert model.frozen_network is None
     with pytest.raises(ValueError, match="policy_weight"):
         model.rewards(rows, ROLLOUTS)
-    assert set(model.losses(rows, None)) == {"ce_loss", "loss"}
+    assert set(model.loss_terms(rows, None)) == {"ce_loss", "loss"}
 
 
 def test_sft_reads_documents_of_any_length(policy):

@@ -75,7 +75,7 @@ def test_packed_equals_apart(model, with_answers):
 
     (one, first), (other, second) = (
         value_and_gradients(
-            lambda x=x, r=r: model.losses(x, r)["loss"], model.trainable_variables
+            lambda x=x, r=r: model.loss_terms(x, r)["loss"], model.trainable_variables
         )
         for x, r in ((two_rows, rollouts), (one_row, together))
     )

@@ -41,9 +41,10 @@ def every_layer(pipeline):
     rollouts = ops.convert_to_tensor(pipeline.generated)
 
     def taps(token_ids, rollouts):
-        states = step.networks.read(documents._replace(token_ids=token_ids))
-        found = step.networks.outputs(states, rollouts, blocks)
-        return found[id(step.networks.taps)]
+        reader = model.feature_reader
+        state = reader.read(documents._replace(token_ids=token_ids))
+        continued = reader.continued(state, rollouts, blocks)
+        return reader.taps(state.outputs), reader.taps(continued)
 
     run = compiled(taps, lambda: model.frozen_network.variables)
     return run(documents.token_ids, rollouts), blocks
@@ -56,13 +57,8 @@ def test_features_and_rewards(pipeline, every_layer, mode, pooling):
     (document, rollout), blocks = every_layer
     tapped = [index - 1 for index in network.tapped_layers(len(document))]
     everything = ops.ones(pipeline.generated.shape, dtype="bool")
-    generated, target = network(
-        [document[i] for i in tapped],
-        [rollout[i] for i in tapped],
-        blocks,
-        everything,
-        everything,
-    )
+    generated = network.generated([rollout[i] for i in tapped], everything, everything)
+    target = network.target([document[i] for i in tapped], blocks)
     key = f"{mode}_{pooling}"
     expected = pipeline.values[f"features_{key}_generated"]
     assert generated.shape == expected.shape
@@ -113,7 +109,7 @@ def test_losses(pipeline):
     model = pipeline.default_model
     losses = {
         name: float(to_numpy(value))
-        for name, value in model.losses(pipeline.prompt, pipeline.generated).items()
+        for name, value in model.loss_terms(pipeline.prompt, pipeline.generated).items()
     }
     assert losses["ce_loss"] == pytest.approx(
         float(pipeline.values["ce_loss"]), abs=1e-5

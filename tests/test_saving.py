@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import pytest
 from helpers import documents, llama, to_numpy
+from text_models import text_model
 
 import keras_ebft
 
@@ -234,6 +235,28 @@ def test_weights_of_other_adapters_are_refused():
     build(adapted=True).training_state.save_own_variables(file)
     with pytest.raises(ValueError, match=r"2 adapted layers.*with 0.*enable_lora"):
         build().training_state.load_own_variables(file)
+
+
+def test_a_loaded_model_stops_where_the_saved_one_does(tmp_path):
+    """While a file is read, models are made before their tokenizers are filled."""
+    sampler = keras_ebft.BlockSampler(rollout_length=6, anchors="answer_start")
+    model = keras_ebft.EBFTModel(text_model("GPT2"), sampler, seed=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    (end,) = model._step.stop_token_ids
+    assert loaded._step.stop_token_ids == (end,)
+    token_ids = np.full((1, 1, 1, 6), 20)
+    token_ids[..., 2] = end
+    x = {
+        "token_ids": np.full((1, 16), 20),
+        "answer_mask": np.arange(16)[None] >= 8,
+    }
+    assert (to_numpy(loaded.rollout(x, seed=1)["mask"]).shape) == (1, 4, 1, 6)
+    counted = {
+        name: float(to_numpy(one.loss_terms(x, np.repeat(token_ids, 4, 1))["entropy"]))
+        for name, one in {"saved": model, "loaded": loaded}.items()
+    }
+    assert counted["saved"] == pytest.approx(counted["loaded"], rel=1e-6)
 
 
 def test_checkpoint_arguments_are_checked(tmp_path):

@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,10 @@ LAYERS = (
     ("version", "validation", "configurable"),
     ("backend", "data"),
     ("layout",),
+    ("records",),
     ("functional",),
     ("kernels", "objectives"),
     ("networks",),
-    ("records",),
     ("samplers", "features", "rewards", "training", "export", "plots"),
     ("step",),
     ("inspection",),
@@ -80,6 +81,35 @@ def test_only_their_owners_touch_private_and_backend_modules():
                     assert name_of(path) in allowed, f"{path.name} imports {name}"
         if "backend.backend()" in path.read_text():
             assert path == PACKAGE / "backend" / "runtime.py"
+
+
+FAMILIES = PACKAGE / "networks" / "families"
+
+
+@pytest.mark.backend_independent
+def test_only_the_records_of_families_know_classes_of_keras_hub():
+    """Elsewhere a family is what its record says, whatever its class is called."""
+    import keras_hub
+
+    known = dir(keras_hub.models)
+    families = {n.removesuffix("Backbone") for n in known if n.endswith("Backbone")}
+    families = tuple(families - {""})
+    names = {name for name in known if name.startswith(families)}
+    for path in MODULES:
+        if FAMILIES in path.parents:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            text = ast.unparse(node) if is_comparison(node) else ""
+            compared = {part.strip("'") for part in re.split(r"[^\w']", text)}
+            assert not compared & names, (path, compared & names)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert node.value not in names, (path, node.value)
+
+
+def is_comparison(node):
+    """Whether a node compares, or asks for the class of something."""
+    called = isinstance(node, ast.Call) and getattr(node.func, "id", None)
+    return isinstance(node, ast.Compare) or called == "isinstance"
 
 
 KERNEL_LANGUAGES = ("torch_triton", "torch_fused", "jax_pallas")

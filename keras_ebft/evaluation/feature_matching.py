@@ -5,13 +5,15 @@ import copy
 from keras_ebft.evaluation.models import causal_lm_of
 from keras_ebft.features import FeatureNetwork
 from keras_ebft.model import EBFTModel
+from keras_ebft.networks.frozen_reader import FrozenReader
 from keras_ebft.rewards import FeatureMatchingReward
 from keras_ebft.samplers import BlockSampler
 from keras_ebft.training.metrics import DOCUMENT_MEASURES
 from keras_ebft.validation import check_int
 
+LOSS = "feature_matching_loss"
 MEASURES = (
-    "feature_matching_loss",
+    LOSS,
     "alignment",
     "diversity",
     "best_alignment",
@@ -22,12 +24,14 @@ class FeatureMatching:
     """Feature-matching loss, alignment and diversity against rollout length.
 
     Made before training, because the frozen network that measures is a copy of
-    the model as it is then; called whenever a value is wanted. Values of any two
+    the model as it is then (and stays so where training moves the model's own:
+    `ema_decay`, a critic); called whenever a value is wanted. Values of any two
     models of one family compare if the same object measured them, or if both were
     made from the same weights.
 
     Args:
-        model: `EBFTModel`, whose frozen network, reward and sampler are used; or a
+        model: `EBFTModel`, whose frozen network, sampler and, where it measures
+            feature matching, reward are used; or a
             `keras_hub.models.CausalLM`. Where there is no frozen network (a
             `CausalLM`, supervised fine-tuning), a copy is made now.
         rollout_lengths: tuple of ints, tokens per rollout.
@@ -52,7 +56,7 @@ class FeatureMatching:
                 "Expected at least one of `rollout_lengths`. Received: "
                 f"{rollout_lengths!r}. Pass for example (8,)."
             )
-        network, reward, sampler, frozen = _parts(model)
+        network, reward, sampler = _parts(model)
         num_samples = sampler.num_samples if num_samples is None else num_samples
         reward = _measuring(reward, check_int("num_samples", num_samples, 1))
         self._models = {}
@@ -65,12 +69,14 @@ class FeatureMatching:
             measuring = EBFTModel(
                 causal_lm_of(model),
                 BlockSampler.from_config(config),
-                network if frozen is None else _AlreadyFrozen(network, frozen),
+                network,
                 reward,
                 seed=seed,
             )
             measuring.compile(jit_compile=_jit_compile(model))
-            frozen = measuring._step.networks.taps
+            if not self._models:
+                # One frozen network serves all lengths.
+                network = _ReadBy(network, measuring.feature_reader)
             self._models[length] = measuring
 
     def __call__(self, x, batch_size=None):
@@ -111,16 +117,32 @@ def _measuring(reward, num_samples):
 
 
 def _parts(model):
-    """Feature network, reward, sampler, and the frozen copy if there is one."""
+    """What measures: feature network, reward, sampler."""
     if not isinstance(model, EBFTModel):
-        return FeatureNetwork(), FeatureMatchingReward(), BlockSampler(), None
+        return FeatureNetwork(), FeatureMatchingReward(), BlockSampler()
+    network, reader = model.feature_network, model.feature_reader
+    if reader is not None:
+        network = _ReadBy(network, _still(model))
+    measures = LOSS in model.reward.block_measures
     own = type(model.sampler) is BlockSampler
     return (
-        model.feature_network,
-        model.reward if model.reward.needs_features else FeatureMatchingReward(),
+        network,
+        model.reward if measures else FeatureMatchingReward(),
         model.sampler if own else BlockSampler(),
-        model._step.networks.taps,
     )
+
+
+def _still(model):
+    """A reader of the model's feature network that no training moves."""
+    learns = model.critic is not None and model.critic.train_features
+    if not (learns or model.feature_network.is_live):
+        return model.feature_reader
+    copy = model.feature_network.freeze(model.causal_lm.backbone)
+    own = model.feature_reader.model.variables
+    for variable, value in zip(copy.model.variables, own, strict=True):
+        # By way of NumPy: `assign` may share a buffer, which JAX then donates.
+        variable.assign(value.numpy())
+    return copy
 
 
 def _jit_compile(model):
@@ -129,14 +151,15 @@ def _jit_compile(model):
     return model.jit_compile if compiled else "auto"
 
 
-class _AlreadyFrozen(FeatureNetwork):
-    """A feature network whose frozen copy exists: one serves all lengths."""
+class _ReadBy(FeatureNetwork):
+    """A feature network whose frozen reader is there already."""
 
-    def __init__(self, network, frozen):
+    def __init__(self, network, reader):
         # Everything as in `network`, the user's own hidden states included.
         self.__dict__.update(vars(network))
-        self._frozen = frozen
+        self.ema_decay = None
+        self._reader = FrozenReader(reader.network, reader.tap_slots)
 
-    def freeze(self, backbone):
-        """The copy that exists."""
-        return self._frozen
+    def freeze(self, backbone, with_reference=False):
+        """The reader that is there, of features alone."""
+        return self._reader

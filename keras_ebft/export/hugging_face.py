@@ -6,7 +6,7 @@ from pathlib import Path
 
 import keras_hub
 
-from keras_ebft.export.layouts import BY_KERAS_HUB, hugging_face_model
+from keras_ebft.export.layouts import layout_of
 from keras_ebft.networks import adapters, check_supported
 from keras_ebft.networks import export_tokenizer as write_tokenizer
 
@@ -43,20 +43,13 @@ def export_to_hugging_face(causal_lm, path):
     check_supported(causal_lm)
     backbone = causal_lm.backbone
     _check_not_quantized(backbone)
-    path = Path(path)
+    layout, path = layout_of(backbone), Path(path)
+    path.mkdir(parents=True, exist_ok=True)
     with adapters.merged(backbone):
-        written = hugging_face_model(backbone)
-        if written is None and type(backbone).__name__ not in BY_KERAS_HUB:
-            raise ValueError(
-                "Expected a family with a Hugging Face layout that was tested. "
-                f"Received: {type(backbone).__name__}. Use "
-                "causal_lm.save_to_preset(), which KerasHub loads."
-            )
-        path.mkdir(parents=True, exist_ok=True)
-        if written is None:
+        if layout.write is None:
             _export_backbone(causal_lm, path)
         else:
-            _write(path, *written)
+            _write(path, *layout.write(backbone))
     if causal_lm.preprocessor is not None:
         _export_tokenizer(causal_lm.preprocessor.tokenizer, path)
 

@@ -1,61 +1,80 @@
-"""Configuration and weights in the Hugging Face layout, where KerasHub has none.
+"""Configuration and weights in the Hugging Face layout, by layout.
 
 KerasHub exports some families itself, and those it exports rightly are left to
 it. Gemma with several key heads and Gemma 2 come out wrong, Qwen 2 without its
 sliding window, Llama and Qwen 3 not at all: those are written here.
+
+A family names its layout in its record (`keras_ebft.networks.families`).
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from keras import ops
 
-# Exported by KerasHub, loaded back and found equal.
-BY_KERAS_HUB = (
-    "Gemma3Backbone",
-    "GPT2Backbone",
-    "Llama3Backbone",
-    "MistralBackbone",
-)
+from keras_ebft.networks import family_of
 
 
-def hugging_face_model(backbone):
-    """Configuration and weights of a backbone with its output head.
+class Layout(NamedTuple):
+    """One layout, loaded back and found equal in the tests.
 
-    Args:
-        backbone: KerasHub backbone without adapters and quantization.
+    Attributes:
+        write: function of a backbone that returns `(config, weights)`; `None` where
+            KerasHub's own export is right.
+        expected: function of a backbone, what its settings must be for the layout to
+            say them, as a str; `None` where they are.
+    """
 
-    Returns:
-        `(config, weights)`: what `config.json` holds, and a dict of NumPy arrays
-        by Hugging Face name; `None` for a family that is not written here.
+    write: Callable | None = None
+    expected: Callable = lambda backbone: None
+
+
+def layout_of(backbone):
+    """The `Layout` of a backbone.
 
     Raises:
-        ValueError: for settings of the backbone that the layout does not know.
+        ValueError: for a family without one, or settings of the backbone that the
+            layout does not know.
     """
-    _check_expressible(backbone)
-    writer = WRITERS.get(type(backbone).__name__)
-    return None if writer is None else writer(backbone)
-
-
-def _check_expressible(backbone):
-    name = type(backbone).__name__
-    post = [
-        getattr(backbone, f"use_post_{norm}_norm", None)
-        for norm in ("attention", "ffw")
-    ]
-    expected = None
-    if name == "GemmaBackbone":
-        caps = (backbone.attention_logit_soft_cap, backbone.final_logit_soft_cap)
-        second = any(post) or any(caps) or backbone.use_sliding_window_attention
-        if second and not (all(post) and backbone.use_sliding_window_attention):
-            expected = "the settings of Gemma or all of those of Gemma 2"
-    if name == "Gemma3Backbone" and not all(post):
-        expected = "use_post_attention_norm=True and use_post_ffw_norm=True"
-    if name == "GPT2Backbone" and backbone.intermediate_dim != 4 * backbone.hidden_dim:
-        expected = "an intermediate_dim of 4 * hidden_dim"
+    name, layout = type(backbone).__name__, family_of(backbone).layout
+    if layout is None:
+        raise ValueError(
+            "Expected a family with a Hugging Face layout that was tested. Received: "
+            f"{name}. Use causal_lm.save_to_preset(), which KerasHub loads."
+        )
+    expected = LAYOUTS[layout].expected(backbone)
     if expected is not None:
         raise ValueError(
             f"Expected a {name} with {expected}, which is what the Hugging Face "
             "layout can say. Received: others. Use causal_lm.save_to_preset()."
         )
+    return LAYOUTS[layout]
+
+
+def _of_gemma(backbone):
+    post = _has_post_norms(backbone)
+    caps = (backbone.attention_logit_soft_cap, backbone.final_logit_soft_cap)
+    second = any(post) or any(caps) or backbone.use_sliding_window_attention
+    if second and not (all(post) and backbone.use_sliding_window_attention):
+        return "the settings of Gemma or all of those of Gemma 2"
+    return None
+
+
+def _of_gemma3(backbone):
+    if not all(_has_post_norms(backbone)):
+        return "use_post_attention_norm=True and use_post_ffw_norm=True"
+    return None
+
+
+def _of_gpt2(backbone):
+    if backbone.intermediate_dim != 4 * backbone.hidden_dim:
+        return "an intermediate_dim of 4 * hidden_dim"
+    return None
+
+
+def _has_post_norms(backbone):
+    return backbone.use_post_attention_norm, backbone.use_post_ffw_norm
 
 
 def _llama(backbone):
@@ -240,9 +259,13 @@ def _array(variable):
     return np.array(ops.convert_to_numpy(variable))
 
 
-WRITERS = {
-    "GemmaBackbone": _gemma,
-    "LlamaBackbone": _llama,
-    "QwenBackbone": _qwen2,
-    "Qwen3Backbone": _qwen3,
+LAYOUTS = {
+    "gemma": Layout(_gemma, _of_gemma),
+    "gemma3": Layout(expected=_of_gemma3),
+    "gpt2": Layout(expected=_of_gpt2),
+    "llama": Layout(_llama),
+    "llama3": Layout(),
+    "mistral": Layout(),
+    "qwen2": Layout(_qwen2),
+    "qwen3": Layout(_qwen3),
 }

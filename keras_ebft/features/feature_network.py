@@ -18,6 +18,7 @@ from keras_ebft.networks import (
     frozen_taps,
     num_layers,
 )
+from keras_ebft.networks.frozen_reader import FrozenReader
 from keras_ebft.validation import check_choice, check_int, check_number
 
 DEFAULT_LAYERS = (0.25, 0.5, 0.75)
@@ -155,20 +156,22 @@ class FeatureNetwork(Configurable):
         """Whether features come from the policy as it was at the start."""
         return self.network is None and self.ema_decay is None
 
-    def freeze(self, backbone):
-        """The frozen network whose outputs are the taps.
+    def freeze(self, backbone, with_reference=False):
+        """A reader of the frozen network, which knows its taps.
 
         Args:
             backbone: the policy's backbone.
+            with_reference: bool, whether the same copy also is the reference model:
+                it then runs to its end, and has an output head.
 
         Returns:
-            `RoutedNetwork`, or `CallableNetwork` for a callable of the user's own.
+            `FrozenReader`.
 
         Raises:
             ValueError: if a network of the user's own does not fit the policy.
         """
         if self.network is not None and not _is_backbone(self.network):
-            return CallableNetwork(self.network)
+            return FrozenReader(CallableNetwork(self.network), tap_slots=(0,))
         if self.network is not None:
             check_feature_backbone(self.network, backbone)
             backbone = self.network
@@ -179,15 +182,19 @@ class FeatureNetwork(Configurable):
                 f"ema_decay={self.ema_decay} and a {type(backbone).__name__} with "
                 "adapters. Leave one of them out."
             )
-        taps = self.tapped_layers(num_layers(backbone))
-        return frozen_taps(backbone, taps)
-
-    def __call__(self, document_taps, rollout_taps, blocks, token_mask, alive):
-        """`(generated, target)`, see the methods of these names."""
-        return (
-            self.generated(rollout_taps, token_mask, alive),
-            self.target(document_taps, blocks),
+        depth = num_layers(backbone)
+        tapped = self.tapped_layers(depth)
+        read = sorted({*tapped, depth}) if with_reference else tapped
+        return FrozenReader(
+            frozen_taps(backbone, read, with_head=with_reference),
+            tap_slots=[read.index(layer) for layer in tapped],
+            reference_slot=read.index(depth) if with_reference else None,
         )
+
+    @property
+    def is_live(self):
+        """Whether the network that features come from moves with the policy."""
+        return self.ema_decay is not None
 
     def generated(self, rollout_taps, token_mask, alive):
         """Features of every rollout.

@@ -41,6 +41,24 @@ class Blocks(NamedTuple):
             return ops.convert_to_tensor(self.anchors)
         return ops.subtract(self.anchors, self.starts)
 
+    def as_tensors(self):
+        """The same `Blocks` with every field of its own for each row, as tensors."""
+        batch = self.live.shape[0]
+
+        def per_row(index, rank):
+            index = ops.cast(ops.convert_to_tensor(index), "int32")
+            if len(index.shape) == rank:
+                return index
+            return ops.broadcast_to(index[None], (batch, *index.shape))
+
+        return self._replace(
+            anchors=per_row(self.anchors, 2), true_index=per_row(self.true_index, 3)
+        )
+
+    def absolute_anchors(self):
+        """Where living blocks stand, int32 tensor `[B, K]`, -1 for dead ones."""
+        return ops.where(self.live, self.as_tensors().anchors, -1)
+
     def positions(self, shape):
         """Position ids of generated tokens.
 

@@ -1,15 +1,13 @@
 """The one door into KerasHub: networks, output heads, sub-networks.
 
-Block-parallel passes need an attention of their own inside KerasHub's models. How
-a family gives way to it is decided here (`families`) and done here (the routes);
+Block-parallel passes need an attention of their own inside KerasHub's models. What a
+family needs for it stands in `families`; `RoutedNetwork` and `RowNetwork` run it, and
 nothing else in this library imports `keras_hub.src` or knows a family.
 """
 
 from keras_ebft.networks.causal_lm import (
-    OutputHead,
     check_feature_backbone,
     check_supported,
-    dtype_policy_name,
     end_token_ids,
     marker_token_ids,
     maximum_length,
@@ -17,15 +15,23 @@ from keras_ebft.networks.causal_lm import (
     tokenizer,
     vocabulary_size,
 )
-from keras_ebft.networks.families import FAMILIES, REFUSED, family_of, num_layers
-from keras_ebft.networks.frozen import (
+from keras_ebft.networks.families import (
+    FAMILIES,
+    REFUSED,
+    OutputHead,
+    family_of,
+    num_layers,
+)
+from keras_ebft.networks.from_backbone import (
     copied_variables,
     frozen_taps,
     leading,
     routed_backbone,
 )
+from keras_ebft.networks.quantization import dtype_policy_name
 from keras_ebft.networks.rematerialisation import resolve_rematerialize
-from keras_ebft.networks.routed import RoutedNetwork, RowNetwork
+from keras_ebft.networks.routed_network import RoutedNetwork
+from keras_ebft.networks.row_network import RowNetwork
 from keras_ebft.networks.texts import export_tokenizer, preprocess_texts, to_numpy
 
 __all__ = [

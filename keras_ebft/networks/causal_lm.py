@@ -1,31 +1,16 @@
 """What this library asks of a KerasHub causal language model."""
 
 import logging
-from typing import Any, NamedTuple
 
-import keras
 import keras_hub
-from keras import ops
 
-from keras_ebft.backend.runtime import multiplies_mixed_dtypes
 from keras_ebft.networks import adapters
-from keras_ebft.networks.families import FAMILIES, family_of
+from keras_ebft.networks.families import FAMILIES, REFUSED_MODELS, family_of
+from keras_ebft.networks.quantization import check_quantization
 from keras_ebft.networks.rematerialisation import remat_mode
-from keras_ebft.networks.serving_route import check_version
+from keras_ebft.networks.versions import check_versions
 
 logger = logging.getLogger("keras_ebft")
-
-
-class OutputHead(NamedTuple):
-    """The projection from final hidden states to logits.
-
-    Attributes:
-        kernel: float tensor `[V, D]`.
-        soft_cap: float or `None`, cap on the logits.
-    """
-
-    kernel: Any
-    soft_cap: Any
 
 
 def check_supported(causal_lm):
@@ -33,8 +18,8 @@ def check_supported(causal_lm):
 
     Raises:
         TypeError: if `causal_lm` is not a `keras_hub.models.CausalLM`.
-        ValueError: if its family is not supported, or the installed KerasHub is
-            not a version this library was tested with.
+        ValueError: if its family is not supported, or the installed Keras or KerasHub
+            is not a version this library was tested with.
     """
     if not isinstance(causal_lm, keras_hub.models.CausalLM):
         raise TypeError(
@@ -42,7 +27,7 @@ def check_supported(causal_lm):
             f"{causal_lm!r} (of type {type(causal_lm).__name__}). Pass for example "
             'keras_hub.models.CausalLM.from_preset("gemma3_1b").'
         )
-    check_version()
+    check_versions()
     if isinstance(causal_lm, keras_hub.models.Seq2SeqLM):
         raise ValueError(
             "Expected a decoder-only model. Received: a "
@@ -53,18 +38,17 @@ def check_supported(causal_lm):
     check_backbone(causal_lm.backbone)
     check_quantization(causal_lm.backbone)
     remat_mode(causal_lm.backbone)
-    if type(causal_lm).__name__ == "Gemma4AssistantCausalLM":
+    name = type(causal_lm).__name__
+    if name in REFUSED_MODELS:
         raise ValueError(
-            "Expected a model that reads text by itself. Received: a "
-            "Gemma4AssistantCausalLM, which drafts for another model. Train the "
-            "Gemma4CausalLM it assists."
+            f"Expected a model that reads text by itself. Received: a {name}: "
+            f"{REFUSED_MODELS[name]}."
         )
     if getattr(causal_lm, "final_logit_cap", None) is not None:
         raise ValueError(
-            "Expected the cap on logits in the backbone. Received: a "
-            f"{type(causal_lm).__name__} with final_logit_cap="
-            f"{causal_lm.final_logit_cap} of its own. Set final_logit_soft_cap of "
-            "the Gemma4Backbone instead."
+            f"Expected the cap on logits in the backbone. Received: a {name} with "
+            f"final_logit_cap={causal_lm.final_logit_cap} of its own. Set "
+            f"final_logit_soft_cap of the {type(causal_lm.backbone).__name__} instead."
         )
 
 
@@ -80,82 +64,14 @@ def check_backbone(backbone):
         raise ValueError(
             "Expected a text-only backbone. Received: a "
             f"{type(backbone).__name__} with {' and '.join(encoders)}. "
-            f"{_text_only_remedy(backbone)}"
+            f"{family.text_only}"
         )
-    if family.route == "rows":
+    if family.attention is None:
         logger.warning(
             "%s offers no way to share a document between blocks: every block is "
             "run as a sequence of its own, which is right but slow.",
             type(backbone).__name__,
         )
-
-
-def _text_only_remedy(backbone):
-    if type(backbone).__name__ == "Gemma3nBackbone":
-        return (
-            "Load its text model alone: keras_hub.models.Gemma3nBackbone."
-            "from_preset(preset, vision_encoder_config=None, "
-            "audio_encoder_config=None)."
-        )
-    return 'Use a text preset, for example "gemma3_1b".'
-
-
-def check_quantization(backbone):
-    """Checks that a quantized backbone can be trained rightly.
-
-    Raises:
-        ValueError: if quantized layers have no adapters to train, the gradient
-            through quantized embeddings would be wrong, the mode is float8, or
-            Keras cannot run the dtype policy on this backend.
-    """
-    quantized = {
-        layer.path: layer
-        for layer in adapters.layers_of(backbone)
-        if getattr(layer, "quantization_mode", None) is not None
-    }
-    if not quantized:
-        return
-    name = type(backbone).__name__
-    modes = sorted({layer.quantization_mode for layer in quantized.values()})
-    if not set(modes) <= {"int8", "int4"}:
-        raise ValueError(
-            f"Expected quantization to int8 or int4. Received: a {name} quantized "
-            f"to {', '.join(modes)}, on which Keras trains no adapters. Use "
-            'causal_lm.quantize("int8", filters=...) on the unquantized model.'
-        )
-    embeddings = [
-        path for path, la in quantized.items() if isinstance(la, keras.layers.Embedding)
-    ]
-    if embeddings:
-        raise ValueError(
-            "Expected embeddings that are not quantized: the gradient that Keras "
-            "computes through them as output head is wrong. Received: a "
-            f"{name} with quantized {embeddings[0]}. Quantize dense layers "
-            f'only: causal_lm.quantize("{modes[0]}", filters=is_dense), with '
-            "is_dense(layer) = isinstance(layer, (keras.layers.Dense, "
-            "keras.layers.EinsumDense))."
-        )
-    if not adapters.adapted_layers(backbone):
-        raise ValueError(
-            "Expected adapters on a quantized model, whose own kernels cannot be "
-            f"trained. Received: a {name} quantized to {modes[0]} without any. Call "
-            "causal_lm.backbone.enable_lora(rank) first."
-        )
-    policy = dtype_policy_name(backbone)
-    if policy in ("bfloat16", "float16") and not multiplies_mixed_dtypes():
-        # Keras keeps adapters in float32.
-        raise ValueError(
-            "Expected a mixed policy, or float32, for adapters on a quantized model "
-            f"on PyTorch, where Keras cannot run them otherwise. Received: a {name} "
-            f"quantized to {modes[0]} with dtype={policy!r}. Load the model with "
-            f"dtype='mixed_{policy}' or dtype='float32'."
-        )
-
-
-def dtype_policy_name(backbone):
-    """Name of the Keras dtype policy that a backbone computes under."""
-    compute, variable = backbone.compute_dtype, backbone.variable_dtype
-    return compute if compute == variable else f"mixed_{compute}"
 
 
 def check_feature_backbone(backbone, policy):
@@ -204,40 +120,20 @@ def marker_token_ids(causal_lm):
 
 
 def _token_ids(known, *names):
-    found = [getattr(known, name, None) for name in names]
-    return tuple(int(token) for token in found if token is not None)
+    token_ids = [getattr(known, name, None) for name in names]
+    return tuple(int(token) for token in token_ids if token is not None)
 
 
 def output_head(backbone):
     """The `OutputHead` over a backbone, read at call time."""
-    if type(backbone).__name__ == "Gemma3nBackbone":
-        kernel = backbone.language_model.embed_tokens.embedding.embeddings
-        return OutputHead(
-            ops.reshape(kernel, kernel.shape), backbone.final_logit_soft_cap
-        )
-    if not hasattr(backbone.token_embedding, "tie_weights"):
-        # RWKV-7's backbone ends in logits.
-        return OutputHead(ops.transpose(backbone.head.kernel), None)
-    embedding = backbone.token_embedding
-    if embedding.tie_weights:
-        # Reshaping reads the variable: TensorFlow would hand the variable itself
-        # on, which its custom gradients refuse.
-        kernel = ops.reshape(embedding.embeddings, embedding.embeddings.shape)
-    else:
-        kernel = ops.transpose(ops.convert_to_tensor(embedding.reverse_embeddings))
-    return OutputHead(kernel, embedding.logit_soft_cap)
+    return family_of(backbone).head(backbone)
 
 
 def vocabulary_size(backbone):
     """Number of token ids a backbone knows, V."""
-    if type(backbone).__name__ == "Gemma3nBackbone":
-        return backbone.text_vocab_size
-    return backbone.token_embedding.input_dim
+    return family_of(backbone).vocabulary_size(backbone)
 
 
 def maximum_length(causal_lm):
-    """Tokens that learned position embeddings reach, or `None` for rotary ones."""
-    backbone = causal_lm.backbone
-    if not hasattr(backbone, "position_embedding"):
-        return None
-    return backbone.position_embedding.sequence_length
+    """Tokens that learned position embeddings reach, or `None` for other positions."""
+    return family_of(causal_lm.backbone).maximum_length(causal_lm.backbone)

@@ -12,7 +12,7 @@ from keras import ops
 
 from keras_ebft.kernels import causal_attention, strided_attention
 from keras_ebft.networks import RowNetwork
-from keras_ebft.networks.row_cache import (
+from keras_ebft.networks.row_reading import (
     RowDecoder,
     check_one_document_per_row,
     read_rows,

@@ -1,17 +1,9 @@
-"""Decoder layers that keep their inputs alone and run again in the backward pass.
-
-Attention of a routed network hands keys and values from pass to pass. A layer that
-runs twice must not do so behind the back of the backend's rematerialisation, so
-they enter and leave the layer as its own inputs and outputs.
-"""
-
-import contextlib
+"""Decoder layers that keep their inputs alone and run again in the backward pass."""
 
 import keras
 
 from keras_ebft.backend.gradients import float_tensors
 from keras_ebft.networks import adapters
-from keras_ebft.networks.lending import lent
 from keras_ebft.validation import check_bool
 
 
@@ -56,63 +48,37 @@ def resolve_rematerialize(rematerialize, backbone):
     return check_bool("rematerialize", rematerialize)
 
 
-@contextlib.contextmanager
-def without_remat_scope(whole):
-    """Context in which a layer and those in it forget their `keras.RematScope`."""
-    with contextlib.ExitStack() as stack:
-        for layer in [whole, *adapters.layers_of(whole)]:
-            if getattr(layer, "_remat_mode", None) is not None:
-                stack.enter_context(lent(layer, "_remat_mode", None))
-        yield
-
-
-@contextlib.contextmanager
-def rematerialised(layers, caches, updated, scope):
-    """Context in which decoder layers run again in the backward pass.
+def run_again(function):
+    """A function that keeps its arguments alone and runs again in the backward pass.
 
     Args:
-        layers: list of decoder layers, in the order they are called.
-        caches: list with what each layer's attention is given.
-        updated: list, gets what each layer's attention returned.
-        scope: function `(layer, cache, updated)` that returns the context to run
-            one layer in; open both times the layer runs.
+        function: of nested tuples, lists and dicts of tensors and anything else; what
+            has a gradient must be an argument. It returns such a structure, too, of
+            tensors and `None`. A layer that runs twice must hand on nothing behind
+            the back of the backend's rematerialisation.
+
+    Returns:
+        A function of the same arguments and results.
     """
-    with contextlib.ExitStack() as stack:
-        for layer, cache in zip(layers, caches):
-            call = _twice(layer, layer.call, cache, updated, scope)
-            stack.enter_context(lent(layer, "call", call))
-        yield
 
-
-def _twice(layer, call, cache, updated, scope):
-    def run(*args, **kwargs):
+    def run(*arguments):
         # Gradients flow to what comes by position.
-        given, rebuild = float_tensors((args, kwargs, cache))
+        given, rebuild = float_tensors(arguments)
         returned = []
 
         def once(*given):
-            args, kwargs, cache = rebuild(*given)
-            found = []
-            # The whole layer, not `call` alone: it sets the precision of its weights.
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(scope(layer, cache, found))
-                stack.enter_context(without_remat_scope(layer))
-                stack.enter_context(lent(layer, "call", call))
-                outputs = layer(*args, **kwargs)
-            everything = (outputs, found)
+            outputs = function(*rebuild(*given))
             # Not the tensors themselves, which would stay alive with this function.
             returned[:] = [
-                keras.tree.map_structure(lambda leaf: leaf is not None, everything)
+                keras.tree.map_structure(lambda leaf: leaf is not None, outputs)
             ]
             # TensorFlow allows nothing but tensors.
-            leaves = keras.tree.flatten(everything)
+            leaves = keras.tree.flatten(outputs)
             return [leaf for leaf in leaves if leaf is not None]
 
         tensors = iter(keras.remat(once)(*given))
-        outputs, found = keras.tree.map_structure(
+        return keras.tree.map_structure(
             lambda is_tensor: next(tensors) if is_tensor else None, returned[0]
         )
-        updated.extend(found)
-        return outputs
 
     return run

@@ -1,14 +1,8 @@
 """Strings as token ids, by way of a model's own preprocessor."""
 
-import keras_hub
 import numpy as np
 
-# They also read images and sounds, and want prompts and responses apart.
-MULTIMODAL = (
-    keras_hub.models.Gemma3CausalLMPreprocessor,
-    keras_hub.models.Gemma3nCausalLMPreprocessor,
-    keras_hub.models.Gemma4CausalLMPreprocessor,
-)
+from keras_ebft.networks.families import family_of_preprocessor
 
 
 def preprocess_texts(preprocessor, texts):
@@ -22,8 +16,8 @@ def preprocess_texts(preprocessor, texts):
         `(token_ids, mask)`: int array and bool array `[N, sequence_length]`, real
         tokens on the left.
     """
-    x = texts
-    if isinstance(preprocessor, MULTIMODAL):
+    x, family = texts, family_of_preprocessor(preprocessor)
+    if family is not None and family.prompts_apart:
         x = {"prompts": [""] * len(texts), "responses": texts}
     # The preprocessor splits T tokens into T-1 inputs and T-1 shifted labels.
     inputs, labels, weights = preprocessor(

@@ -48,6 +48,23 @@ class Critic(Configurable):
         self.optimizer = keras.optimizers.get(optimizer)
         self.train_features = check_bool("train_features", train_features)
 
+    def terms(self, true_logit, generated_logit, mask):
+        """What the critic adds to the terms of the loss.
+
+        Args:
+            true_logit: float tensor `[B, K]`.
+            generated_logit: float tensor `[B, n, K]`.
+            mask: float tensor `[B, n, K]`, 1 where a rollout counts.
+
+        Returns:
+            dict of float32 scalars, `critic_loss` and `critic_accuracy`.
+        """
+        logits = true_logit, generated_logit
+        return {
+            "critic_loss": critic_loss(*logits, mask, self.selection),
+            "critic_accuracy": critic_accuracy(*logits, mask),
+        }
+
     def get_config(self):
         """The constructor's arguments as a dict that JSON can hold."""
         return {

@@ -12,6 +12,7 @@ from keras_ebft.functional.losses import (
     token_weights,
 )
 from keras_ebft.functional.masking import masked_mean
+from keras_ebft.records import LossTerms
 from keras_ebft.validation import (
     check_choice,
     check_clip_range,
@@ -21,7 +22,14 @@ from keras_ebft.validation import (
     is_zero,
 )
 
-WEIGHTS = ("policy_weight", "ce_weight", "kl_weight", "entropy_weight")
+# Each weight, and the term of the loss that it weighs.
+TERMS = {
+    "policy_weight": "policy_loss",
+    "ce_weight": "ce_loss",
+    "kl_weight": "kl",
+    "entropy_weight": "entropy",
+}
+WEIGHTS = tuple(TERMS)
 
 
 class Objective:
@@ -100,61 +108,63 @@ class Objective:
         """Whether the initial model's log-probabilities are needed."""
         return not is_zero(self.kl_weight)
 
-    def terms(self, outputs):
+    def terms(self, document_scores, experience=None, scores=None):
         """The terms of the loss, before their weights.
 
         Args:
-            outputs: dict from `EBFTModel.call`.
+            document_scores: `DocumentScores`.
+            experience: `Experience`, or `None` where documents alone are learned
+                from.
+            scores: `RolloutScores` of its rollouts.
 
         Returns:
-            dict of float32 scalars: `ce_loss` and, with rollouts, `policy_loss`,
-            `entropy` and, with a reference, `kl`.
+            `LossTerms`.
         """
-        documents = -outputs["document_log_prob"]
-        terms = {"ce_loss": masked_mean(documents, outputs["document_mask"])}
-        if "log_prob" not in outputs:
-            return terms
-        mask = outputs["token_mask"]
+        ce_loss = masked_mean(-document_scores.log_prob, document_scores.mask)
+        if experience is None:
+            return LossTerms(ce_loss)
+        rollouts, frozen, judged, old_log_prob = experience
+        counted = ops.cast(rollouts.counted, "float32")
         ratio = probability_ratio(
-            outputs["log_prob"], outputs.get("old_log_prob"), mask, self.policy_loss
+            scores.log_prob, old_log_prob, counted, self.policy_loss
         )
-        terms["policy_loss"] = policy_loss(
-            ratio,
-            outputs["advantage"],
-            token_weights(mask, outputs.get("block_starts")),
-            self.clip_range,
+        terms = LossTerms(
+            ce_loss,
+            policy_loss=policy_loss(
+                ratio,
+                judged.advantage,
+                token_weights(counted, rollouts.blocks.starts),
+                self.clip_range,
+            ),
+            entropy=masked_mean(scores.entropy, counted),
         )
-        terms["entropy"] = masked_mean(outputs["entropy"], mask)
-        if "ref_log_prob" in outputs:
+        if self.needs_reference:
             estimate = kl_estimate(
-                outputs["log_prob"], outputs["ref_log_prob"], self.kl_estimator
+                scores.log_prob, frozen.reference_log_prob, self.kl_estimator
             )
-            terms["kl"] = masked_mean(estimate, mask)
+            terms = terms._replace(kl=masked_mean(estimate, counted))
         return terms
 
     def loss(self, terms, step):
-        """The weighted sum of terms.
+        """`policy_weight L_PG + ce_weight L_CE + kl_weight L_KL - entropy_weight H`.
+
+        A critic's loss is added as it is.
 
         Args:
-            terms: dict from `terms`.
+            terms: `LossTerms`.
             step: int32 scalar tensor, training steps so far, for schedules.
 
         Returns:
             float32 scalar.
         """
-        names = {
-            "policy_weight": "policy_loss",
-            "ce_weight": "ce_loss",
-            "kl_weight": "kl",
-            "entropy_weight": "entropy",
-        }
-        loss = 0.0
-        for weight_name, weight in self.weights.items():
+        loss = 0.0 if terms.critic_loss is None else terms.critic_loss
+        for name, term in TERMS.items():
+            weight = getattr(self, name)
             if is_zero(weight):
                 continue
             value = weight if isinstance(weight, float) else weight(step)
-            sign = -1.0 if weight_name == "entropy_weight" else 1.0
-            loss = loss + sign * ops.cast(value, "float32") * terms[names[weight_name]]
+            sign = -1.0 if term == "entropy" else 1.0
+            loss = loss + sign * ops.cast(value, "float32") * getattr(terms, term)
         return loss
 
     def get_config(self):

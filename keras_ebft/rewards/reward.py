@@ -37,7 +37,7 @@ class Reward(Configurable):
             generated: float tensor `[B, n, K, F, D]`, features of the rollouts;
                 `None` if `needs_features` is false.
             target: float tensor `[B, K, F, D]`, features of the true texts.
-            rollouts: `RolloutBatch`, their tokens.
+            rollouts: `keras_ebft.records.Rollouts`: their tokens, blocks and documents.
         """
         raise TypeError(
             f"Expected {type(self).__name__} to define __call__(generated, target, "

@@ -1,5 +1,7 @@
 """Rewards from a verifier in Python."""
 
+from typing import NamedTuple
+
 import keras
 import numpy as np
 from keras import ops
@@ -8,6 +10,19 @@ from keras_ebft.backend.runtime import call_python
 from keras_ebft.networks import marker_token_ids, tokenizer
 from keras_ebft.rewards.reward import Reward
 from keras_ebft.validation import check_bool
+
+
+class _Arrays(NamedTuple):
+    """What texts are made of, on the host."""
+
+    token_ids: np.ndarray  # [B, T]
+    starts: np.ndarray  # [B, K]
+    anchors: np.ndarray  # [B, K]
+    rollouts: np.ndarray  # [B, n, K, G]
+    alive: np.ndarray  # [B, n, K, G]
+    true_index: np.ndarray  # [B, K, G]
+    exists: np.ndarray  # [B, K, G]
+    live: np.ndarray  # [B, K]
 
 
 @keras.saving.register_keras_serializable("keras_ebft")
@@ -79,18 +94,17 @@ class VerifierReward(Reward):
 
     def __call__(self, generated, target, rollouts=None):
         """The verifier's numbers as `reward` and `alignment`; no diversity."""
-        documents, blocks = rollouts.documents, rollouts.blocks
-        shape = tuple(rollouts.token_ids.shape[:3])
-        start = ops.zeros(blocks.live.shape, dtype="int32")
+        blocks = rollouts.blocks.as_tensors()
+        starts = ops.zeros_like(blocks.anchors)
         reward = call_python(
             self._verify,
-            shape,
-            documents.token_ids,
-            start if blocks.starts is None else blocks.starts,
-            ops.add(start, blocks.anchors),
+            tuple(rollouts.token_ids.shape[:3]),
+            rollouts.documents.token_ids,
+            starts if blocks.starts is None else blocks.starts,
+            blocks.anchors,
             rollouts.token_ids,
             rollouts.alive,
-            ops.broadcast_to(blocks.true_index, blocks.true_exists.shape),
+            blocks.true_index,
             blocks.true_exists,
             blocks.live,
         )
@@ -100,42 +114,48 @@ class VerifierReward(Reward):
             "reward": reward,
         }
 
-    def _verify(self, token_ids, starts, anchors, rollouts, alive, true, exists, live):
-        batch, samples, blocks = rollouts.shape[:3]
-
-        def text(row, tokens):
-            return self._text(tokens) if live[row] else self._text(tokens[:0])
-
-        places = [[(b, k) for k in range(blocks)] for b in range(batch)]
-        prompts = [
-            [text(at, token_ids[at[0], starts[at] : anchors[at]]) for at in row]
-            for row in places
-        ]
-        targets = [
-            [text(at, token_ids[at[0], true[at][exists[at]]]) for at in row]
-            for row in places
-        ]
-        completions = [
-            [
-                [text(at, rollouts[b, j, at[1]][alive[b, j, at[1]]]) for at in row]
-                for j in range(samples)
-            ]
-            for b, row in enumerate(places)
-        ]
-        found = np.asarray(self.fn(prompts, completions, targets), dtype="float32")
-        if found.shape != (batch, samples, blocks):
+    def _verify(self, *arrays):
+        batch = _Arrays(*arrays)
+        shape, live = batch.rollouts.shape[:3], batch.live
+        rewards = np.asarray(self.fn(*self._texts(batch)), dtype="float32")
+        if rewards.shape != shape:
             raise ValueError(
                 "Expected the verifier to return numbers [B, n, K] = "
-                f"{[batch, samples, blocks]}, of the shape of `completions`. "
-                f"Received: shape {list(found.shape)}."
+                f"{list(shape)}, of the shape of `completions`. "
+                f"Received: shape {list(rewards.shape)}."
             )
-        found = np.where(live[:, None, :], found, np.float32(0.0))
-        if not np.isfinite(found).all():
+        rewards = np.where(live[:, None, :], rewards, np.float32(0.0))
+        if not np.isfinite(rewards).all():
             raise ValueError(
                 "Expected the verifier to return finite numbers. Received: NaN or "
                 "infinity. Return 0.0 for what cannot be judged."
             )
-        return found
+        return rewards
+
+    def _texts(self, batch):
+        """Prompts, completions and targets, as `fn` gets them."""
+        rows, samples, blocks = batch.rollouts.shape[:3]
+
+        def of_blocks(tokens_of):
+            return [
+                [
+                    self._text(tokens_of(b, k) if batch.live[b, k] else ())
+                    for k in range(blocks)
+                ]
+                for b in range(rows)
+            ]
+
+        prompts = of_blocks(
+            lambda b, k: batch.token_ids[b, batch.starts[b, k] : batch.anchors[b, k]]
+        )
+        targets = of_blocks(
+            lambda b, k: batch.token_ids[b, batch.true_index[b, k][batch.exists[b, k]]]
+        )
+        of_samples = [
+            of_blocks(lambda b, k, j=j: batch.rollouts[b, j, k][batch.alive[b, j, k]])
+            for j in range(samples)
+        ]
+        return prompts, [list(samples) for samples in zip(*of_samples)], targets
 
     def _text(self, tokens):
         tokens = [int(token) for token in tokens]

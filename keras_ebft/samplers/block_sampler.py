@@ -10,7 +10,6 @@ from keras_ebft.layout.blocks import answer_starts, choose_anchors, make_blocks
 from keras_ebft.layout.documents import take_tokens
 from keras_ebft.layout.geometry import BlockGeometry
 from keras_ebft.networks.prefix_cache import block_decoder
-from keras_ebft.records import Rollouts
 from keras_ebft.validation import (
     check_choice,
     check_int,
@@ -162,24 +161,43 @@ class BlockSampler(Configurable):
         Returns:
             `Blocks`.
         """
-        length = documents.token_ids.shape[1]
-        options = {"short_windows": stops}
         if documents.anchors is not None:
             anchors = documents.anchors
         elif self.anchors == "stride":
-            anchors = self.geometry(length).anchors
-            options["context_length"] = self.context_length
+            anchors = self.geometry(documents.token_ids.shape[1]).anchors
         elif self.anchors == "random":
-            options["context_length"] = self.context_length
-            everywhere = np.arange(length, dtype="int32")
-            fits = make_blocks(documents, everywhere, self.rollout_length, **options)
-            anchors = choose_anchors(fits.live, uniform, self.num_anchors)
+            anchors = self._random_anchors(documents, uniform, stops)
         else:
-            options = {"short_windows": True, "answer_only": True}
-            earliest = np.arange(length, 0, -1, dtype="float32")
-            begins = answer_starts(documents)
-            anchors = choose_anchors(begins, earliest, self.num_anchors)
+            anchors = self._answer_anchors(documents)
+        return self.blocks_at(documents, anchors, stops)
+
+    def blocks_at(self, documents, anchors, stops=False):
+        """Blocks at given places, which live and count as those of `blocks` do.
+
+        Args:
+            documents: `Documents`.
+            anchors: int32 NumPy array `[K]` or int32 tensor `[B, K]`, -1 for none.
+            stops: bool, whether rollouts can end early.
+
+        Returns:
+            `Blocks`.
+        """
+        options = {"short_windows": stops}
+        if documents.anchors is None:
+            if self.anchors == "answer_start":
+                options = {"short_windows": True, "answer_only": True}
+            else:
+                options["context_length"] = self.context_length
         return make_blocks(documents, anchors, self.rollout_length, **options)
+
+    def _random_anchors(self, documents, uniform, stops):
+        everywhere = np.arange(documents.token_ids.shape[1], dtype="int32")
+        fits = self.blocks_at(documents, everywhere, stops)
+        return choose_anchors(fits.live, uniform, self.num_anchors)
+
+    def _answer_anchors(self, documents):
+        earliest = np.arange(documents.token_ids.shape[1], 0, -1, dtype="float32")
+        return choose_anchors(answer_starts(documents), earliest, self.num_anchors)
 
     def __call__(self, policy, head, document, blocks, uniform):
         """Samples rollouts.
@@ -193,7 +211,7 @@ class BlockSampler(Configurable):
                 one token.
 
         Returns:
-            `Rollouts`.
+            `(token_ids, log_prob)`: int32 and float32 tensors `[B, n, K, G]`.
         """
         shape = tuple(uniform.shape)
 
@@ -228,9 +246,9 @@ class BlockSampler(Configurable):
         token_ids = _write(ops.zeros(shape, dtype="int32"), tokens, 0)
         log_prob = _write(ops.zeros(shape, dtype="float32"), first_log_prob, 0)
         if steps == 0:
-            return Rollouts(token_ids, log_prob)
+            return token_ids, log_prob
         carry = (token_ids, log_prob, tokens, decoder.empty_caches())
-        return Rollouts(*ops.fori_loop(0, steps, body, carry)[:2])
+        return tuple(ops.fori_loop(0, steps, body, carry)[:2])
 
     def get_config(self):
         """The constructor's arguments as a dict that JSON can hold."""

@@ -4,7 +4,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ebft.records import Rollouts
 from keras_ebft.samplers.block_sampler import BlockSampler
 
 
@@ -70,7 +69,7 @@ class ReplaySampler(BlockSampler):
                 f"{self.token_ids.shape}. Replay them on the documents, batch size "
                 "and geometry they were made with."
             )
-        return Rollouts(ops.convert_to_tensor(self.token_ids), None)
+        return ops.convert_to_tensor(self.token_ids), None
 
     def get_config(self):
         """The constructor's arguments as a dict that JSON can hold."""

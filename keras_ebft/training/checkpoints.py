@@ -82,59 +82,6 @@ class TrainingState(keras.layers.Layer):
             variable.assign(value)
 
 
-class DataPosition(keras.callbacks.Callback):
-    """Keeps the place in the data, and goes back to it when weights are restored.
-
-    `EBFTModel.fit` puts it before all other callbacks. A callback that loads
-    weights when training begins, such as `keras.callbacks.BackupAndRestore`, then
-    resumes at the very batch.
-
-    Args:
-        state: `TrainingState`.
-        batches: `TokenBatches` that `fit` reads.
-        steps_per_epoch: int or `None`, as given to `fit`.
-    """
-
-    def __init__(self, state, batches, steps_per_epoch):
-        super().__init__()
-        self.state = state
-        self.batches = batches
-        self.steps_per_epoch = steps_per_epoch
-
-    def on_train_begin(self, logs=None):
-        """Forgets weights that were loaded before."""
-        self.state.loaded_metrics = None
-        self.model.train_function.batches_to_pass = 0
-
-    def on_epoch_begin(self, epoch, logs=None):
-        """Tells the data which epoch begins, and passes over what was seen."""
-        self.batches.begin_epoch(epoch)
-        restored = self.state.loaded_metrics is not None
-        if restored and self.state.epoch == epoch:
-            self._resume(epoch, self.state.batch)
-        else:
-            self.state.epoch, self.state.batch = epoch, 0
-        self.state.loaded_metrics = None
-
-    def on_train_batch_end(self, batch, logs=None):
-        """Counts the batch as seen, unless it was before the interruption."""
-        self.state.batch = max(self.state.batch, batch + 1)
-
-    def on_epoch_end(self, epoch, logs=None):
-        """Counts the epoch as seen."""
-        self.state.epoch, self.state.batch = epoch + 1, 0
-
-    def _resume(self, epoch, batch):
-        if self.steps_per_epoch:
-            self.batches.skip(epoch * self.steps_per_epoch)
-        if batch:
-            self.state.restore_metrics()
-            forward = self.model.train_function
-            forward.logs = self.model.get_metrics_result()
-            forward.batches_to_pass = batch
-        logger.info("Training resumes in epoch %d after batch %d.", epoch + 1, batch)
-
-
 class TrainingCheckpoint(keras.callbacks.Callback):
     """Saves training while it runs, and resumes it when `fit` is called again.
 

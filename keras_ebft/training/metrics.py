@@ -47,57 +47,53 @@ def make_trackers(names):
     }
 
 
-def measure_documents(outputs, terms):
+def measure_documents(outputs):
     """What is measured of the documents, with its weight in an average over steps.
 
     Args:
-        outputs: dict from `EBFTModel.call`.
-        terms: dict of loss terms.
+        outputs: `StepOutputs`.
 
     Returns:
         dict of `(value, weight)` float32 scalars by metric name.
     """
-    weighted = (terms["ce_loss"], ops.sum(outputs["document_mask"]))
+    weighted = (outputs.terms.ce_loss, ops.sum(outputs.document_scores.mask))
     return dict.fromkeys(DOCUMENT_MEASURES, weighted)
 
 
-def measure_rollouts(outputs, terms, block_measures):
+def measure_rollouts(outputs):
     """What is measured of the rollouts, with its weight in an average over steps.
 
     Args:
-        outputs: dict from `EBFTModel.call`.
-        terms: dict of loss terms.
-        block_measures: names of the reward's own measures per block.
+        outputs: `StepOutputs` with an `Experience`.
 
     Returns:
         dict of `(value, weight)` float32 scalars by metric name; weights are
         counts of live blocks (live tokens, where every token has a reward).
     """
-    mask = outputs["reward_mask"]
+    judged = outputs.experience.judged
     # A block (or token) counts if any of its samples does.
-    block_mask = ops.max(mask, axis=1)
+    block_mask = ops.max(judged.mask, axis=1)
 
     def over_samples(values):
-        return masked_mean(values, mask)
+        return masked_mean(values, judged.mask)
 
     def over_blocks(values):
         return masked_mean(values, block_mask)
 
-    reward, advantage = outputs["reward"], outputs["advantage"]
+    reward, advantage = judged.reward, judged.advantage
     spread = ops.max(reward, axis=1) - ops.min(reward, axis=1)
     centred = advantage - over_samples(advantage)
-    measured = {name: over_blocks(outputs[name]) for name in block_measures}
+    measured = {name: over_blocks(value) for name, value in judged.measures.items()}
     measured |= {
-        "alignment": over_samples(outputs["alignment"]),
-        "diversity": over_samples(outputs["diversity"]),
+        "alignment": over_samples(judged.alignment),
+        "diversity": over_samples(judged.diversity),
         "reward": over_samples(reward),
-        "best_alignment": over_blocks(ops.max(outputs["alignment"], axis=1)),
+        "best_alignment": over_blocks(ops.max(judged.alignment, axis=1)),
         "best_reward": over_blocks(ops.max(reward, axis=1)),
         "advantage_std": ops.sqrt(over_samples(ops.square(centred))),
         "zero_std_fraction": over_blocks(ops.cast(spread < SAME_REWARD, "float32")),
     }
-    for name in ("policy_loss", "entropy", "kl", *CRITIC_MEASURES):
-        if name in terms:
-            measured[name] = terms[name]
+    terms = outputs.terms.measured()
+    del terms["ce_loss"]
     live = ops.sum(block_mask)
-    return {name: (value, live) for name, value in measured.items()}
+    return {name: (value, live) for name, value in (measured | terms).items()}

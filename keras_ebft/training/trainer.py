@@ -5,9 +5,7 @@ import keras
 from keras_ebft.backend.runtime import resolve_jit_compile
 from keras_ebft.kernels import watch_choices
 from keras_ebft.training.batches import refuse_targets, split_rows, token_batches
-from keras_ebft.training.checkpoints import DataPosition
-from keras_ebft.training.current_weights import CurrentWeights
-from keras_ebft.training.kernel_log import KernelLog
+from keras_ebft.training.callbacks import CurrentWeights, DataPosition, KernelLog
 from keras_ebft.training.optimizers import policy_optimizer_config, with_critic
 from keras_ebft.training.train_function import TrainFunction
 

@@ -1,0 +1,79 @@
+"""What every decoder layer runs with, whatever its family, as patches."""
+
+import keras
+from keras import ops
+
+from keras_ebft.backend.runtime import after
+from keras_ebft.networks.patches import Patch
+
+
+def token_by_token(decoder):
+    """Patches with which a decoder layer reads each token as a row of its own.
+
+    - Projections of `[tokens, 1, ...]` run as `[1, tokens, ...]`: the gradient of
+      what Keras runs as a batch of one-token products would hold one kernel-sized
+      matrix per token on TensorFlow, before their sum.
+    - Quantized layers read their kernels when inputs are there: those of all layers
+      and passes would else lie unpacked in memory before the first of them is used.
+    - Layers forget their `keras.RematScope`; see `without_remat_scope`.
+
+    Args:
+        decoder: decoder layer.
+
+    Returns:
+        list of `Patch`.
+    """
+    patches = without_remat_scope(decoder)
+    for layer in _with_layers_within(decoder):
+        if getattr(layer, "quantization_mode", None) is not None:
+            call = _after_inputs(layer.quantized_call)
+            patches.append(Patch(layer, "quantized_call", call))
+        elif type(layer) is keras.layers.EinsumDense and _passes_tokens(layer):
+            patches.append(Patch(layer, "call", _on_one_axis(layer.call)))
+    return patches
+
+
+def without_remat_scope(whole):
+    """Patches with which a layer and those in it forget their `keras.RematScope`.
+
+    Whether layers run again in the backward pass is decided here, for whole decoder
+    layers; see `rematerialisation`.
+
+    Args:
+        whole: layer or model.
+
+    Returns:
+        list of `Patch`.
+    """
+    return [
+        Patch(layer, "_remat_mode", None)
+        for layer in _with_layers_within(whole)
+        if getattr(layer, "_remat_mode", None) is not None
+    ]
+
+
+def _with_layers_within(layer):
+    return layer._flatten_layers()
+
+
+def _passes_tokens(layer):
+    """Whether the first two axes pass through a projection."""
+    inputs, rest = layer.equation.split(",")
+    kernel, outputs = rest.split("->")
+    return inputs[:2] == outputs[:2] and not set(inputs[:2]) & set(kernel)
+
+
+def _on_one_axis(call):
+    def call_on_one_axis(inputs, *args, **kwargs):
+        outputs = call(ops.swapaxes(inputs, 0, 1), *args, **kwargs)
+        return ops.swapaxes(outputs, 0, 1)
+
+    return call_on_one_axis
+
+
+def _after_inputs(call):
+    def call_after_inputs(inputs, *args, **kwargs):
+        with after(inputs):
+            return call(inputs, *args, **kwargs)
+
+    return call_after_inputs

@@ -1,0 +1,144 @@
+"""Networks whose attention the caller supplies: a backbone, layer by layer.
+
+Tokens come as independent rows of one token each. Embeddings run first, then one
+decoder layer after another, each with an attention of the caller's within it, which
+is all that connects tokens; the last layer's hidden states are normalised.
+"""
+
+from keras import ops
+
+from keras_ebft.networks import adapters
+from keras_ebft.networks.families import family_of
+from keras_ebft.networks.layer_patches import token_by_token, without_remat_scope
+from keras_ebft.networks.patches import patched
+from keras_ebft.networks.rematerialisation import run_again
+
+
+class RoutedNetwork:
+    """A backbone, or the lower part of one, whose attention the caller supplies.
+
+    Args:
+        model: `keras.Model` of the same layers, which owns their variables.
+        backbone: the backbone whose layers these are.
+        layers: increasing list of ints, the tapped layers; layer 1 is the first
+            decoder layer. `None`: the whole backbone.
+        depth: int, the layer that is tapped after the final normalisation.
+        switched_off: layers whose adapters take no part.
+        rematerialize: bool, whether decoder layers run again in the backward pass
+            instead of keeping what they computed.
+    """
+
+    def __init__(
+        self, model, backbone, layers, depth, switched_off=(), rematerialize=False
+    ):
+        self.model = model
+        self.backbone = backbone
+        self.layers = layers
+        self.depth = depth
+        self.switched_off = switched_off
+        self.rematerialize = rematerialize
+        self.num_layers = depth if layers is None else layers[-1]
+        self.family = family_of(backbone)
+        self._embed = self.family.embedding(backbone, self.num_layers)
+
+    def __call__(self, token_ids, positions, attend, caches=None):
+        """Runs the network on independent tokens; `attend` connects them.
+
+        Args:
+            token_ids: int32 tensor of any static shape.
+            positions: int32 tensor of the same shape, position ids.
+            attend: function `(query, key, value, cache, *, scale,
+                sliding_window, soft_cap) -> (output, cache)`, called once per
+                layer with `[*shape, heads, head_dim]` tensors.
+            caches: list with one entry per layer, handed to `attend`.
+
+        Returns:
+            `(outputs, caches)`: final hidden states `[*shape, D]`, or a list of those
+            of every tapped layer, and the caches `attend` returned.
+
+        Raises:
+            ValueError: if a layer did not call `attend` exactly once.
+        """
+        shape = tuple(token_ids.shape)
+        token_ids = ops.reshape(token_ids, (-1, 1))
+        positions = ops.reshape(positions, (-1, 1))
+        decoders = self.family.decoder_layers(self.backbone)[: self.num_layers]
+        caches = [None] * len(decoders) if caches is None else caches
+        taps = [self.depth] if self.layers is None else self.layers
+        outputs, updated = [], []
+        with (
+            adapters.switched_off(self.switched_off),
+            patched(without_remat_scope(self.backbone)),
+        ):
+            x, given = self._embed(token_ids, positions)
+            for index, decoder in enumerate(decoders, start=1):
+                layer = _Layer(self, decoder, index, attend, shape, positions)
+                run = run_again(layer) if self.rematerialize else layer
+                x, cache = run(x, given[index - 1], caches[index - 1])
+                updated.append(cache)
+                if index in taps:
+                    outputs.append(self._tap(x, index, shape))
+        return (outputs[0] if self.layers is None else outputs), updated
+
+    def _tap(self, x, index, shape):
+        """The hidden state after a layer, `[*shape, D]`."""
+        hidden = self.family.hidden(self.backbone, x)
+        if index == self.depth:
+            hidden = self.family.final_norm(self.backbone)(hidden)
+        return ops.reshape(hidden, (*shape, hidden.shape[-1]))
+
+
+class _Layer:
+    """One decoder layer with the caller's attention: `(x, given, cache) -> (x, cache)`.
+
+    Args:
+        network: `RoutedNetwork`.
+        decoder: decoder layer.
+        index: int from 1.
+        attend, shape, positions: see `RoutedNetwork.__call__`.
+    """
+
+    def __init__(self, network, decoder, index, attend, shape, positions):
+        self.network = network
+        self.decoder = decoder
+        self.index = index
+        self.attend = attend
+        self.shape = shape
+        self.positions = positions
+
+    def __call__(self, x, given, cache):
+        family, updated = self.network.family, []
+
+        def attend(query, key, value, scale, sliding_window=None, soft_cap=None):
+            output, new = self.attend(
+                *(
+                    ops.reshape(tensor, (*self.shape, *tensor.shape[-2:]))
+                    for tensor in (query, key, value)
+                ),
+                cache,
+                scale=scale,
+                sliding_window=family.window(self.decoder, sliding_window),
+                soft_cap=soft_cap,
+            )
+            updated.append(new)
+            return ops.reshape(output, query.shape)
+
+        # What is trained and embedded is what was sampled from: families call their
+        # layers without dropout, which TensorFlow would take from the train step.
+        with (
+            family.attention(self.decoder, attend, self.positions),
+            patched(token_by_token(self.decoder)),
+        ):
+            x = family.layer(self.decoder, x, given)
+        self._check_called_once(len(updated))
+        return x, updated[0]
+
+    def _check_called_once(self, calls):
+        if calls != 1:
+            raise ValueError(
+                "Expected attention to be routed once in each of "
+                f"{self.network.num_layers} layers of "
+                f"{type(self.network.backbone).__name__}. Received: {calls} routed "
+                f"calls in layer {self.index}. Use a family this library supports, "
+                "unchanged."
+            )

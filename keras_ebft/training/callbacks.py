@@ -1,0 +1,110 @@
+"""The callbacks that `fit` brings itself, before those of the user."""
+
+import logging
+
+import keras
+
+logger = logging.getLogger("keras_ebft")
+
+
+class DataPosition(keras.callbacks.Callback):
+    """Keeps the place in the data, and goes back to it when weights are restored.
+
+    `EBFTModel.fit` puts it before all other callbacks. A callback that loads
+    weights when training begins, such as `keras.callbacks.BackupAndRestore`, then
+    resumes at the very batch.
+
+    Args:
+        state: `TrainingState`.
+        batches: `TokenBatches` that `fit` reads.
+        steps_per_epoch: int or `None`, as given to `fit`.
+    """
+
+    def __init__(self, state, batches, steps_per_epoch):
+        super().__init__()
+        self.state = state
+        self.batches = batches
+        self.steps_per_epoch = steps_per_epoch
+
+    def on_train_begin(self, logs=None):
+        """Forgets weights that were loaded before."""
+        self.state.loaded_metrics = None
+        self.model.train_function.batches_to_pass = 0
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Tells the data which epoch begins, and passes over what was seen."""
+        self.batches.begin_epoch(epoch)
+        restored = self.state.loaded_metrics is not None
+        if restored and self.state.epoch == epoch:
+            self._resume(epoch, self.state.batch)
+        else:
+            self.state.epoch, self.state.batch = epoch, 0
+        self.state.loaded_metrics = None
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Counts the batch as seen, unless it was before the interruption."""
+        self.state.batch = max(self.state.batch, batch + 1)
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Counts the epoch as seen."""
+        self.state.epoch, self.state.batch = epoch + 1, 0
+
+    def _resume(self, epoch, batch):
+        if self.steps_per_epoch:
+            self.batches.skip(epoch * self.steps_per_epoch)
+        if batch:
+            self.state.restore_metrics()
+            forward = self.model.train_function
+            forward.logs = self.model.get_metrics_result()
+            forward.batches_to_pass = batch
+        logger.info("Training resumes in epoch %d after batch %d.", epoch + 1, batch)
+
+
+class CurrentWeights(keras.callbacks.Callback):
+    """Hands the state of training back to the model after every batch.
+
+    On JAX, Keras keeps it apart while an epoch runs, and takes the variables' values
+    from them. Callbacks that reach the model by `self.model` are spared that; those
+    that hold on to the language model itself, to generate text, would find an error,
+    or values that are newly initialised. It must come before them.
+    """
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Hands back the state of a training step."""
+        self._hand_back()
+
+    def on_test_batch_end(self, batch, logs=None):
+        """Hands back the state of an evaluation step."""
+        self._hand_back()
+
+    def _hand_back(self):
+        # Keras does it whenever this property is read.
+        return self.model
+
+
+class KernelLog(keras.callbacks.Callback):
+    """Logs the chosen implementations at level INFO, once per `fit`.
+
+    They are known once the first batch has been trained on. A train function that
+    was compiled by an earlier `fit` chooses no more: what it chose is kept with it.
+
+    Args:
+        choices: dict that `watch_choices` fills.
+    """
+
+    def __init__(self, choices):
+        super().__init__()
+        self.choices = choices
+        self.logged = False
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Logs, if this is the first batch that was trained on."""
+        if self.logged:
+            return
+        known = self.model.train_function.kernel_choices
+        # Validation is not watched: this comes before it.
+        known.update(self.choices)
+        if known:
+            chosen = (f"{op}={'+'.join(sorted(known[op]))}" for op in sorted(known))
+            logger.info("Kernels of this training: %s.", ", ".join(chosen))
+            self.logged = True
