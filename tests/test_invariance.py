@@ -74,7 +74,6 @@ def _sample(step, prompt, anchors, uniform):
     )
 
 
-@pytest.mark.numbers
 def test_tokens_after_an_anchor_change_nothing_in_its_rollouts(model):
     prompt = documents(1, LENGTH)
     changed = prompt.copy()
