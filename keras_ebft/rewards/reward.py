@@ -2,7 +2,8 @@
 
 To add a reward, do:
 
-1. write a subclass of `Reward` in a file of this folder (for your own project: anywhere);
+1. write a subclass of `Reward` in a file of this folder (for your own project:
+   anywhere);
 2. return `alignment`, `diversity` and `reward` from `__call__(generated, target,
    rollouts)`; the class below says shapes, and what may be declared;
 3. register it with `keras.saving.register_keras_serializable("keras_ebft")` and return
