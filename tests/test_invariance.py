@@ -45,6 +45,7 @@ def rollouts_of(model, prompt, seed=5):
     return to_numpy(model.rollout(prompt, seed=seed)["token_ids"])
 
 
+@pytest.mark.numbers
 def test_sampled_tokens_equal_one_block_at_a_time(model):
     prompt = documents(1, LENGTH)
     uniform = np.random.default_rng(1).random((1, 2, 4, 3)).astype("float32")

@@ -13,6 +13,7 @@ from keras_ebft.training.batches import as_batch
 
 XLA_ON_TENSORFLOW = (
     pytest.mark.slow,
+    pytest.mark.xla,
     pytest.mark.skipif(
         keras.backend.backend() != "tensorflow", reason="XLA is a choice there"
     ),
@@ -91,6 +92,7 @@ def test_default_features_through_the_model(pipeline):
         np.testing.assert_allclose(to_numpy(found), expected, atol=1e-6)
 
 
+@pytest.mark.numbers
 def test_log_probabilities(pipeline):
     scores = pipeline.default_model.score(pipeline.prompt, pipeline.generated)
     for ours, theirs in (
@@ -102,6 +104,7 @@ def test_log_probabilities(pipeline):
         )
 
 
+@pytest.mark.numbers
 def test_losses(pipeline):
     model = pipeline.default_model
     losses = {
@@ -155,6 +158,7 @@ def checkpoint_layout(causal_lm, family):
     }
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(
     ("ce_weight", "key", "compilation"),
     [

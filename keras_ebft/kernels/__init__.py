@@ -1,5 +1,19 @@
-"""The hot paths, one folder each, the choice between their implementations, and the
-one file that branches on the backend.
+"""The hot paths, one folder each, and the choice between their implementations.
+
+To add an op, do:
+
+1. write the definition in `keras.ops`, as plainly as the equation, in
+   `<op>/reference.py`;
+2. list it last in `<op>/implementations.py`, one `Implementation` record each, best
+   first;
+3. write the public function in `<op>/__init__.py`, which registers them, and the calls
+   it is tested and measured with in `<op>/specs.py`;
+4. add a contract to `tests/kernel_contracts.py`, and a class per implementation to
+   `tests/test_kernel_contracts.py`;
+5. add its name below and its row to `docs/kernels.md`.
+
+A faster implementation of an op that is there needs 2 and 4 alone, and
+`only_forced=True` until it has run on its hardware.
 """
 
 from keras_ebft.kernels.causal_attention import causal_attention

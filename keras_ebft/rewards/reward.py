@@ -1,4 +1,16 @@
-"""The base class of rewards: rollouts in, rewards of every rollout out."""
+"""The base class of rewards: rollouts in, rewards of every rollout out.
+
+To add a reward, do:
+
+1. write a subclass of `Reward` in a file of this folder (for your own project:
+   anywhere);
+2. return `alignment`, `diversity` and `reward` from `__call__(generated, target,
+   rollouts)`; the class below says shapes, and what may be declared;
+3. register it with `keras.saving.register_keras_serializable("keras_ebft")` and return
+   the constructor's arguments from `get_config`;
+4. add its name to `__init__.py` of this folder and of the package;
+5. add numbers by hand to `tests/test_rewards.py` and its equation to `docs/options.md`.
+"""
 
 from keras_ebft import functional
 from keras_ebft.configurable import Configurable
