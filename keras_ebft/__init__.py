@@ -1,6 +1,6 @@
 """Energy-Based Fine-Tuning of KerasHub language models through `model.fit()`."""
 
-from keras_ebft import callbacks, data, evaluation, functional, plots
+from keras_ebft import callbacks, data, evaluation, functional, models, plots
 from keras_ebft.block_sampler import BlockSampler, ReplaySampler
 from keras_ebft.checkpoints import TrainingCheckpoint
 from keras_ebft.critic import Critic
@@ -35,5 +35,6 @@ __all__ = [
     "evaluation",
     "export_to_hugging_face",
     "functional",
+    "models",
     "plots",
 ]
