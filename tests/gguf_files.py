@@ -64,7 +64,10 @@ def write(
     packed = packed or {}
     writer = gguf.GGUFWriter(str(path), architecture)
     tokens, merges = byte_pairs()
-    for name, value in {**header(architecture, pre, len(tokens)), **(settings or {})}.items():
+    for name, value in {
+        **header(architecture, pre, len(tokens)),
+        **(settings or {}),
+    }.items():
         if value is not None:
             add(writer, name, value)
     writer.add_token_list(tokens)
