@@ -22,6 +22,7 @@ LEVELS = {
     "documents": 1,
     "pooling": 1,
     "data": 2,
+    "models": 3,
     "plots": 2,
     "inner_products": 1,
     "losses": 1,
@@ -124,7 +125,7 @@ def test_importing_the_library_imports_no_optional_package():
     """They are imported where they are used; `tfds` builders are such places."""
     optional = {"tensorflow", "torch", "tensorflow_datasets", "datasets"}
     optional |= {"matplotlib", "sacrebleu", "tokenizers", "comet", "grain", "triton"}
-    optional |= {"jinja2"}
+    optional |= {"jinja2", "gguf"}
     for path in MODULES:
         if path.parent == PACKAGE / "data" / "builders" or is_kernel(path):
             continue
