@@ -29,7 +29,7 @@ def load(texts, folder, sequence_length, steps=700, layers=6, width=192):
     Returns:
         `keras_hub.models.Llama3CausalLM`.
     """
-    pieces = [piece for text in texts for piece in cut(text)]
+    pieces = [piece for text in texts for piece in cut(text)][: 4 * steps]
     tokenizer = keras_ebft.data.train_byte_pair_tokenizer(pieces, VOCABULARY)
     causal_lm = build(tokenizer, sequence_length, layers, width)
     key = repr((steps, layers, width, sequence_length, texts))
@@ -80,4 +80,4 @@ def pretrain(causal_lm, pieces, steps):
     model = keras_ebft.EBFTModel.sft(causal_lm, seed=0)
     model.compile(keras.optimizers.AdamW(rate, weight_decay=0.01, clipnorm=1.0))
     # Small batches: for so few tokens, more steps teach more than less noise does.
-    model.fit(pieces, batch_size=4, epochs=1, steps_per_epoch=steps)
+    model.fit(pieces, batch_size=4)

@@ -15,6 +15,12 @@ TEXTS = (CODE, "<|im_start|>user\n\n  Hello!<|im_end|>\n", gguf_files.TEXT, " ",
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
+def against_transformers(test):
+    """Marks a test that needs PyTorch, slow to import beside another backend."""
+    test = pytest.mark.filterwarnings("ignore")(test)
+    return test if keras.backend.backend() == "torch" else pytest.mark.slow(test)
+
+
 def logits(causal_lm, token_ids):
     x = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
     return to_numpy(causal_lm(x, training=False))
@@ -48,7 +54,7 @@ def tied(tmp_path_factory):
     return keras_ebft.models.from_gguf(gguf_files.write(path), sequence_length=24)
 
 
-@pytest.mark.filterwarnings("ignore")
+@against_transformers
 @pytest.mark.parametrize(
     ("architecture", "tied", "kind"),
     [
@@ -72,7 +78,7 @@ def test_logits_are_those_of_transformers(architecture, tied, kind, tmp_path):
     np.testing.assert_allclose(logits(causal_lm, token_ids), expected, atol=2e-4)
 
 
-@pytest.mark.filterwarnings("ignore")
+@against_transformers
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
 def test_k_quants(kind, tmp_path):
     shape = gguf_files.INNER, gguf_files.WIDTH
@@ -85,7 +91,7 @@ def test_k_quants(kind, tmp_path):
     np.testing.assert_allclose(logits(causal_lm, token_ids), expected, atol=2e-4)
 
 
-@pytest.mark.filterwarnings("ignore")
+@against_transformers
 @pytest.mark.parametrize("pre", ["smollm", "llama-bpe", "qwen2"])
 def test_texts_become_the_tokens_of_transformers(pre, tmp_path):
     path = gguf_files.write(tmp_path / "tiny.gguf", pre=pre)
@@ -100,8 +106,7 @@ def test_texts_become_the_tokens_of_transformers(pre, tmp_path):
 def test_digits_stand_alone_and_lines_end_as_they_were_learned(tied):
     tokenizer = tied.preprocessor.tokenizer
     words = [tokenizer.detokenize([int(i)]) for i in tokenizer("x = 123\n    y")]
-    assert words[-6:] == [" ", "1", "2", "3", "\n   ", " y"] or "\n   " in words
-    assert {"1", "2", "3"} <= set(words)
+    assert words == ["x", " ", "=", " ", "1", "2", "3", "\n   ", " ", "y"]
 
 
 def test_linear_and_llama3_scaling(tmp_path):
@@ -199,12 +204,9 @@ def test_saved_models_load_again(architecture, layout, tmp_path):
     assert template(QUESTION).endswith("France?<|im_end|>\n")
 
 
-def test_a_trained_model_saves_and_loads(tied, tmp_path):
-    model = keras_ebft.EBFTModel(
-        tied, keras_ebft.BlockSampler(2, 4, 4, num_samples=2), seed=0
-    )
+def test_a_model_to_be_trained_saves_and_loads(tied, tmp_path):
+    model = keras_ebft.EBFTModel(tied, seed=0)
     model.compile(keras.optimizers.SGD(0.01))
-    model.fit([CODE] * 2, batch_size=2, verbose=0)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     token_ids = token_rows()
@@ -213,7 +215,7 @@ def test_a_trained_model_saves_and_loads(tied, tmp_path):
     )
 
 
-@pytest.mark.filterwarnings("ignore")
+@against_transformers
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 def test_exported_models_are_whole(architecture, tmp_path):
     pre = {"llama": "smollm", "qwen2": "qwen2"}[architecture]
