@@ -31,16 +31,13 @@ CASES = {
     "GPT2": {},
     "adapters": {},
     "rematerialize": {"rematerialize": True},
-    # Rewards would amplify what half precision rounds otherwise in a loop.
-    "bfloat16": {"policy_weight": 0.0, "kl_weight": 0.0},
 }
 QUICK = ("adapters",)
 
 
-def build(case, **options):
+def build(case, dtype="float32", **options):
     name = case if case in ("Llama", "GPT2") else "Llama"
-    changes = {"dtype": "mixed_bfloat16"} if case == "bfloat16" else {}
-    causal_lm = family(name, num_layers=5, **changes)
+    causal_lm = family(name, num_layers=5, dtype=dtype)
     if case == "adapters":
         causal_lm.backbone.enable_lora(2)
         random = np.random.default_rng(0)
@@ -55,8 +52,8 @@ def build(case, **options):
     )
 
 
-def loss_and_gradients(case):
-    model = build(case, **CASES[case])
+def loss_and_gradients(case, **options):
+    model = build(case, **CASES[case], **options)
     rollouts = documents(16, 3, seed=2).reshape(2, 2, 4, 3)[:, :, :4]
     rollouts = np.resize(rollouts, (2, 2, 3, 3))
     return value_and_gradients(
@@ -72,18 +69,30 @@ def test_loss_and_gradients_are_the_same(looped, monkeypatch, case):
     value, gradients = loss_and_gradients(case)
     # The policy's five layers, and those of the frozen network up to its tap; the one
     # above, which the reference needs, is no loop.
-    assert set(looped) == ({5} if case == "bfloat16" else {5, 4})
+    assert set(looped) == {5, 4}
     looped.clear()
     monkeypatch.setattr(repeated_layers, "FEWEST_LAYERS", 99)
     expected, expected_gradients = loss_and_gradients(case)
     assert not looped
-    tolerance = 2e-2 if case == "bfloat16" else 2e-5
-    assert float(to_numpy(value)) == pytest.approx(
-        float(to_numpy(expected)), rel=tolerance
-    )
+    assert float(to_numpy(value)) == pytest.approx(float(to_numpy(expected)), rel=2e-5)
     found, wanted = flat(gradients), flat(expected_gradients)
     assert np.linalg.norm(wanted) > 1e-3
-    assert np.linalg.norm(found - wanted) < tolerance * np.linalg.norm(wanted)
+    assert np.linalg.norm(found - wanted) < 2e-5 * np.linalg.norm(wanted)
+
+
+@pytest.mark.slow
+def test_half_precision_rounds_no_worse_in_a_loop(looped, monkeypatch):
+    # Rewards would amplify what half precision rounds.
+    options = {"policy_weight": 0.0, "kl_weight": 0.0}
+    half = {**options, "dtype": "mixed_bfloat16"}
+    gradients = [flat(loss_and_gradients("Llama", **half)[1])]
+    assert set(looped) == {5}
+    monkeypatch.setattr(repeated_layers, "FEWEST_LAYERS", 99)
+    gradients.append(flat(loss_and_gradients("Llama", **half)[1]))
+    exact = flat(loss_and_gradients("Llama", **options)[1])
+    in_loop, one_by_one = (np.linalg.norm(g - exact) for g in gradients)
+    assert one_by_one < 0.2 * np.linalg.norm(exact)
+    assert in_loop < 1.5 * one_by_one
 
 
 def test_layers_that_differ_are_no_loop(looped):
