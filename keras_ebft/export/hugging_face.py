@@ -67,7 +67,9 @@ def _write(path, config, weights):
 
 
 def _export_tokenizer(tokenizer, path):
-    if not write_tokenizer(tokenizer, path):
+    if hasattr(tokenizer, "write_hugging_face"):
+        tokenizer.write_hugging_face(path)
+    elif not write_tokenizer(tokenizer, path):
         logger.warning(
             "The tokenizer was not exported: KerasHub %s has no Hugging Face layout "
             "for a %s. Training leaves tokenizers alone: copy the files of the "

@@ -12,6 +12,7 @@ from keras_ebft.networks.families import family_of
 from keras_ebft.networks.layer_patches import token_by_token, without_remat_scope
 from keras_ebft.networks.patches import patched
 from keras_ebft.networks.rematerialisation import run_again
+from keras_ebft.networks.repeated_layers import run_repeated, worth_looping
 
 
 class RoutedNetwork:
@@ -41,7 +42,7 @@ class RoutedNetwork:
         self.family = family_of(backbone)
         self._embed = self.family.embedding(backbone, self.num_layers)
 
-    def __call__(self, token_ids, positions, attend, caches=None):
+    def __call__(self, token_ids, positions, attend, caches=None, in_loop=False):
         """Runs the network on independent tokens; `attend` connects them.
 
         Args:
@@ -51,6 +52,7 @@ class RoutedNetwork:
                 sliding_window, soft_cap) -> (output, cache)`, called once per
                 layer with `[*shape, heads, head_dim]` tensors.
             caches: list with one entry per layer, handed to `attend`.
+            in_loop: bool, whether the call is within a loop over few tokens each.
 
         Returns:
             `(outputs, caches)`: final hidden states `[*shape, D]`, or a list of those
@@ -71,14 +73,33 @@ class RoutedNetwork:
             patched(without_remat_scope(self.backbone)),
         ):
             x, given = self._embed(token_ids, positions)
-            for index, decoder in enumerate(decoders, start=1):
-                layer = _Layer(self, decoder, index, attend, shape, positions)
-                run = run_again(layer) if self.rematerialize else layer
-                x, cache = run(x, given[index - 1], caches[index - 1])
-                updated.append(cache)
-                if index in taps:
-                    outputs.append(self._tap(x, index, shape))
+            first = 0
+            for last in sorted({*taps, len(decoders)}):
+                run = slice(first, last)
+                layers = [
+                    _Layer(self, decoder, index, attend, shape, positions)
+                    for index, decoder in enumerate(decoders[run], start=first + 1)
+                ]
+                x, new = self._run(layers, x, given[run], caches[run], in_loop)
+                updated += new
+                if last in taps:
+                    outputs.append(self._tap(x, last, shape))
+                first = last
         return (outputs[0] if self.layers is None else outputs), updated
+
+    def _run(self, layers, x, given, caches, in_loop):
+        """One decoder layer after another, or all of them as one in a loop."""
+        decoders = [layer.decoder for layer in layers]
+        if not in_loop and worth_looping(self.family, decoders, given):
+            return run_repeated(
+                layers[0], decoders, x, given[0], caches, self.rematerialize
+            )
+        updated = []
+        for layer, own, cache in zip(layers, given, caches):
+            run = run_again(layer) if self.rematerialize else layer
+            x, new = run(x, own, cache)
+            updated.append(new)
+        return x, updated
 
     def _tap(self, x, index, shape):
         """The hidden state after a layer, `[*shape, D]`."""

@@ -127,6 +127,8 @@ class Family:
             each layer that will run.
         decoder_layers: function of a backbone, list of layers from below.
         layer: `layer(decoder, x, given) -> x`, one decoder layer.
+        repeated: bool, whether all decoder layers of a backbone are alike but for their
+            weights.
         hidden: `hidden(backbone, x)`, the hidden state `[tokens, 1, D]` in `x`.
         final_norm: function of a backbone, the layer after the last decoder layer.
         window: `window(decoder, reported)`, int or `None`: the sliding window of the
@@ -155,6 +157,7 @@ class Family:
     embedding: Callable = embedding_of_graph
     decoder_layers: Callable = transformer_layers
     layer: Callable = call_with_decoder_mask
+    repeated: bool = False
     hidden: Callable = same_hidden
     final_norm: Callable = layer_norm
     window: Callable = reported_window

@@ -96,9 +96,19 @@ ROTARY_OF_PHI3 = PatchedAttention(
 )
 
 FAMILIES = (
-    Family(backbone="GPTNeoXBackbone", attention=ROTARY),
-    Family(backbone="MixtralBackbone", attention=ROTARY, window=_mixtral_window),
-    Family(backbone="Phi3Backbone", attention=ROTARY_OF_PHI3, only_rows=_has_long_rope),
+    Family(backbone="GPTNeoXBackbone", repeated=True, attention=ROTARY),
+    Family(
+        backbone="MixtralBackbone",
+        repeated=True,
+        attention=ROTARY,
+        window=_mixtral_window,
+    ),
+    Family(
+        backbone="Phi3Backbone",
+        repeated=True,
+        attention=ROTARY_OF_PHI3,
+        only_rows=_has_long_rope,
+    ),
     Family(
         backbone="QwenMoeBackbone",
         attention=ROTARY,

@@ -82,17 +82,21 @@ QWEN = {"window": window_unless_fused, "tying_setting": "tie_word_embeddings"}
 FAMILIES = (
     Family(
         backbone="LlamaBackbone",
+        repeated=True,
         attention=SERVED,
         tying_setting="tie_word_embeddings",
         layout="llama",
     ),
     Family(
         backbone="Llama3Backbone",
+        repeated=True,
         attention=SERVED,
         tying_setting="tie_word_embeddings",
         layout="llama3",
     ),
-    Family(backbone="MistralBackbone", attention=SERVED, layout="mistral"),
+    Family(
+        backbone="MistralBackbone", repeated=True, attention=SERVED, layout="mistral"
+    ),
     Family(
         backbone="GemmaBackbone", attention=SERVED, layer=call_with_mask, layout="gemma"
     ),
@@ -105,6 +109,7 @@ FAMILIES = (
     ),
     Family(
         backbone="GPT2Backbone",
+        repeated=True,
         attention=SERVED,
         embedding=embedding_by_position,
         maximum_length=_gpt2_positions,
@@ -112,10 +117,19 @@ FAMILIES = (
     ),
     Family(
         backbone="OPTBackbone",
+        repeated=True,
         attention=SERVED,
         embedding=embedding_by_position,
         maximum_length=_opt_positions,
     ),
-    Family(backbone="QwenBackbone", attention=SERVED, **QWEN, layout="qwen2"),
-    Family(backbone="Qwen3Backbone", attention=SERVED, **QWEN, layout="qwen3"),
+    Family(
+        backbone="QwenBackbone", repeated=True, attention=SERVED, **QWEN, layout="qwen2"
+    ),
+    Family(
+        backbone="Qwen3Backbone",
+        repeated=True,
+        attention=SERVED,
+        **QWEN,
+        layout="qwen3",
+    ),
 )

@@ -1,0 +1,77 @@
+"""Decoder layers that are alike, as one layer in a loop over stacked weights.
+
+A compiled loop is one program of the layer, where layers written one after another
+are as many programs. It reads each layer's weights out of their stack, a copy that
+pays where many tokens share it: not in the loop that samples them one by one.
+"""
+
+import keras
+from keras import ops
+
+from keras_ebft.backend.loops import compiles_every_step, loop, slices, stacked
+from keras_ebft.networks.patches import Patch, patched
+from keras_ebft.networks.rematerialisation import run_again
+
+# A loop over fewer saves less than it costs.
+FEWEST_LAYERS = 4
+
+
+def worth_looping(family, decoders, given):
+    """Whether decoder layers run as one in a loop.
+
+    Args:
+        family: `Family`.
+        decoders: list of decoder layers.
+        given: list with what each is given besides its input.
+    """
+    return (
+        compiles_every_step()
+        and family.repeated
+        and len(decoders) >= FEWEST_LAYERS
+        and all(own is given[0] for own in given)
+        and all(_shapes(own) == _shapes(decoders[0]) for own in decoders)
+    )
+
+
+def _shapes(decoder):
+    return [(tuple(v.shape), v.dtype) for v in decoder.variables]
+
+
+def run_repeated(layer, decoders, x, given, caches, again):
+    """Runs like layers as the first of them, with the weights of each.
+
+    Args:
+        layer: function `(x, given, cache) -> (x, cache)` that runs the first.
+        decoders: list of decoder layers.
+        x: tensor that runs from layer to layer.
+        given: what every layer is given.
+        caches: list with one structure of tensors, or `None`, per layer.
+        again: bool, whether a layer runs again in the backward pass.
+
+    Returns:
+        `(x, caches)`, as if they had run one after another.
+    """
+    variables = decoders[0].variables
+
+    def step(x, weights_and_cache):
+        weights, cache = weights_and_cache
+        mapping = list(zip(variables, weights))
+        with keras.StatelessScope(state_mapping=mapping, initialize_variables=False):
+            return layer(x, given, cache)
+
+    inputs = _stacked_weights(decoders), stacked(caches)
+    step = run_again(step) if again else step
+    x, updated = loop(step, x, inputs, len(decoders))
+    return x, [slices(updated, index) for index in range(len(decoders))]
+
+
+def _stacked_weights(decoders):
+    """Every variable of the layers as one tensor `[layers, ...]`."""
+    rows = [decoder.variables for decoder in decoders]
+    # As they are stored: each layer casts its own.
+    as_stored = [Patch(v, "_autocast", False) for row in rows for v in row]
+    with patched(as_stored):
+        return [
+            ops.stack([ops.convert_to_tensor(variable) for variable in alike])
+            for alike in zip(*rows)
+        ]

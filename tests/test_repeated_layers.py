@@ -1,0 +1,114 @@
+"""Like decoder layers in a loop say what they say one after another."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import documents, family, flat, to_numpy, value_and_gradients
+
+import keras_ebft
+from keras_ebft.networks import family_of, repeated_layers
+
+X = documents(2, 18)
+SAMPLER = {"rollout_length": 3, "stride": 4, "context_length": 4, "num_samples": 2}
+
+
+@pytest.fixture
+def looped(monkeypatch):
+    """Every backend loops, and the list of how many layers each loop ran."""
+    counts, loop = [], repeated_layers.loop
+
+    def watched(step, carry, inputs, count):
+        counts.append(count)
+        return loop(step, carry, inputs, count)
+
+    monkeypatch.setattr(repeated_layers, "compiles_every_step", lambda: True)
+    monkeypatch.setattr(repeated_layers, "loop", watched)
+    return counts
+
+
+CASES = {
+    "Llama": {},
+    "GPT2": {},
+    "adapters": {},
+    "rematerialize": {"rematerialize": True},
+    # Rewards would amplify what half precision rounds otherwise in a loop.
+    "bfloat16": {"policy_weight": 0.0, "kl_weight": 0.0},
+}
+QUICK = ("adapters",)
+
+
+def build(case, **options):
+    name = case if case in ("Llama", "GPT2") else "Llama"
+    changes = {"dtype": "mixed_bfloat16"} if case == "bfloat16" else {}
+    causal_lm = family(name, num_layers=5, **changes)
+    if case == "adapters":
+        causal_lm.backbone.enable_lora(2)
+        random = np.random.default_rng(0)
+        for variable in causal_lm.trainable_variables:
+            variable.assign(0.1 * random.normal(size=variable.shape))
+    return keras_ebft.EBFTModel(
+        causal_lm,
+        keras_ebft.BlockSampler(**SAMPLER),
+        keras_ebft.FeatureNetwork(layers=(4,)),
+        seed=0,
+        **{"ce_weight": 0.3, "kl_weight": 0.1, **options},
+    )
+
+
+def loss_and_gradients(case):
+    model = build(case, **CASES[case])
+    rollouts = documents(16, 3, seed=2).reshape(2, 2, 4, 3)[:, :, :4]
+    rollouts = np.resize(rollouts, (2, 2, 3, 3))
+    return value_and_gradients(
+        lambda: model.loss_terms(X, rollouts)["loss"], model.trainable_variables
+    )
+
+
+@pytest.mark.parametrize(
+    "case",
+    [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES],
+)
+def test_loss_and_gradients_are_the_same(looped, monkeypatch, case):
+    value, gradients = loss_and_gradients(case)
+    # The policy's five layers, and those of the frozen network up to its tap; the one
+    # above, which the reference needs, is no loop.
+    assert set(looped) == ({5} if case == "bfloat16" else {5, 4})
+    looped.clear()
+    monkeypatch.setattr(repeated_layers, "FEWEST_LAYERS", 99)
+    expected, expected_gradients = loss_and_gradients(case)
+    assert not looped
+    tolerance = 2e-2 if case == "bfloat16" else 2e-5
+    assert float(to_numpy(value)) == pytest.approx(
+        float(to_numpy(expected)), rel=tolerance
+    )
+    found, wanted = flat(gradients), flat(expected_gradients)
+    assert np.linalg.norm(wanted) > 1e-3
+    assert np.linalg.norm(found - wanted) < tolerance * np.linalg.norm(wanted)
+
+
+def test_layers_that_differ_are_no_loop(looped):
+    model = build("Llama")
+    layer = model.causal_lm.backbone.transformer_layers[4]
+    layer._self_attention_layer._query_dense.enable_lora(2)
+    before = [to_numpy(v) for v in model.causal_lm.variables]
+    model.rollout(X, seed=0)
+    assert not looped
+    assert all(np.array_equal(a, b) for a, b in zip(before, model.causal_lm.variables))
+
+
+def test_sampling_does_not_loop(looped):
+    model = build("Llama")
+    rollouts = model.rollout(X, seed=0)
+    # Documents are read in a loop; the layers that sample token by token are not.
+    assert looped == [5]
+    assert to_numpy(rollouts["token_ids"]).shape == (2, 2, 3, 3)
+
+
+def test_where_a_loop_pays():
+    alike = keras.backend.backend() == "jax"
+    backbone = family("Llama", num_layers=4).backbone
+    layers, given = backbone.transformer_layers, [None] * 4
+    record = family_of(backbone)
+    assert repeated_layers.worth_looping(record, layers, given) is alike
+    assert not repeated_layers.worth_looping(record, layers[:3], given[:3])
+    assert not repeated_layers.worth_looping(record, layers, [None, [], [], []])
