@@ -43,6 +43,7 @@ test: setup lint $(if $(SLOW),$(VENV)/libtpu $(VENV)/triton)
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -4,6 +4,9 @@ Figures are made without `pyplot`: nothing is shown or kept open, and no display
 needed. In a notebook a figure as the last line of a cell shows itself.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 from keras_ebft.layout.geometry import BlockGeometry
@@ -17,7 +20,11 @@ LABELS = {
 }
 
 
-def training_curves(runs, metrics=("feature_matching_loss", "ce_loss"), before=None):
+def training_curves(
+    runs: Any,
+    metrics: Sequence[str] = ("feature_matching_loss", "ce_loss"),
+    before: Any = None,
+) -> Any:
     """One panel per metric, one line per run, training dashed.
 
     Args:
@@ -72,7 +79,7 @@ def training_curves(runs, metrics=("feature_matching_loss", "ce_loss"), before=N
     return figure
 
 
-def _curves(history, metric, start):
+def _curves(history: Any, metric: str, start: Any) -> Any:
     """`(epochs, values, style, suffix)` of what a history has of a metric."""
     curves = []
     if metric in history:
@@ -85,7 +92,7 @@ def _curves(history, metric, start):
         yield np.arange(first, first + len(values)), values, style, suffix
 
 
-def accuracy_plane(points, accuracy_label="accuracy"):
+def accuracy_plane(points: Any, accuracy_label: str = "accuracy") -> Any:
     """Accuracy against validation cross-entropy, the plane of the paper's Figure 1.
 
     Better is up and to the left. Several points of one method, such as its
@@ -115,7 +122,7 @@ def accuracy_plane(points, accuracy_label="accuracy"):
     return figure
 
 
-def rollout_length_curves(losses, label="feature-matching loss"):
+def rollout_length_curves(losses: Any, label: str = "feature-matching loss") -> Any:
     """Feature-matching loss against rollout length, one line per model.
 
     Args:
@@ -138,7 +145,7 @@ def rollout_length_curves(losses, label="feature-matching loss"):
     return figure
 
 
-def geometry(block_geometry):
+def geometry(block_geometry: BlockGeometry) -> Any:
     """Document, anchors and rollouts, and who attends to whom.
 
     Args:
@@ -170,7 +177,7 @@ def geometry(block_geometry):
     return figure
 
 
-def _draw_layout(axis, block_geometry):
+def _draw_layout(axis: Any, block_geometry: BlockGeometry) -> None:
     length, steps = block_geometry.length, block_geometry.rollout_length
     axis.broken_barh([(0, length)], (-0.4, 0.8), color="0.8", label="document")
     for block, anchor in enumerate(block_geometry.anchors):
@@ -188,20 +195,20 @@ def _draw_layout(axis, block_geometry):
     axis.figure.legend(loc="outside lower left", ncols=4)
 
 
-def _figure(panels):
+def _figure(panels: int) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.6 * panels, 3.6), layout="constrained")
     return figure, np.ravel(figure.subplots(1, panels))
 
 
-def _finish(axis, x_label, y_label):
+def _finish(axis: Any, x_label: str, y_label: str) -> None:
     axis.set(xlabel=x_label, ylabel=y_label)
     axis.grid(alpha=0.3)
     axis.legend()
 
 
-def _not_empty(name, values):
+def _not_empty(name: str, values: Any) -> Any:
     if not isinstance(values, dict) or not values:
         raise ValueError(
             f"Expected `{name}` to be a dict with at least one entry. Received: "

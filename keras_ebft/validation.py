@@ -4,12 +4,14 @@ Every helper takes the argument's name first, so that the error names it.
 """
 
 import numbers
+from collections.abc import Iterable
+from typing import Any
 
 import keras
 import numpy as np
 
 
-def check_int(name, value, minimum):
+def check_int(name: str, value: Any, minimum: int) -> int:
     """Returns `value` as an `int` of at least `minimum`.
 
     Raises:
@@ -30,7 +32,7 @@ def check_int(name, value, minimum):
     return int(value)
 
 
-def check_bool(name, value):
+def check_bool(name: str, value: Any) -> bool:
     """Returns `value` if it is a boolean.
 
     Raises:
@@ -44,7 +46,7 @@ def check_bool(name, value):
     return bool(value)
 
 
-def check_micro_batches(value, num_samples):
+def check_micro_batches(value: Any, num_samples: int) -> int:
     """Returns `value` if so many groups of equal size can be made of the samples.
 
     Raises:
@@ -62,7 +64,13 @@ def check_micro_batches(value, num_samples):
     return value
 
 
-def check_number(name, value, minimum, maximum=np.inf, exclusive=False):
+def check_number(
+    name: str,
+    value: Any,
+    minimum: float,
+    maximum: float = np.inf,
+    exclusive: bool = False,
+) -> float:
     """Returns `value` as a finite `float` in a range.
 
     Args:
@@ -81,8 +89,9 @@ def check_number(name, value, minimum, maximum=np.inf, exclusive=False):
             f"Expected `{name}` to be a number. Received: {name}={value!r} "
             f"(of type {type(value).__name__}). Pass a float."
         )
-    too_small = value <= minimum if exclusive else value < minimum
-    if not np.isfinite(value) or too_small or value > maximum:
+    number = float(value)
+    too_small = number <= minimum if exclusive else number < minimum
+    if not np.isfinite(number) or too_small or number > maximum:
         bound = f"greater than {minimum}" if exclusive else f"at least {minimum}"
         if np.isfinite(maximum):
             bound += f" and at most {maximum}"
@@ -90,10 +99,10 @@ def check_number(name, value, minimum, maximum=np.inf, exclusive=False):
             f"Expected `{name}` to be finite and {bound}. "
             f"Received: {name}={value}. Pass a value in that range."
         )
-    return float(value)
+    return number
 
 
-def check_stop_token_ids(value):
+def check_stop_token_ids(value: Any) -> tuple[int, ...] | str | None:
     """Returns stop tokens as a tuple of ints; `"auto"` and `None` pass through.
 
     Raises:
@@ -110,7 +119,7 @@ def check_stop_token_ids(value):
     return tuple(check_int("stop_token_ids", token, 0) for token in value)
 
 
-def check_choice(name, value, choices):
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
     """Returns `value` if it is one of `choices`.
 
     Raises:
@@ -124,7 +133,7 @@ def check_choice(name, value, choices):
     return value
 
 
-def check_weight(name, value):
+def check_weight(name: str, value: Any) -> Any:
     """Returns a weight of the loss: a float that is not negative, or a schedule.
 
     Raises:
@@ -137,7 +146,7 @@ def check_weight(name, value):
     return check_number(name, value, 0.0)
 
 
-def check_clip_range(value):
+def check_clip_range(value: Any) -> tuple[float, float] | None:
     """Returns a clip range as `(low, high)`, or `None`.
 
     Raises:
@@ -156,7 +165,7 @@ def check_clip_range(value):
     return low, check_number("clip_range", pair[1], 0.0)
 
 
-def check_some_weight(**weights):
+def check_some_weight(**weights: Any) -> None:
     """Checks that at least one of the named weights is not zero.
 
     Raises:
@@ -170,12 +179,12 @@ def check_some_weight(**weights):
         )
 
 
-def is_zero(weight):
+def is_zero(weight: Any) -> bool:
     """Whether a weight is the number 0; a schedule is not."""
     return isinstance(weight, float) and weight == 0.0
 
 
-def check_instance(name, value, expected, remedy):
+def check_instance(name: str, value: Any, expected: type, remedy: str) -> Any:
     """Returns `value` if it is an instance of `expected`.
 
     Raises:

@@ -104,7 +104,6 @@ def test_log_probabilities(pipeline):
         )
 
 
-@pytest.mark.numbers
 def test_losses(pipeline):
     model = pipeline.default_model
     losses = {

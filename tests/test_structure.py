@@ -14,7 +14,7 @@ PACKAGE = Path(keras_ebft.__file__).parent
 # From the ground upwards. What stands on one line stands side by side: none of it
 # imports another.
 LAYERS = (
-    ("version", "validation", "configurable"),
+    ("version", "typing", "validation", "configurable"),
     ("backend", "data"),
     ("layout", "models"),
     ("records",),

@@ -1,5 +1,8 @@
 """A callback that measures the model while it trains."""
 
+from collections.abc import Callable
+from typing import Any
+
 import keras
 
 from keras_ebft.validation import check_int
@@ -30,7 +33,12 @@ class Measure(keras.callbacks.Callback):
     ```
     """
 
-    def __init__(self, function, every=1, prefix="val_"):
+    def __init__(
+        self,
+        function: Callable[[keras.Model], dict[str, Any]],
+        every: int = 1,
+        prefix: str = "val_",
+    ) -> None:
         super().__init__()
         if not callable(function):
             raise TypeError(
@@ -41,7 +49,7 @@ class Measure(keras.callbacks.Callback):
         self.every = check_int("every", every, 1)
         self.prefix = prefix
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Measures, every so often."""
         if (epoch + 1) % self.every:
             return

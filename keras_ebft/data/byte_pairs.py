@@ -1,6 +1,8 @@
 """A small tokenizer trained on one's own texts, for models made from scratch."""
 
 import json
+from collections.abc import Iterable
+from typing import Any
 
 import keras_hub
 
@@ -15,7 +17,7 @@ SPECIAL_TOKENS = (
 )
 
 
-def train_byte_pair_tokenizer(texts, vocabulary_size):
+def train_byte_pair_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Any:
     """Trains a byte-level byte-pair encoding.
 
     Args:

@@ -3,10 +3,13 @@
 import json
 from datetime import datetime
 from pathlib import Path
+from typing import Any, TypeAlias
 
 TEMPLATE_FILE = "chat_template.jinja"
 SETTINGS_FILE = "tokenizer_config.json"
 TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+Messages: TypeAlias = list[dict[str, Any]]
 
 
 class ChatTemplate:
@@ -36,12 +39,12 @@ class ChatTemplate:
     ('[user] 1 + 1? [assistant] ', '2 ')
     """
 
-    def __init__(self, template, **tokens):
+    def __init__(self, template: str, **tokens: Any) -> None:
         self.tokens = {name: token for name, token in tokens.items() if token}
         self._template = _compile(template)
 
     @classmethod
-    def from_preset(cls, folder):
+    def from_preset(cls, folder: str | Path) -> "ChatTemplate":
         """The template of a model in the Hugging Face layout.
 
         Args:
@@ -70,7 +73,7 @@ class ChatTemplate:
             )
         return cls(template, **tokens)
 
-    def __call__(self, messages):
+    def __call__(self, messages: Messages) -> str:
         """A whole conversation as text.
 
         Args:
@@ -84,11 +87,11 @@ class ChatTemplate:
         """
         return self._without_end(self._render(messages))
 
-    def prompt(self, messages):
+    def prompt(self, messages: Messages) -> str:
         """Messages as text that an answer can follow, for `generate`."""
         return self._render(messages, add_generation_prompt=True)
 
-    def pair(self, messages):
+    def pair(self, messages: Messages) -> tuple[str, str]:
         """`(prompt, answer)`: the last message, of the assistant, is the answer.
 
         A tuple of strings, which `keras_ebft.data.pack` makes rows with an
@@ -113,7 +116,7 @@ class ChatTemplate:
             )
         return prompt, whole[len(prompt) :]
 
-    def _render(self, messages, add_generation_prompt=False):
+    def _render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
         _check_messages(messages)
         import jinja2
 
@@ -131,11 +134,11 @@ class ChatTemplate:
             ) from error
         return text.removeprefix(tokens["bos_token"])
 
-    def _without_end(self, text):
+    def _without_end(self, text: str) -> str:
         return text.removesuffix(self.tokens.get("eos_token", ""))
 
 
-def _compile(template):
+def _compile(template: str) -> Any:
     try:
         import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -158,22 +161,22 @@ def _compile(template):
         ) from error
 
 
-def _to_json(value, indent=None):
+def _to_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
-def _raise(message):
+def _raise(message: str) -> Any:
     import jinja2
 
     raise jinja2.TemplateError(message)
 
 
-def _content(token):
+def _content(token: Any) -> Any:
     # Written as a string or with its settings.
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _check_messages(messages):
+def _check_messages(messages: Any) -> None:
     valid = isinstance(messages, (list, tuple)) and len(messages) > 0
     if not valid or not all(
         isinstance(message, dict) and {"role", "content"} <= set(message)
@@ -185,6 +188,6 @@ def _check_messages(messages):
         )
 
 
-def _shorten(value):
+def _shorten(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."

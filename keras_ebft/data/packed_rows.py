@@ -1,6 +1,8 @@
 """Packed rows in memory, as every framework likes to read them."""
 
-from keras_ebft.data.row_batches import RowBatches
+from typing import Any
+
+from keras_ebft.data.row_batches import RowBatches, Rows
 from keras_ebft.validation import check_int
 
 
@@ -25,20 +27,22 @@ class PackedRows:
     ```
     """
 
-    def __init__(self, arrays, report):
+    def __init__(self, arrays: Rows, report: Any) -> None:
         self.arrays = arrays
         self.report = report
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.arrays["token_ids"])
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Rows:
         """One row: a dict of arrays `[length]`."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"Row {index} of {len(self)}.")
         return {name: values[index] for name, values in self.arrays.items()}
 
-    def py_dataset(self, batch_size, shuffle=True, seed=0):
+    def py_dataset(
+        self, batch_size: int, shuffle: bool = True, seed: int = 0
+    ) -> RowBatches:
         """Batches as a Keras `PyDataset`.
 
         Args:
@@ -48,7 +52,7 @@ class PackedRows:
         """
         return RowBatches(self.arrays, batch_size, shuffle, seed)
 
-    def tf_dataset(self, batch_size):
+    def tf_dataset(self, batch_size: int) -> Any:
         """Batches, in order, as a `tf.data.Dataset`. Needs TensorFlow."""
         import tensorflow as tf
 

@@ -1,13 +1,15 @@
 """`pack`: a stream of documents as a stream of full rows, in constant memory."""
 
 import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
 from keras_ebft.data.bin_packing import STRATEGIES
 from keras_ebft.data.documents import DocumentTokenizer, every_nth
 from keras_ebft.data.packed_rows import PackedRows
-from keras_ebft.data.row_batches import StreamBatches
+from keras_ebft.data.row_batches import Rows, StreamBatches
 from keras_ebft.data.token_window import TokenWindow
 from keras_ebft.validation import check_choice, check_int
 
@@ -41,11 +43,11 @@ class PackingReport:
     rows: int = 0
 
     @property
-    def fill_rate(self):
+    def fill_rate(self) -> float:
         """Share of the rows' places that hold a token, 0 without rows."""
         return self.tokens / (self.rows * self.length) if self.rows else 0.0
 
-    def __str__(self):
+    def __str__(self) -> str:
         return (
             f"{self.documents} documents in {self.rows} rows of {self.length}: "
             f"{self.tokens} tokens, fill rate {self.fill_rate:.1%}; "
@@ -55,16 +57,16 @@ class PackingReport:
 
 
 def pack(
-    documents,
-    tokenizer,
-    length,
+    documents: Any,
+    tokenizer: Any,
+    length: int,
     *,
-    strategy="best_fit",
-    long_documents="split",
-    special_tokens=True,
-    shard=(0, 1),
-    window_rows=1024,
-):
+    strategy: str = "best_fit",
+    long_documents: str = "split",
+    special_tokens: bool = True,
+    shard: tuple[int, int] = (0, 1),
+    window_rows: int = 1024,
+) -> "PackedStream":
     """Packs documents of any length into rows of one length.
 
     Several documents share a row; `segment_ids` tells them apart, and `fit` keeps
@@ -138,15 +140,15 @@ class PackedStream:
 
     def __init__(
         self,
-        documents,
-        tokenize,
-        length,
+        documents: Any,
+        tokenize: DocumentTokenizer,
+        length: int,
         *,
-        assign_rows,
-        split_long,
-        shard,
-        window_rows,
-    ):
+        assign_rows: Callable[..., Any],
+        split_long: bool,
+        shard: tuple[int, int],
+        window_rows: int,
+    ) -> None:
         self.length = length
         self.report = PackingReport(length)
         self._documents = documents
@@ -157,7 +159,7 @@ class PackedStream:
         self._window_rows = window_rows
         self._start = self._position = _position(0, 0)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Rows]:
         for block in self.blocks():
             for row in range(len(block["token_ids"])):
                 self._position = {
@@ -166,7 +168,7 @@ class PackedStream:
                 }
                 yield {name: values[row] for name, values in block.items()}
 
-    def blocks(self):
+    def blocks(self) -> Iterator[Rows]:
         """Yields many rows at a time: dicts of arrays `[R, length]`, R varying."""
         self.report = report = PackingReport(self.length)
         start = self._start
@@ -190,7 +192,7 @@ class PackedStream:
                 "and its split."
             )
 
-    def batches(self, batch_size):
+    def batches(self, batch_size: int) -> StreamBatches:
         """Batches of rows that `fit` takes, read anew every epoch.
 
         Args:
@@ -201,11 +203,11 @@ class PackedStream:
         """
         return StreamBatches(self, batch_size)
 
-    def tf_dataset(self, batch_size):
+    def tf_dataset(self, batch_size: int) -> Any:
         """The same batches as a `tf.data.Dataset`. Needs TensorFlow."""
         return self.batches(batch_size).tf_dataset()
 
-    def load(self):
+    def load(self) -> PackedRows:
         """Reads everything into memory.
 
         Returns:
@@ -218,7 +220,7 @@ class PackedStream:
         }
         return PackedRows(rows, self.report)
 
-    def get_state(self):
+    def get_state(self) -> dict[str, int]:
         """Position after the last row that was handed out, as a dict of ints.
 
         A batch counts as handed out when it is made: what a prefetching consumer
@@ -226,7 +228,7 @@ class PackedStream:
         """
         return dict(self._position)
 
-    def set_state(self, state):
+    def set_state(self, state: dict[str, int]) -> None:
         """Makes the next pass begin where `get_state` was called.
 
         The pass after it begins with the first document again. The documents and
@@ -248,7 +250,9 @@ class PackedStream:
             check_int("rows", state["rows"], 0),
         )
 
-    def _windows(self, done, report):
+    def _windows(
+        self, done: int, report: PackingReport
+    ) -> Iterator[tuple[int, TokenWindow]]:
         """Yields `(documents read before the window, TokenWindow)`."""
         documents = every_nth(self._documents, *self._shard, done)
         enough = self._window_rows * self.length
@@ -264,12 +268,12 @@ class PackedStream:
         if held:
             yield before, self._window(held, report)
 
-    def _window(self, documents, report):
+    def _window(self, documents: list[Any], report: PackingReport) -> TokenWindow:
         window = TokenWindow(documents, self.length, self._assign_rows)
         report.split_documents += window.num_split
         return window
 
-    def _keep(self, document, report):
+    def _keep(self, document: Any, report: PackingReport) -> bool:
         if document is None:
             report.empty_documents += 1
             return False
@@ -280,11 +284,11 @@ class PackedStream:
         return True
 
 
-def _position(documents, rows):
+def _position(documents: int, rows: int) -> dict[str, int]:
     return {"documents": documents, "rows": rows}
 
 
-def _check_documents(documents):
+def _check_documents(documents: Any) -> Any:
     if isinstance(documents, (str, bytes, dict)):
         raise TypeError(
             "Expected several documents. Received: one "
@@ -306,7 +310,7 @@ def _check_documents(documents):
     return documents
 
 
-def _check_shard(shard):
+def _check_shard(shard: Any) -> tuple[int, int]:
     if not isinstance(shard, (tuple, list)) or len(shard) != 2:
         raise ValueError(
             f"Expected `shard` to be (index, count). Received: shard={shard!r}. "

@@ -1,9 +1,16 @@
 """Records with named columns as documents."""
 
 import string
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 
-def from_records(records, text=None, prompt=None, answer=None):
+def from_records(
+    records: Iterable[Any],
+    text: str | None = None,
+    prompt: str | None = None,
+    answer: str | None = None,
+) -> "RecordDocuments":
     """Texts or pairs made from the columns of records.
 
     Args:
@@ -48,27 +55,27 @@ class RecordDocuments:
         records: the records.
     """
 
-    def __init__(self, records, templates):
+    def __init__(self, records: Any, templates: Sequence[Any]) -> None:
         self.records = records
         self._templates = templates
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str | tuple[str, ...]]:
         return (self._document(record) for record in self.records)
 
-    def _document(self, record):
-        parts = tuple(_fill(template, record) for template in self._templates)
-        if None in parts:
-            parts = ("",) * len(parts)
+    def _document(self, record: Any) -> str | tuple[str, ...]:
+        filled = [_fill(template, record) for template in self._templates]
+        nothing = None in filled
+        parts = tuple("" if nothing else str(part) for part in filled)
         return parts if len(parts) > 1 else parts[0]
 
 
 class RecordSequence(RecordDocuments):
     """Documents made from records that can be indexed. Made by `from_records`."""
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> str | tuple[str, ...]:
         """Document `index`."""
         return self._document(self.records[index])
 
@@ -80,14 +87,14 @@ class _NothingThereError(Exception):
 class _Template(string.Formatter):
     """Templates as for `str.format`, without writing "None" into a document."""
 
-    def format_field(self, value, format_spec):
+    def format_field(self, value: Any, format_spec: str) -> Any:
         """The text of one column."""
         if value is None:
             raise _NothingThereError
         return super().format_field(value, format_spec)
 
 
-def _fill(template, record):
+def _fill(template: str, record: Any) -> str | None:
     """The filled template, `None` if a column it names holds `None`."""
     record = _decoded(record)
     try:
@@ -103,7 +110,7 @@ def _fill(template, record):
         ) from error
 
 
-def _decoded(value):
+def _decoded(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _decoded(part) for name, part in value.items()}
     if not isinstance(value, bytes):

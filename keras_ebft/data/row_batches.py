@@ -1,11 +1,16 @@
 """Rows in batches: from memory in any order, or as a stream brings them."""
 
 import math
+from collections.abc import Iterator
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
 
 from keras_ebft.validation import check_int
+
+# Arrays by name, all of one length.
+Rows: TypeAlias = dict[str, np.ndarray]
 
 
 class RowBatches(keras.utils.PyDataset):
@@ -27,7 +32,7 @@ class RowBatches(keras.utils.PyDataset):
         ValueError: if `batch_size` is below 1.
     """
 
-    def __init__(self, arrays, batch_size, shuffle, seed):
+    def __init__(self, arrays: Rows, batch_size: int, shuffle: bool, seed: int) -> None:
         super().__init__()
         self.arrays = arrays
         self.rows_per_batch = check_int("batch_size", batch_size, 1)
@@ -36,16 +41,16 @@ class RowBatches(keras.utils.PyDataset):
         self.order = np.arange(len(arrays["token_ids"]))
         self.begin_epoch(0)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return math.ceil(len(self.order) / self.rows_per_batch)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Rows:
         """Batch `index`: a dict of arrays `[batch_size, ...]`."""
         start = index * self.rows_per_batch
         chosen = self.order[start : start + self.rows_per_batch]
         return {name: values[chosen] for name, values in self.arrays.items()}
 
-    def begin_epoch(self, epoch):
+    def begin_epoch(self, epoch: int) -> None:
         """Draws the order of an epoch, the same whenever training comes to it."""
         self.epoch = epoch
         if self.shuffle:
@@ -53,7 +58,7 @@ class RowBatches(keras.utils.PyDataset):
             for _ in range(epoch + 1):
                 self.order = random.permutation(len(self.order))
 
-    def on_epoch_end(self):
+    def on_epoch_end(self) -> None:
         """Goes on to the next epoch, for trainers that say no number."""
         self.begin_epoch(self.epoch + 1)
 
@@ -66,11 +71,11 @@ class StreamBatches:
         batch_size: int, rows per batch; the last may be smaller.
     """
 
-    def __init__(self, rows, batch_size):
+    def __init__(self, rows: Any, batch_size: int) -> None:
         self.rows = rows
         self.batch_size = check_int("batch_size", batch_size, 1)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Rows]:
         held = []
         for row in self.rows:
             held.append(row)
@@ -80,7 +85,7 @@ class StreamBatches:
         if held:
             yield _stack(held)
 
-    def tf_dataset(self):
+    def tf_dataset(self) -> Any:
         """The batches as a `tf.data.Dataset`."""
         import tensorflow as tf
 
@@ -100,5 +105,5 @@ class StreamBatches:
         )
 
 
-def _stack(rows):
+def _stack(rows: list[Rows]) -> Rows:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

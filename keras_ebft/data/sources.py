@@ -1,8 +1,9 @@
 """Data sets by name: this library's own, the paper's, any of tfds or Hugging Face."""
 
 import dataclasses
+from typing import Any
 
-from keras_ebft.data.records import from_records
+from keras_ebft.data.records import RecordDocuments, from_records
 from keras_ebft.validation import check_choice
 
 LIBRARIES = ("tfds", "huggingface")
@@ -71,16 +72,16 @@ PRESETS = {
 
 
 def load(
-    name,
-    split,
+    name: str,
+    split: str,
     *,
-    config=None,
-    text=None,
-    prompt=None,
-    answer=None,
-    data_dir=None,
-    streaming=False,
-):
+    config: str | None = None,
+    text: str | None = None,
+    prompt: str | None = None,
+    answer: str | None = None,
+    data_dir: str | None = None,
+    streaming: bool = False,
+) -> RecordDocuments:
     """Loads the documents of a data set.
 
     Args:
@@ -135,12 +136,12 @@ def load(
     return documents
 
 
-def _languages(template, config):
+def _languages(template: str | None, config: str | None) -> str | None:
     if template is None or "<" not in template:
         return template
-    source, _, target = config.partition("-")
+    source, _, target = (config or "").partition("-")
     for placeholder, value in (
-        ("<config>", config),
+        ("<config>", config or ""),
         ("<source>", source),
         ("<target>", target),
     ):
@@ -148,7 +149,7 @@ def _languages(template, config):
     return template
 
 
-def _load_tfds(path, config, split, data_dir):
+def _load_tfds(path: str, config: str | None, split: str, data_dir: str | None) -> Any:
     tfds = _import("tensorflow_datasets", "tensorflow-datasets")
     from keras_ebft.data import builders
 
@@ -168,14 +169,16 @@ def _load_tfds(path, config, split, data_dir):
     return builder.as_data_source(split)
 
 
-def _load_huggingface(path, config, split, data_dir, streaming):
+def _load_huggingface(
+    path: str, config: str | None, split: str, data_dir: str | None, streaming: bool
+) -> Any:
     datasets = _import("datasets", "datasets")
     return datasets.load_dataset(
         path, config, split=split, cache_dir=data_dir, streaming=streaming
     )
 
 
-def _import(module, package):
+def _import(module: str, package: str) -> Any:
     import importlib
 
     try:
@@ -187,13 +190,13 @@ def _import(module, package):
         ) from error
 
 
-def _check_first(documents, name, split):
+def _check_first(documents: RecordDocuments, name: str, split: str) -> None:
     for _ in documents:
         return
     raise _empty(name, split)
 
 
-def _empty(name, split):
+def _empty(name: str, split: str) -> ValueError:
     return ValueError(
         f"Expected records in split {split!r} of {name!r}. Received: none. Check the "
         "split's name and slice."

@@ -1,5 +1,6 @@
 """The text files of a folder as documents."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from keras_ebft.validation import check_choice
@@ -31,7 +32,9 @@ class TextFiles:
     ```
     """
 
-    def __init__(self, folder, pattern="*.txt", not_utf8="skip"):
+    def __init__(
+        self, folder: str | Path, pattern: str = "*.txt", not_utf8: str = "skip"
+    ) -> None:
         folder = Path(folder)
         self.not_utf8 = check_choice("not_utf8", not_utf8, NOT_UTF8)
         if not folder.is_dir():
@@ -40,14 +43,14 @@ class TextFiles:
                 "path."
             )
         self.paths = sorted(path for path in folder.rglob(pattern) if path.is_file())
-        self.skipped = []
+        self.skipped: list[Path] = []
         if not self.paths:
             raise ValueError(
                 f"Expected files matching {pattern!r} in {str(folder)!r}. Received: "
                 "none. Check the folder and the pattern."
             )
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         self.skipped = []
         for path in self.paths:
             try:

@@ -9,7 +9,12 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_ebft.functional.inner_products import feature_inner_products, whiten
+from keras_ebft.functional.inner_products import (
+    InnerProducts,
+    feature_inner_products,
+    whiten,
+)
+from keras_ebft.typing import Tensor
 from keras_ebft.validation import check_choice
 
 ESTIMATORS = ("rloo", "group_norm", "reinforce")
@@ -28,13 +33,13 @@ class FeatureMatchingRewards(NamedTuple):
 
 
 def feature_matching_rewards(
-    generated,
-    target,
+    generated: Tensor,
+    target: Tensor,
     *,
-    whitening="rollout",
-    alignment_weight=1.0,
-    diversity_weight=1.0,
-):
+    whitening: str | None = "rollout",
+    alignment_weight: float = 1.0,
+    diversity_weight: float = 1.0,
+) -> FeatureMatchingRewards:
     """Rewards a rollout for nearness to the true feature, and for being unlike
     its siblings.
 
@@ -73,7 +78,9 @@ def feature_matching_rewards(
     return rewards_from_inner_products(products, alignment_weight, diversity_weight)
 
 
-def rewards_from_inner_products(products, alignment_weight, diversity_weight):
+def rewards_from_inner_products(
+    products: InnerProducts, alignment_weight: float, diversity_weight: float
+) -> FeatureMatchingRewards:
     """`feature_matching_rewards` once the (whitened) inner products are known.
 
     Args:
@@ -98,7 +105,7 @@ def rewards_from_inner_products(products, alignment_weight, diversity_weight):
     return FeatureMatchingRewards(alignment, diversity, reward)
 
 
-def feature_matching_loss(products):
+def feature_matching_loss(products: InnerProducts) -> Tensor:
     """Squared distance between the mean rollout feature and the true one.
 
         | mean_j phi_j - phi_* |^2
@@ -118,7 +125,7 @@ def feature_matching_loss(products):
     return ops.mean(total, axis=(-2, -1))
 
 
-def unbiased_feature_matching_loss(products):
+def unbiased_feature_matching_loss(products: InnerProducts) -> Tensor:
     """Estimate of `|E[phi] - phi_*|^2` whose mean does not depend on n.
 
         mean_{i != j} phi_i . phi_j - 2 mean_j phi_j . phi_* + |phi_*|^2
@@ -152,13 +159,13 @@ def unbiased_feature_matching_loss(products):
 
 
 def advantages(
-    alignment,
-    diversity,
+    alignment: Tensor,
+    diversity: Tensor,
     *,
-    alignment_weight=1.0,
-    diversity_weight=1.0,
-    estimator="rloo",
-):
+    alignment_weight: float = 1.0,
+    diversity_weight: float = 1.0,
+    estimator: str = "rloo",
+) -> Tensor:
     """Reward minus a baseline, over the n rollouts of each block.
 
     - `"rloo"`: leave-one-out. The baseline of rollout j uses only what does not
@@ -204,7 +211,7 @@ def advantages(
     )
 
 
-def _leave_one_out_baseline(alignment, diversity):
+def _leave_one_out_baseline(alignment: Tensor, diversity: Tensor) -> Tensor:
     samples = alignment.shape[1]
     if samples == 1:
         return ops.zeros_like(alignment)
@@ -218,7 +225,7 @@ def _leave_one_out_baseline(alignment, diversity):
     return baseline - (total - 2.0 * diversity) / (samples - 2)
 
 
-def _group_normalised(reward):
+def _group_normalised(reward: Tensor) -> Tensor:
     samples = reward.shape[1]
     centred = reward - ops.mean(reward, axis=1, keepdims=True)
     variance = ops.sum(ops.square(centred), axis=1, keepdims=True)
@@ -226,5 +233,5 @@ def _group_normalised(reward):
     return centred / (deviation + GROUP_NORM_EPSILON)
 
 
-def _diagonal(matrices):
+def _diagonal(matrices: Tensor) -> Tensor:
     return ops.diagonal(matrices, axis1=-2, axis2=-1)

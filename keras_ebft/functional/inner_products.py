@@ -4,10 +4,12 @@ The feature width D appears here once, in three matrix products; whitening,
 rewards and losses afterwards work on n x n matrices per block.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from keras import ops
 
+from keras_ebft.typing import Tensor
 from keras_ebft.validation import check_choice
 
 WHITENINGS = ("rollout", "feature", None)
@@ -35,7 +37,7 @@ class InnerProducts(NamedTuple):
     target_gram: Any
 
 
-def feature_inner_products(generated, target):
+def feature_inner_products(generated: Tensor, target: Tensor) -> InnerProducts:
     """Inner products of every block, one set per feature.
 
     Args:
@@ -63,7 +65,7 @@ def feature_inner_products(generated, target):
     )
 
 
-def whiten(products, whitening):
+def whiten(products: InnerProducts, whitening: str | None) -> InnerProducts:
     """Whitens each block and feature, then sums over features.
 
     With `M = X X^T`, `g = X phi_*`, `q = |phi_*|^2`:
@@ -97,7 +99,7 @@ def whiten(products, whitening):
     return InnerProducts(*(ops.sum(matrix, axis=2) for matrix in products))
 
 
-def _whiten_rollouts(products):
+def _whiten_rollouts(products: InnerProducts) -> InnerProducts:
     power = _spectral_powers(products.gram)
     root = power(-0.5)
     row_sum = ops.sum(root, axis=-1, keepdims=True)
@@ -109,7 +111,7 @@ def _whiten_rollouts(products):
     )
 
 
-def _whiten_features(products):
+def _whiten_features(products: InnerProducts) -> InnerProducts:
     samples = products.gram.shape[-1]
     power = _spectral_powers(products.gram)
     coefficients = ops.matmul(power(-1.0), products.cross)
@@ -121,7 +123,7 @@ def _whiten_features(products):
     )
 
 
-def _spectral_powers(matrix):
+def _spectral_powers(matrix: Tensor) -> Callable[[float], Tensor]:
     """Function from an exponent to that power of a symmetric matrix.
 
     Powers act on the numerical range and are 0 outside it: exponent -1 gives the
@@ -132,7 +134,7 @@ def _spectral_powers(matrix):
     kept = values > EIGENVALUE_CUTOFF * ops.maximum(largest, 0.0)
     safe = ops.where(kept, values, ops.ones_like(values))
 
-    def power(exponent):
+    def power(exponent: float) -> Tensor:
         powers = ops.where(kept, ops.power(safe, exponent), ops.zeros_like(values))
         scaled = vectors * powers[..., None, :]
         return ops.matmul(scaled, ops.swapaxes(vectors, -1, -2))
@@ -140,7 +142,7 @@ def _spectral_powers(matrix):
     return power
 
 
-def check_feature_shapes(generated, target):
+def check_feature_shapes(generated: Sequence[int], target: Sequence[int]) -> None:
     """Raises a `ValueError` unless two shapes are those of features of blocks.
 
     Args:

@@ -8,6 +8,7 @@ arXiv:2603.12248, except where another is named.
 from keras import ops
 
 from keras_ebft.functional.masking import masked_mean, weighted_sum
+from keras_ebft.typing import Tensor
 from keras_ebft.validation import check_choice
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -15,7 +16,7 @@ POLICY_LOSSES = ("token", "sequence")
 KL_BOUND = 10.0
 
 
-def token_weights(token_mask, starts=None):
+def token_weights(token_mask: Tensor, starts: Tensor | None = None) -> Tensor:
     """What each generated token contributes to a mean over rollout sequences.
 
     A sequence is one sample of one document: the counted tokens of its blocks.
@@ -48,7 +49,12 @@ def token_weights(token_mask, starts=None):
     return token_mask / of_sequence[..., None] / ops.maximum(sequences, 1.0)
 
 
-def probability_ratio(log_prob, old_log_prob, token_mask, kind="token"):
+def probability_ratio(
+    log_prob: Tensor,
+    old_log_prob: Tensor | None,
+    token_mask: Tensor,
+    kind: str = "token",
+) -> Tensor:
     """How much likelier the policy makes its rollouts than when it sampled them.
 
     - `"token"`: `exp(logp - logp_old)` of each token;
@@ -78,7 +84,12 @@ def probability_ratio(log_prob, old_log_prob, token_mask, kind="token"):
     return ops.exp(difference)
 
 
-def policy_loss(ratio, advantage, weights, clip_range=None):
+def policy_loss(
+    ratio: Tensor,
+    advantage: Tensor,
+    weights: Tensor,
+    clip_range: tuple[float, float] | None = None,
+) -> Tensor:
     """Policy-gradient loss.
 
         - sum_t weight_t * ratio_t * A_t
@@ -107,7 +118,9 @@ def policy_loss(ratio, advantage, weights, clip_range=None):
     return -weighted_sum(gain, weights)
 
 
-def kl_estimate(log_prob, ref_log_prob, estimator="k2"):
+def kl_estimate(
+    log_prob: Tensor, ref_log_prob: Tensor, estimator: str = "k2"
+) -> Tensor:
     """Estimates of KL(policy || reference) from samples of the policy.
 
     With `d = log_prob - ref_log_prob`:

@@ -2,8 +2,12 @@
 
 from keras import ops
 
+from keras_ebft.typing import Tensor
 
-def masked_mean(values, mask, axis=None):
+
+def masked_mean(
+    values: Tensor, mask: Tensor, axis: int | tuple[int, ...] | None = None
+) -> Tensor:
     """Mean of `values` where `mask` is 1; 0 where nothing is counted.
 
     Masked values are replaced before the sum, so that a NaN or infinity under
@@ -24,7 +28,7 @@ def masked_mean(values, mask, axis=None):
     return ops.sum(kept, axis=axis) / ops.maximum(count, 1.0)
 
 
-def weighted_sum(values, weights):
+def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
     """Sum of `weights * values`; what has no weight is not even looked at.
 
     Args:

@@ -2,10 +2,12 @@
 
 from keras import ops
 
+from keras_ebft.typing import Tensor
+
 POOLINGS = ("last_token", "mean", "concat", "token")
 
 
-def pool(tokens, counted, exists, pooling):
+def pool(tokens: Tensor, counted: Tensor, exists: Tensor, pooling: str) -> Tensor:
     """Pools over the tokens of each block.
 
     - `"last_token"`: the last token that counts.
@@ -37,7 +39,7 @@ def pool(tokens, counted, exists, pooling):
     return ops.reshape(tokens, (*lead, features, steps * width))
 
 
-def _last(tokens, counted):
+def _last(tokens: Tensor, counted: Tensor) -> Tensor:
     step = ops.arange(1, counted.shape[-1] + 1, dtype="int32")
     last = ops.max(ops.where(counted, step, 0), axis=-1)
     # One token of each block is kept, all others become zero.

@@ -46,7 +46,13 @@ class BlockGeometry:
     array([10, 11, 12, 13], dtype=int32)
     """
 
-    def __init__(self, length, context_length=8, rollout_length=8, stride=8):
+    def __init__(
+        self,
+        length: int,
+        context_length: int = 8,
+        rollout_length: int = 8,
+        stride: int = 8,
+    ) -> None:
         self.length = check_int("length", length, 1)
         self.context_length = check_int("context_length", context_length, 1)
         self.rollout_length = check_int("rollout_length", rollout_length, 1)
@@ -66,7 +72,7 @@ class BlockGeometry:
         steps = np.arange(self.rollout_length, dtype="int32")
         self.positions = self.anchors[:, None] + steps[None, :]
 
-    def attention_mask(self):
+    def attention_mask(self) -> np.ndarray:
         """Who may attend to whom, document and all blocks of one sample.
 
         Returns:
@@ -86,7 +92,7 @@ class BlockGeometry:
         mask[length:, length:] = same_block & (step[None, :] <= step[:, None])
         return mask
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (
             f"BlockGeometry(length={self.length}, "
             f"context_length={self.context_length}, "

@@ -2,13 +2,21 @@
 
 from keras_ebft.kernels import dispatch
 from keras_ebft.kernels.causal_attention.implementations import IMPLEMENTATIONS
+from keras_ebft.typing import Tensor
 
 dispatch.register("causal_attention", IMPLEMENTATIONS)
 
 
 def causal_attention(
-    query, key, value, *, scale, starts=None, sliding_window=None, soft_cap=None
-):
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    starts: Tensor | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+) -> Tensor:
     """Causal attention that stays within each document of a row.
 
     Token i sees tokens `starts[i] ... i`.

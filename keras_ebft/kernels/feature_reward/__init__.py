@@ -6,6 +6,7 @@ from keras_ebft.functional import ESTIMATORS
 from keras_ebft.functional.inner_products import WHITENINGS, check_feature_shapes
 from keras_ebft.kernels import dispatch
 from keras_ebft.kernels.feature_reward.implementations import IMPLEMENTATIONS
+from keras_ebft.typing import Tensor
 from keras_ebft.validation import check_choice
 
 dispatch.register("feature_reward", IMPLEMENTATIONS)
@@ -15,15 +16,15 @@ MOST_SAMPLES = 16
 
 
 def feature_reward(
-    generated,
-    target,
+    generated: Tensor,
+    target: Tensor,
     *,
-    whitening="rollout",
-    alignment_weight=1.0,
-    diversity_weight=1.0,
-    estimator="rloo",
-    unbiased=False,
-):
+    whitening: str | None = "rollout",
+    alignment_weight: float = 1.0,
+    diversity_weight: float = 1.0,
+    estimator: str = "rloo",
+    unbiased: bool = False,
+) -> dict[str, Tensor]:
     """All that is made of the features of a block's n rollouts.
 
     The Gram matrix of the rollouts and their products with the truth, summed over

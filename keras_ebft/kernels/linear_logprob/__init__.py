@@ -2,11 +2,19 @@
 
 from keras_ebft.kernels import dispatch
 from keras_ebft.kernels.linear_logprob.implementations import IMPLEMENTATIONS
+from keras_ebft.typing import Tensor
 
 dispatch.register("linear_logprob", IMPLEMENTATIONS)
 
 
-def linear_logprob(hidden, head, labels, *, temperature=1.0, soft_cap=None):
+def linear_logprob(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    soft_cap: float | None = None,
+) -> tuple[Tensor, Tensor]:
     """Log-probability of each label, and the entropy of its distribution.
 
         z = cap(hidden head^T) / temperature

@@ -4,13 +4,21 @@ from keras import ops
 
 from keras_ebft.kernels import dispatch
 from keras_ebft.kernels.linear_sample.implementations import IMPLEMENTATIONS
+from keras_ebft.typing import Tensor
 
 dispatch.register("linear_sample", IMPLEMENTATIONS)
 
 
 def linear_sample(
-    hidden, head, uniform, *, temperature=1.0, top_k=None, top_p=1.0, soft_cap=None
-):
+    hidden: Tensor,
+    head: Tensor,
+    uniform: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    soft_cap: float | None = None,
+) -> tuple[Tensor, Tensor]:
     """Samples one token per row by inverting the cumulative distribution.
 
     The token is the first whose cumulative probability under

@@ -4,24 +4,25 @@ import numpy as np
 
 from keras_ebft.kernels import dispatch
 from keras_ebft.kernels.strided_attention.implementations import IMPLEMENTATIONS
+from keras_ebft.typing import Tensor
 
 dispatch.register("strided_attention", IMPLEMENTATIONS)
 
 
 def strided_attention(
-    query,
-    key,
-    value,
-    document_key=None,
-    document_value=None,
-    anchors=None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    document_key: Tensor | None = None,
+    document_value: Tensor | None = None,
+    anchors: Tensor | None = None,
     *,
-    scale,
-    starts=None,
-    query_offset=0,
-    sliding_window=None,
-    soft_cap=None,
-):
+    scale: float,
+    starts: Tensor | None = None,
+    query_offset: int = 0,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+) -> Tensor:
     """Attention of every block to `document[start:anchor]` and causally to itself.
 
     Query i of block k sits at row index `anchors[k] + query_offset + i`. It sees

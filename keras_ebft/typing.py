@@ -1,0 +1,10 @@
+"""Names for what functions take and return, for readers and type checkers.
+
+Tensors of three backends have no common class, so their type says nothing; shapes and
+dtypes stand in the docstrings, and tests hold them.
+"""
+
+from typing import Any, TypeAlias
+
+# A tensor of the backend in use; functions that only compute take arrays as well.
+Tensor: TypeAlias = Any
