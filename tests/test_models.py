@@ -145,6 +145,10 @@ REFUSED = {
     ),
     "splitting": ({"pre": "tekken"}, r"smollm.*'tekken'"),
     "tokenizer": ({"settings": {"tokenizer.ggml.model": "llama"}}, "kind 'llama'"),
+    "end": (
+        {"settings": {"tokenizer.ggml.eos_token_id": None}},
+        "setting 'tokenizer.ggml.eos_token_id'",
+    ),
     "setting": (
         {"settings": {"llama.embedding_length": None}},
         "setting 'llama.embedding_length'",
