@@ -145,6 +145,10 @@ REFUSED = {
     ),
     "splitting": ({"pre": "tekken"}, r"smollm.*'tekken'"),
     "tokenizer": ({"settings": {"tokenizer.ggml.model": "llama"}}, "kind 'llama'"),
+    "end": (
+        {"settings": {"tokenizer.ggml.eos_token_id": None}},
+        "setting 'tokenizer.ggml.eos_token_id'",
+    ),
     "setting": (
         {"settings": {"llama.embedding_length": None}},
         "setting 'llama.embedding_length'",
@@ -321,21 +325,16 @@ class TestCache:
             keras_ebft.models.smollm2()
 
 
+@pytest.fixture(scope="module")
+def causal_lm():
+    causal_lm = keras_ebft.models.smollm2(sequence_length=64)
+    causal_lm.compile(sampler="greedy")
+    return causal_lm
+
+
 @pytest.mark.slow
 class TestSmolLM2:
     """The real model. It is installed by `make setup`: without it these fail."""
-
-    @pytest.fixture(scope="class")
-    def causal_lm(self):
-        causal_lm = keras_ebft.models.smollm2(sequence_length=64)
-        causal_lm.compile(sampler="greedy")
-        return causal_lm
-
-    @pytest.fixture(scope="class")
-    def exported(self, causal_lm, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("exported")
-        keras_ebft.export_to_hugging_face(causal_lm, folder)
-        return folder
 
     def test_it_knows_something(self, causal_lm):
         assert causal_lm.count_params() == 134_515_008
@@ -367,7 +366,9 @@ class TestSmolLM2:
         np.testing.assert_allclose(logits(causal_lm, token_ids), expected, atol=2e-3)
 
     @pytest.mark.filterwarnings("ignore")
-    def test_export_and_back(self, causal_lm, exported):
+    def test_export_and_back(self, causal_lm, tmp_path):
+        exported = tmp_path / "exported"
+        keras_ebft.export_to_hugging_face(causal_lm, exported)
         token_ids = np.array([causal_lm.preprocessor.tokenizer(CODE)])
         expected = logits(causal_lm, token_ids)
         found = transformers_logits(exported, token_ids)

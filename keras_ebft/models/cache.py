@@ -50,10 +50,13 @@ def _move(beside, folder):
 
 def check_sha256(path, expected):
     """Raises a `ValueError` unless a file has the SHA-256 it should have."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != expected:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    if digest.hexdigest() != expected:
         raise ValueError(
-            f"Expected {path} with the SHA-256 {expected}. Received: {digest}. "
+            f"Expected {path} with the SHA-256 {expected}. Received: "
+            f"{digest.hexdigest()}. "
             "The file is damaged or of another version: install it again."
         )

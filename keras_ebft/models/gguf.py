@@ -60,14 +60,13 @@ class GGUFFile:
         """Whether the file has a tensor of this name."""
         return name in self._tensors
 
+    def shape(self, name):
+        """Shape of a tensor, matrices as `(outputs, inputs)`."""
+        return tuple(int(size) for size in self._named(name).shape[::-1])
+
     def tensor(self, name):
         """A tensor, dequantized: float32, matrices as `[outputs, inputs]`."""
-        if name not in self._tensors:
-            raise ValueError(
-                f"Expected a file with the tensor {name!r}. Received: {self.path}, "
-                "which has none. Use a file that holds the whole model."
-            )
-        tensor = self._tensors[name]
+        tensor = self._named(name)
         self._unread.discard(name)
         try:
             values = self._gguf.quants.dequantize(tensor.data, tensor.tensor_type)
@@ -78,6 +77,14 @@ class GGUFFile:
                 "file quantized otherwise, such as Q8_0 or Q4_K."
             ) from error
         return values.astype("float32", copy=False)
+
+    def _named(self, name):
+        if name not in self._tensors:
+            raise ValueError(
+                f"Expected a file with the tensor {name!r}. Received: {self.path}, "
+                "which has none. Use a file that holds the whole model."
+            )
+        return self._tensors[name]
 
     def check_all_read(self):
         """Raises a `ValueError` if the model has parts that nothing asked for."""

@@ -96,7 +96,7 @@ def _backbone(file, dtype):
 def _sizes(file):
     heads = file.setting("{arch}.attention.head_count")
     return {
-        "vocabulary_size": len(file.setting("tokenizer.ggml.tokens")),
+        "vocabulary_size": file.shape("token_embd.weight")[0],
         "num_layers": file.setting("{arch}.block_count"),
         "num_query_heads": heads,
         "num_key_value_heads": file.setting("{arch}.attention.head_count_kv", heads),
@@ -162,7 +162,7 @@ def tokenizer_settings(file):
     control = [token for token, kind in zip(tokens, types) if kind == CONTROL]
     whole = [token for token, kind in zip(tokens, types) if kind == USER_DEFINED]
     begins = file.setting("tokenizer.ggml.add_bos_token", way == "llama3")
-    end = named("eos")
+    end = tokens[file.setting("tokenizer.ggml.eos_token_id")]
     second = named("eot")
     return {
         "vocabulary": {token: index for index, token in enumerate(tokens)},

@@ -2,8 +2,7 @@
 
 import numpy as np
 
-# Variables of a decoder layer, their tensors, and whether these are matrices whose
-# rows llama.cpp reorders for its rotary embedding.
+# Parts of a decoder layer by the name of their tensors.
 NORMS = {
     "attn_norm": "_self_attention_layernorm",
     "ffn_norm": "_feedforward_layernorm",
