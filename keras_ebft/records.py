@@ -7,14 +7,13 @@ Axes: B rows, T tokens of a row, n samples, K blocks, G generated tokens per blo
 F features, D feature width.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from keras import ops
 
 from keras_ebft.layout.blocks import Blocks
 from keras_ebft.layout.documents import Documents
-
-Tensor = Any
+from keras_ebft.typing import Tensor
 
 
 class Rollouts(NamedTuple):
@@ -79,7 +78,7 @@ class Judged(NamedTuple):
     reward: Tensor
     advantage: Tensor
     mask: Tensor
-    measures: dict
+    measures: dict[str, Tensor]
 
 
 class Experience(NamedTuple):
@@ -136,7 +135,7 @@ class LossTerms(NamedTuple):
     critic_loss: Tensor | None = None
     critic_accuracy: Tensor | None = None
 
-    def measured(self) -> dict:
+    def measured(self) -> dict[str, Tensor]:
         """The terms that there are, by name."""
         return {k: v for k, v in self._asdict().items() if v is not None}
 

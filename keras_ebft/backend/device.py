@@ -1,11 +1,12 @@
 """Where tensors live, asked of the running backend alone."""
 
 import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import keras
 
 from keras_ebft.backend.runtime import backend_name
+from keras_ebft.typing import Tensor
 
 # Where Triton kernels run besides GPUs: its interpreter, if it was asked for.
 TRITON_INTERPRETED_ON = ("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else ()
@@ -21,10 +22,10 @@ class Device(NamedTuple):
     """
 
     platform: str
-    capability: Any = None
+    capability: tuple[int, int] | None = None
 
 
-def device_of(tensor):
+def device_of(tensor: Tensor) -> Device:
     """The `Device` that operations on a tensor run on.
 
     A traced tensor has no place yet; it will run where the backend puts things
@@ -38,7 +39,7 @@ def device_of(tensor):
     return _FINDERS[backend_name()](tensor)
 
 
-def _torch_device(tensor):
+def _torch_device(tensor: Tensor) -> Device:
     import torch
 
     if tensor.device.type != "cuda":
@@ -48,7 +49,7 @@ def _torch_device(tensor):
     return Device("cuda", torch.cuda.get_device_capability(tensor.device))
 
 
-def _jax_device(tensor):
+def _jax_device(tensor: Tensor) -> Device:
     import jax
 
     if isinstance(tensor, jax.Array) and not isinstance(tensor, jax.core.Tracer):
@@ -66,7 +67,7 @@ def _jax_device(tensor):
     return Device("cuda", (int(major), int(minor)))
 
 
-def _tensorflow_device(tensor):
+def _tensorflow_device(tensor: Tensor) -> Device:
     import tensorflow as tf
 
     name = getattr(tensor, "device", None)

@@ -2,17 +2,24 @@
 
 import functools
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 
 from keras_ebft.backend.runtime import backend_name
+from keras_ebft.typing import Tensor
 
 # A training makes some ten different calls: one per path, pass and shape.
 MOST_CALLS_KNOWN = 256
 
 
-def differentiable(forward, backward, options, tensors, num_differentiated):
+def differentiable(
+    forward: Callable[..., tuple[Tensor, ...]],
+    backward: Callable[..., tuple[Tensor, ...]],
+    options: Hashable,
+    tensors: tuple[Tensor, ...],
+    num_differentiated: int,
+) -> Tensor:
     """Calls a function whose gradient is written out.
 
     Compiled, a call of the same functions, options and shapes is traced once, not
@@ -43,51 +50,55 @@ class _Call(NamedTuple):
     options: Hashable
     num_others: int
 
-    def outputs(self, *tensors):
+    def outputs(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """What `forward` returns."""
         return self.forward(self.options, *tensors)
 
-    def gradients(self, tensors, outputs, upstream):
+    def gradients(
+        self, tensors: tuple[Tensor, ...], outputs: tuple[Tensor, ...], upstream: Tensor
+    ) -> tuple[Tensor | None, ...]:
         """Gradients by all tensors, `None` for those that have none."""
         found = self.backward(self.options, tensors, outputs, upstream)
         return (*found, *[None] * self.num_others)
 
 
-def _differentiable_jax(call, tensors):
+def _differentiable_jax(call: _Call, tensors: tuple[Tensor, ...]) -> Tensor:
     return _jax_function(call)(*tensors)
 
 
 @functools.lru_cache(maxsize=MOST_CALLS_KNOWN)
-def _jax_function(call):
+def _jax_function(call: _Call) -> Callable[..., Tensor]:
     import jax
 
     @jax.custom_vjp
-    def function(*tensors):
+    def function(*tensors: Tensor) -> Tensor:
         return call.outputs(*tensors)[0]
 
-    def with_residuals(*tensors):
+    def with_residuals(*tensors: Tensor) -> tuple[Tensor, Any]:
         outputs = call.outputs(*tensors)
         return outputs[0], (tensors, outputs)
 
-    def gradients(residuals, upstream):
+    def gradients(
+        residuals: tuple[Any, Any], upstream: Tensor
+    ) -> tuple[Tensor | None, ...]:
         return call.gradients(*residuals, upstream)
 
     function.defvjp(jax.jit(with_residuals), jax.jit(gradients))
     return jax.jit(function)
 
 
-def _differentiable_tensorflow(call, tensors):
+def _differentiable_tensorflow(call: _Call, tensors: tuple[Tensor, ...]) -> Tensor:
     import tensorflow as tf
 
     @tf.custom_gradient
-    def function(*tensors):
+    def function(*tensors: Tensor) -> tuple[Tensor, Callable[..., Any]]:
         # A tape that watched the graphs below would look for their gradients.
         tensors = tuple(tf.stop_gradient(tensor) for tensor in tensors)
         specs = tuple(tf.TensorSpec(t.shape, t.dtype) for t in tensors)
         run, pull = _tensorflow_functions(call, specs)
         outputs = run(*tensors)
 
-        def gradient(upstream):
+        def gradient(upstream: Tensor) -> list[Tensor | None]:
             found = pull(tensors, outputs, tf.stop_gradient(upstream))
             return [*found, *[None] * call.num_others]
 
@@ -98,7 +109,9 @@ def _differentiable_tensorflow(call, tensors):
 
 
 @functools.lru_cache(maxsize=MOST_CALLS_KNOWN)
-def _tensorflow_functions(call, specs):
+def _tensorflow_functions(
+    call: _Call, specs: tuple[Any, ...]
+) -> tuple[Callable[..., Any], ...]:
     """`forward` and `backward` as graphs, for tensors like `specs`."""
     import tensorflow as tf
 
@@ -113,12 +126,12 @@ def _tensorflow_functions(call, specs):
     )
 
 
-def _differentiable_torch(call, tensors):
+def _differentiable_torch(call: _Call, tensors: tuple[Tensor, ...]) -> Tensor:
     return _torch_function().apply(call, *tensors)
 
 
 @functools.cache
-def _torch_function():
+def _torch_function() -> Any:
     """One class for all calls: a class of each call, which refers to itself, would
     keep the call's tensors until Python looks for cycles.
     """
@@ -126,7 +139,7 @@ def _torch_function():
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, call, *tensors):
+        def forward(ctx: Any, call: _Call, *tensors: Tensor) -> Tensor:
             outputs = call.outputs(*tensors)
             # Saved the official way, so that rematerialisation can drop them.
             ctx.save_for_backward(*tensors, *outputs)
@@ -134,7 +147,7 @@ def _torch_function():
             return outputs[0]
 
         @staticmethod
-        def backward(ctx, upstream):
+        def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
             saved = ctx.saved_tensors
             inputs, outputs = saved[: ctx.num_inputs], saved[ctx.num_inputs :]
             with torch.no_grad():
@@ -150,7 +163,12 @@ _DIFFERENTIABLE = {
 }
 
 
-def scan_tiles(function, count, carry, like):
+def scan_tiles(
+    function: Callable[[Any, Any], tuple[Any, Any]],
+    count: int,
+    carry: tuple[Tensor, ...],
+    like: tuple[tuple[Any, Any], ...],
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Calls a function on 0 ... count - 1, one after the other, without gradient.
 
     Args:
@@ -177,7 +195,7 @@ def scan_tiles(function, count, carry, like):
         return carry, tuple(output[None] for output in outputs)
     num_carried = len(carry)
 
-    def body(index, state):
+    def body(index: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         carry, outputs = function(index, state[:num_carried])
         stacked = (
             ops.slice_update(whole, (index, *(0 for _ in output.shape)), output[None])
@@ -190,7 +208,7 @@ def scan_tiles(function, count, carry, like):
     return state[:num_carried], state[num_carried:]
 
 
-def float_tensors(structure):
+def float_tensors(structure: Any) -> tuple[list[Tensor], Callable[..., Any]]:
     """Splits a structure in what has gradients and what has not.
 
     Args:
@@ -203,7 +221,7 @@ def float_tensors(structure):
     leaves = keras.tree.flatten(structure)
     places = [place for place, leaf in enumerate(leaves) if _is_float(leaf)]
 
-    def rebuild(*tensors):
+    def rebuild(*tensors: Tensor) -> Any:
         filled = list(leaves)
         for place, tensor in zip(places, tensors):
             filled[place] = tensor
@@ -212,13 +230,15 @@ def float_tensors(structure):
     return [leaves[place] for place in places], rebuild
 
 
-def _is_float(leaf):
+def _is_float(leaf: Any) -> bool:
     if not keras.ops.is_tensor(leaf):
         return False
     return "float" in keras.backend.standardize_dtype(leaf.dtype)
 
 
-def map_groups(function, groups, shared=()):
+def map_groups(
+    function: Callable[[Any, Any], Any], groups: Any, shared: Any = ()
+) -> Any:
     """Applies a function to one group after another.
 
     What a group computes on the way is forgotten, and computed again in the
@@ -255,18 +275,20 @@ def map_groups(function, groups, shared=()):
     return keras.tree.map_structure(lambda *parts: torch.stack(parts), *found)
 
 
-def _map_groups_tensorflow(function, groups, shared):
+def _map_groups_tensorflow(
+    function: Callable[[Any, Any], Any], groups: Any, shared: Any
+) -> Any:
     """A loop in either direction, because gradients of loops keep what they did."""
     import tensorflow as tf
 
     size = keras.tree.flatten(groups)[0].shape[0]
     tensors, rebuild = float_tensors(shared)
 
-    def run(index, tensors):
+    def run(index: Tensor, tensors: Any) -> Any:
         return function(_take(groups, index), rebuild(*tensors))
 
     @tf.custom_gradient
-    def mapped(*tensors):
+    def mapped(*tensors: Tensor) -> tuple[Any, Callable[..., Any]]:
         traced = tf.function(lambda: run(0, tensors), autograph=False)
         returned = traced.get_concrete_function().structured_outputs
         outputs = tf.map_fn(
@@ -278,7 +300,9 @@ def _map_groups_tensorflow(function, groups, shared):
             parallel_iterations=1,
         )
 
-        def gradient(*upstream, variables=()):
+        def gradient(
+            *upstream: Tensor, variables: Any = ()
+        ) -> tuple[list[Tensor], list[Tensor]]:
             upstream = tf.nest.pack_sequence_as(returned, upstream)
             sums = _summed_gradients(run, size, tensors, variables, upstream)
             return sums[: len(tensors)], sums[len(tensors) :]
@@ -288,7 +312,13 @@ def _map_groups_tensorflow(function, groups, shared):
     return mapped(*tensors)
 
 
-def _summed_gradients(run, size, tensors, variables, upstream):
+def _summed_gradients(
+    run: Callable[[Any, Any], Any],
+    size: int,
+    tensors: Any,
+    variables: Any,
+    upstream: Any,
+) -> list[Tensor]:
     """Gradients of all groups in a TensorFlow loop that keeps one group's tape.
 
     Args:
@@ -303,7 +333,7 @@ def _summed_gradients(run, size, tensors, variables, upstream):
     """
     import tensorflow as tf
 
-    def add(index, sums):
+    def add(index: Tensor, sums: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         local = [tf.identity(tensor) for tensor in tensors]
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch([*local, *variables])
@@ -327,6 +357,6 @@ def _summed_gradients(run, size, tensors, variables, upstream):
     return sums
 
 
-def _take(structure, index):
+def _take(structure: Any, index: Tensor) -> Any:
     """One group of a structure of tensors `[groups, ...]`."""
     return keras.tree.map_structure(lambda tensor: tensor[index], structure)

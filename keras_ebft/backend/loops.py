@@ -1,11 +1,14 @@
 """Loops over steps that are alike, each with weights of its own."""
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import keras
 
 from keras_ebft.backend.runtime import backend_name
 
 
-def compiles_every_step():
+def compiles_every_step() -> bool:
     """Whether steps written one after another are compiled one by one.
 
     XLA makes a program of each: for a network of 30 layers most of the first call.
@@ -14,7 +17,9 @@ def compiles_every_step():
     return backend_name() == "jax"
 
 
-def loop(step, carry, inputs, count):
+def loop(
+    step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any, count: int
+) -> tuple[Any, Any]:
     """Applies a step to one slice of its inputs after another, with gradient.
 
     Args:
@@ -39,16 +44,16 @@ def loop(step, carry, inputs, count):
     return carry, stacked(outputs)
 
 
-def stacked(structures):
+def stacked(structures: Iterable[Any]) -> Any:
     """Structures of tensors and `None` as one, tensors on a new first axis."""
 
-    def stack(*parts):
+    def stack(*parts: Any) -> Any:
         return None if parts[0] is None else keras.ops.stack(parts)
 
     return keras.tree.map_structure(stack, *structures)
 
 
-def slices(structure, index):
+def slices(structure: Any, index: Any) -> Any:
     """The part `index` of every tensor of a structure; `None` stays `None`."""
     return keras.tree.map_structure(
         lambda tensor: None if tensor is None else tensor[index], structure

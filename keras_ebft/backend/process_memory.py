@@ -4,7 +4,7 @@ import ctypes
 import sys
 
 
-def return_freed_memory():
+def return_freed_memory() -> None:
     """Gives freed memory back to the system, where the C library can.
 
     Compiling allocates hundreds of megabytes in small parts and frees them. glibc

@@ -1,22 +1,26 @@
 """The one place that branches on the Keras backend."""
 
 import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 import numpy as np
 
+from keras_ebft.typing import Tensor
 
-def backend_name():
+
+def backend_name() -> str:
     """Name of the running Keras backend."""
     return keras.backend.backend()
 
 
-def multiplies_mixed_dtypes():
+def multiplies_mixed_dtypes() -> bool:
     """Whether products of tensors of unlike dtypes run; PyTorch refuses them."""
     return keras.backend.backend() != "torch"
 
 
-def no_gradient():
+def no_gradient() -> contextlib.AbstractContextManager[Any]:
     """Context in which no gradient is recorded.
 
     JAX and TensorFlow drop what `stop_gradient` cuts off; PyTorch builds the
@@ -29,7 +33,7 @@ def no_gradient():
     return contextlib.nullcontext()
 
 
-def after(tensor):
+def after(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Context in which operations wait for a tensor, though they do not read it.
 
     TensorFlow's graph begins with all that depends on variables alone; elsewhere
@@ -42,7 +46,9 @@ def after(tensor):
     return tf.control_dependencies([tensor])
 
 
-def resolve_jit_compile(jit_compile, runs_python=False):
+def resolve_jit_compile(
+    jit_compile: bool | str, runs_python: bool = False
+) -> bool | str:
     """What `jit_compile="auto"` means here: XLA on JAX and TensorFlow's accelerators.
 
     On a CPU, TensorFlow's own graph runs a step about as fast as XLA's program, is
@@ -69,13 +75,15 @@ def resolve_jit_compile(jit_compile, runs_python=False):
     return jit_compile
 
 
-def _tensorflow_has_accelerator():
+def _tensorflow_has_accelerator() -> bool:
     import tensorflow as tf
 
     return any(d.device_type != "CPU" for d in tf.config.list_physical_devices())
 
 
-def compiled(function, variables):
+def compiled(
+    function: Callable[..., Any], variables: Callable[[], list[keras.Variable]]
+) -> Callable[..., Any]:
     """Compiles a function of tensors that reads Keras variables, where it pays.
 
     Op by op, JAX compiles every loop anew in each call; TensorFlow and PyTorch
@@ -93,17 +101,19 @@ def compiled(function, variables):
     import jax
 
     @jax.jit
-    def stateless(values, *tensors):
+    def stateless(values: list[Tensor], *tensors: Tensor) -> Any:
         with keras.StatelessScope(state_mapping=list(zip(variables(), values))):
             return function(*tensors)
 
-    def call(*tensors):
+    def call(*tensors: Tensor) -> Any:
         return stateless([variable.value for variable in variables()], *tensors)
 
     return call
 
 
-def call_python(function, shape, *tensors):
+def call_python(
+    function: Callable[..., np.ndarray], shape: tuple[int, ...], *tensors: Tensor
+) -> Tensor:
     """Calls a Python function of arrays from within a step, compiled or not.
 
     Args:
@@ -135,7 +145,10 @@ def call_python(function, shape, *tensors):
     return keras.ops.convert_to_tensor(function(*arrays))
 
 
-def tensorflow_dataset(read, signature):
+def tensorflow_dataset(
+    read: Callable[[], Iterator[dict[str, np.ndarray]]],
+    signature: dict[str, tuple[Any, Any]],
+) -> Any:
     """Batches of arrays as TensorFlow reads them.
 
     Args:
@@ -152,7 +165,9 @@ def tensorflow_dataset(read, signature):
     return dataset.prefetch(1)
 
 
-def run_in_state(model, state, function):
+def run_in_state(
+    model: keras.Model, state: list[Any], function: Callable[[], Any]
+) -> tuple[Any, list[Any]]:
     """Runs a function that may assign non-trainable variables of a model.
 
     Args:

@@ -1,14 +1,22 @@
 """Samples of a step, read group after group to save memory."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import keras
 from keras import ops
 
 from keras_ebft.backend.gradients import map_groups
+from keras_ebft.typing import Tensor
 
 
-def in_groups(function, num_groups, samples, shared=()):
+def in_groups(
+    function: Callable[[Any, Any], Any],
+    num_groups: int,
+    samples: dict[str, Tensor],
+    shared: Any = (),
+) -> Any:
     """Applies a function to groups of samples, keeping one group's activations.
 
     With stride and rollout length alike, one sample of all blocks has about as many
@@ -30,12 +38,12 @@ def in_groups(function, num_groups, samples, shared=()):
     if num_groups == 1:
         return function(samples, shared)
 
-    def split(tensor):
+    def split(tensor: Tensor) -> Tensor:
         batch, _, *rest = tensor.shape
         shape = (batch, num_groups, count // num_groups, *rest)
         return ops.moveaxis(ops.reshape(tensor, shape), 1, 0)
 
-    def join(tensor):
+    def join(tensor: Tensor) -> Tensor:
         _, batch, _, *rest = tensor.shape
         return ops.reshape(ops.moveaxis(tensor, 0, 1), (batch, count, *rest))
 

@@ -1,11 +1,12 @@
 """The blocks of a batch: where they stand and which of their tokens count."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from keras import ops
 
-from keras_ebft.layout.documents import take_tokens
+from keras_ebft.layout.documents import Documents, take_tokens
+from keras_ebft.typing import Tensor
 
 
 class Blocks(NamedTuple):
@@ -26,26 +27,26 @@ class Blocks(NamedTuple):
         true_counted: bool tensor `[B, K, G]`, true tokens that count.
     """
 
-    anchors: Any
-    starts: Any
-    live: Any
-    counted: Any
-    true_index: Any
-    true_exists: Any
-    true_counted: Any
+    anchors: Tensor
+    starts: Tensor | None
+    live: Tensor
+    counted: Tensor
+    true_index: Tensor
+    true_exists: Tensor
+    true_counted: Tensor
 
     @property
-    def first_positions(self):
+    def first_positions(self) -> Tensor:
         """Position ids of the first generated tokens, `[K]` or `[B, K]`."""
         if self.starts is None:
             return ops.convert_to_tensor(self.anchors)
         return ops.subtract(self.anchors, self.starts)
 
-    def as_tensors(self):
+    def as_tensors(self) -> "Blocks":
         """The same `Blocks` with every field of its own for each row, as tensors."""
         batch = self.live.shape[0]
 
-        def per_row(index, rank):
+        def per_row(index: Tensor, rank: int) -> Tensor:
             index = ops.cast(ops.convert_to_tensor(index), "int32")
             if len(index.shape) == rank:
                 return index
@@ -55,11 +56,11 @@ class Blocks(NamedTuple):
             anchors=per_row(self.anchors, 2), true_index=per_row(self.true_index, 3)
         )
 
-    def absolute_anchors(self):
+    def absolute_anchors(self) -> Tensor:
         """Where living blocks stand, int32 tensor `[B, K]`, -1 for dead ones."""
         return ops.where(self.live, self.as_tensors().anchors, -1)
 
-    def positions(self, shape):
+    def positions(self, shape: tuple[int, ...]) -> Tensor:
         """Position ids of generated tokens.
 
         Args:
@@ -76,14 +77,14 @@ class Blocks(NamedTuple):
 
 
 def make_blocks(
-    documents,
-    anchors,
-    rollout_length,
+    documents: Documents,
+    anchors: Tensor,
+    rollout_length: int,
     *,
-    context_length=1,
-    short_windows=False,
-    answer_only=False,
-):
+    context_length: int = 1,
+    short_windows: bool = False,
+    answer_only: bool = False,
+) -> Blocks:
     """Decides which blocks live and which of their tokens count.
 
     A block lives if its whole window of `rollout_length` true tokens is real
@@ -142,7 +143,7 @@ def make_blocks(
     )
 
 
-def answer_starts(documents):
+def answer_starts(documents: Documents) -> Tensor:
     """Where an answer begins, bool `[B, T]`.
 
     Args:
@@ -157,7 +158,7 @@ def answer_starts(documents):
     return ops.logical_and(answers, ops.logical_not(continued))
 
 
-def choose_anchors(allowed, priority, num_anchors):
+def choose_anchors(allowed: Tensor, priority: Tensor, num_anchors: int) -> Tensor:
     """The `num_anchors` allowed places of highest priority in each row.
 
     Args:

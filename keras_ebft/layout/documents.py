@@ -5,10 +5,12 @@ A row holds one document, padded on the right, or several one after the other
 document.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from keras import ops
+
+from keras_ebft.typing import Tensor
 
 
 class Documents(NamedTuple):
@@ -24,14 +26,14 @@ class Documents(NamedTuple):
         anchors: int32 tensor `[B, K]` of given anchors, -1 for none; or `None`.
     """
 
-    token_ids: Any
-    padding_mask: Any
-    starts: Any = None
-    answer_mask: Any = None
-    anchors: Any = None
+    token_ids: Tensor
+    padding_mask: Tensor
+    starts: Tensor | None = None
+    answer_mask: Tensor | None = None
+    anchors: Tensor | None = None
 
     @property
-    def positions(self):
+    def positions(self) -> Tensor:
         """Position ids `[B, T]`, from 0 within each document."""
         index = ops.arange(self.token_ids.shape[1], dtype="int32")[None, :]
         if self.starts is None:
@@ -39,7 +41,7 @@ class Documents(NamedTuple):
         return index - self.starts
 
     @property
-    def next_token_mask(self):
+    def next_token_mask(self) -> Tensor:
         """Which next tokens count in the cross-entropy, bool `[B, T - 1]`.
 
         Token t + 1 counts if it is real, continues token t's document and, with
@@ -54,7 +56,7 @@ class Documents(NamedTuple):
         return mask
 
 
-def read_documents(inputs):
+def read_documents(inputs: dict[str, Tensor]) -> Documents:
     """`Documents` from the dict of tensors that `EBFTModel.call` takes.
 
     Args:
@@ -71,7 +73,7 @@ def read_documents(inputs):
     )
 
 
-def first_of_segment(segment_ids):
+def first_of_segment(segment_ids: Tensor) -> Tensor:
     """Index of the first token of each token's segment.
 
     Args:
@@ -98,7 +100,7 @@ def first_of_segment(segment_ids):
     return starts
 
 
-def take_tokens(values, index):
+def take_tokens(values: Tensor, index: Tensor) -> Tensor:
     """Picks tokens of every row.
 
     Args:

@@ -4,10 +4,17 @@ All are drawn before anything is sampled, because a generator cannot be advanced
 inside a compiled loop.
 """
 
+from typing import Any
+
 import keras
 
+from keras_ebft.layout.documents import Documents
+from keras_ebft.typing import Seed, Tensor
 
-def draw_numbers(sampler, documents, seed):
+
+def draw_numbers(
+    sampler: Any, documents: Documents, seed: Seed
+) -> tuple[Tensor, Tensor | None]:
     """What decides rollouts, and random anchors.
 
     Args:

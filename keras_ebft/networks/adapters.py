@@ -6,18 +6,23 @@ a model with adapters needs no second copy of its base.
 """
 
 import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import keras
+import keras_hub
 
 # What an adapted layer computes with, quantized or not, next to its bias.
 BASE_VARIABLES = ("_kernel", "kernel_scale", "kernel_zero")
 ADAPTER_VARIABLES = ("lora_kernel_a", "lora_kernel_b")
 
 
-def adapted_layers(backbone):
+def adapted_layers(backbone: keras_hub.models.Backbone) -> list[keras.Layer]:
     """The layers of a backbone that have adapters, in a fixed order."""
     return [layer for layer in layers_of(backbone) if getattr(layer, "lora_rank", None)]
 
 
-def freeze_base(backbone):
+def freeze_base(backbone: keras_hub.models.Backbone) -> None:
     """Leaves only adapters trainable.
 
     `enable_lora` freezes every layer without adapters, and the kernel of those
@@ -55,13 +60,13 @@ def freeze_base(backbone):
         )
 
 
-def adapter_variables(layers):
+def adapter_variables(layers: Iterable[keras.Layer]) -> list[keras.Variable]:
     """The trainable variables of adapted layers."""
     return [getattr(layer, name) for layer in layers for name in ADAPTER_VARIABLES]
 
 
 @contextlib.contextmanager
-def switched_off(layers):
+def switched_off(layers: Sequence[keras.Layer]) -> Iterator[None]:
     """Context in which adapted layers compute with their base alone."""
     for layer in layers:
         layer.lora_enabled = False
@@ -73,7 +78,7 @@ def switched_off(layers):
 
 
 @contextlib.contextmanager
-def merged(backbone):
+def merged(backbone: keras_hub.models.Backbone) -> Iterator[None]:
     """Context in which kernels hold their adapters and nothing is adapted.
 
     For what reads kernels as they are. Afterwards base and adapters are apart
@@ -94,7 +99,7 @@ def merged(backbone):
             layer._kernel.assign(base)
 
 
-def exact_variables(backbone):
+def exact_variables(backbone: keras_hub.models.Backbone) -> dict[str, keras.Variable]:
     """Base and adapters as they are, by name.
 
     Keras saves an adapted layer as one kernel with the adapter merged in, and
@@ -116,7 +121,7 @@ def exact_variables(backbone):
     }
 
 
-def adapter_config(backbone):
+def adapter_config(backbone: keras_hub.models.Backbone) -> dict[str, Any] | None:
     """What `enable_lora` was called with, or `None` for a model without adapters.
 
     Returns:
@@ -131,13 +136,15 @@ def adapter_config(backbone):
     }
 
 
-def enable_adapters(backbone, config):
+def enable_adapters(
+    backbone: keras_hub.models.Backbone, config: dict[str, Any] | None
+) -> None:
     """Enables the adapters that `adapter_config` described, unless there are any."""
     if config is not None and not adapted_layers(backbone):
         backbone.enable_lora(**config)
 
 
-def _check_enable_lora_found_layers(backbone):
+def _check_enable_lora_found_layers(backbone: keras_hub.models.Backbone) -> None:
     if not getattr(backbone, "_lora_rank", None):
         return
     candidates = sorted(
@@ -156,7 +163,7 @@ def _check_enable_lora_found_layers(backbone):
     )
 
 
-def layers_of(backbone):
+def layers_of(backbone: keras_hub.models.Backbone) -> Iterator[keras.Layer]:
     """All layers within a backbone, at any depth, in a fixed order."""
     # Keras has no public way to all layers within layers; KerasHub's own
     # `enable_lora` goes the same way.

@@ -1,11 +1,12 @@
 """What this library asks of a KerasHub causal language model."""
 
 import logging
+from typing import Any
 
 import keras_hub
 
 from keras_ebft.networks import adapters
-from keras_ebft.networks.families import FAMILIES, REFUSED_MODELS, family_of
+from keras_ebft.networks.families import FAMILIES, REFUSED_MODELS, OutputHead, family_of
 from keras_ebft.networks.quantization import check_quantization
 from keras_ebft.networks.rematerialisation import remat_mode
 from keras_ebft.networks.versions import check_versions
@@ -13,7 +14,7 @@ from keras_ebft.networks.versions import check_versions
 logger = logging.getLogger("keras_ebft")
 
 
-def check_supported(causal_lm):
+def check_supported(causal_lm: keras_hub.models.CausalLM) -> None:
     """Checks that a causal language model can be trained by this library.
 
     Raises:
@@ -52,7 +53,7 @@ def check_supported(causal_lm):
         )
 
 
-def check_backbone(backbone):
+def check_backbone(backbone: keras_hub.models.Backbone) -> None:
     """Raises a `ValueError` if a backbone is not of a supported kind."""
     family = family_of(backbone)
     encoders = [
@@ -74,7 +75,9 @@ def check_backbone(backbone):
         )
 
 
-def check_feature_backbone(backbone, policy):
+def check_feature_backbone(
+    backbone: keras_hub.models.Backbone, policy: keras_hub.models.Backbone
+) -> None:
     """Raises a `ValueError` unless a backbone can read the policy's tokens."""
     check_backbone(backbone)
     sizes = vocabulary_size(backbone), vocabulary_size(policy)
@@ -92,12 +95,14 @@ def check_feature_backbone(backbone, policy):
         )
 
 
-def tokenizer(causal_lm):
+def tokenizer(
+    causal_lm: keras_hub.models.CausalLM,
+) -> keras_hub.tokenizers.Tokenizer | None:
     """The tokenizer of a causal language model, `None` without a preprocessor."""
     return getattr(causal_lm.preprocessor, "tokenizer", None)
 
 
-def end_token_ids(causal_lm):
+def end_token_ids(causal_lm: keras_hub.models.CausalLM) -> tuple[int, ...]:
     """Token ids that end a text, as KerasHub's `generate` takes them.
 
     Raises:
@@ -113,27 +118,27 @@ def end_token_ids(causal_lm):
     return _token_ids(known, "end_token_id", "end_token2_id")
 
 
-def marker_token_ids(causal_lm):
+def marker_token_ids(causal_lm: keras_hub.models.CausalLM) -> tuple[int, ...]:
     """Token ids that begin or end a text and are no part of it."""
     names = ("start_token_id", "end_token_id", "end_token2_id")
     return _token_ids(tokenizer(causal_lm), *names)
 
 
-def _token_ids(known, *names):
+def _token_ids(known: Any, *names: str) -> tuple[int, ...]:
     token_ids = [getattr(known, name, None) for name in names]
     return tuple(int(token) for token in token_ids if token is not None)
 
 
-def output_head(backbone):
+def output_head(backbone: keras_hub.models.Backbone) -> OutputHead:
     """The `OutputHead` over a backbone, read at call time."""
     return family_of(backbone).head(backbone)
 
 
-def vocabulary_size(backbone):
+def vocabulary_size(backbone: keras_hub.models.Backbone) -> int:
     """Number of token ids a backbone knows, V."""
     return family_of(backbone).vocabulary_size(backbone)
 
 
-def maximum_length(causal_lm):
+def maximum_length(causal_lm: keras_hub.models.CausalLM) -> int | None:
     """Tokens that learned position embeddings reach, or `None` for other positions."""
     return family_of(causal_lm.backbone).maximum_length(causal_lm.backbone)

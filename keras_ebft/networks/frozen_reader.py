@@ -1,9 +1,16 @@
 """The networks beside the policy: where features and the reference come from."""
 
+from collections.abc import Sequence
+from typing import Any, cast
+
+import keras
+import keras_hub
 from keras import ops
 
-from keras_ebft.layout.documents import take_tokens
+from keras_ebft.layout.blocks import Blocks
+from keras_ebft.layout.documents import Documents, take_tokens
 from keras_ebft.networks import (
+    OutputHead,
     adapters,
     copied_variables,
     leading,
@@ -11,7 +18,13 @@ from keras_ebft.networks import (
     output_head,
 )
 from keras_ebft.networks.from_backbone import frozen_taps
-from keras_ebft.networks.prefix_cache import read_blocks, read_document
+from keras_ebft.networks.prefix_cache import (
+    DocumentState,
+    Network,
+    read_blocks,
+    read_document,
+)
+from keras_ebft.typing import Tensor
 
 
 class FrozenReader:
@@ -25,21 +38,28 @@ class FrozenReader:
             `None` if it is no reference.
     """
 
-    def __init__(self, network, tap_slots=(), reference_slot=None):
+    def __init__(
+        self,
+        network: Network,
+        tap_slots: Sequence[int] = (),
+        reference_slot: int | None = None,
+    ) -> None:
         self.network = network
         self.tap_slots = tuple(tap_slots)
         self.reference_slot = reference_slot
 
     @property
-    def model(self):
+    def model(self) -> keras.Model | None:
         """The `keras.Model` that holds the variables; `None` for a function."""
         return self.network.model
 
-    def read(self, documents):
+    def read(self, documents: Documents) -> DocumentState:
         """`DocumentState` of documents."""
         return read_document(self.network, documents)
 
-    def continued(self, state, token_ids, blocks):
+    def continued(
+        self, state: DocumentState, token_ids: Tensor, blocks: Blocks
+    ) -> list[Tensor]:
         """The network's outputs for rollouts.
 
         Args:
@@ -52,12 +72,14 @@ class FrozenReader:
         """
         return _as_list(read_blocks(self.network, state, token_ids, blocks))
 
-    def taps(self, outputs):
+    def taps(self, outputs: Any) -> list[Tensor]:
         """The outputs that features are made of."""
         outputs = _as_list(outputs)
         return [outputs[slot] for slot in self.tap_slots]
 
-    def reference_hidden(self, state, outputs, blocks):
+    def reference_hidden(
+        self, state: DocumentState, outputs: list[Tensor], blocks: Blocks
+    ) -> Tensor:
         """Final hidden states that predict each generated token.
 
         Args:
@@ -68,27 +90,28 @@ class FrozenReader:
         Returns:
             float tensor `[B, n, K, G, D]`.
         """
-        generated = outputs[self.reference_slot]
-        document = _as_list(state.outputs)[self.reference_slot]
+        slot = cast(int, self.reference_slot)
+        generated = outputs[slot]
+        document = _as_list(state.outputs)[slot]
         before = take_tokens(document, blocks.anchors - 1)
         first = ops.repeat(before[:, None, :, None, :], generated.shape[1], axis=1)
         return ops.concatenate([first, generated[..., :-1, :]], axis=-2)
 
-    def reference_head(self):
+    def reference_head(self) -> OutputHead:
         """`OutputHead` of the initial model."""
         return output_head(self.network.backbone)
 
-    def learn(self, rematerialize):
+    def learn(self, rematerialize: bool) -> None:
         """Lets a critic train the network.
 
         Args:
             rematerialize: bool, whether its decoder layers run again in the backward
                 pass.
         """
-        self.model.trainable = True
+        self.network.model.trainable = True
         self.network.rematerialize = rematerialize
 
-    def follow(self, backbone, decay):
+    def follow(self, backbone: keras_hub.models.Backbone, decay: float) -> None:
         """Moves the network towards the policy: `decay * own + (1 - decay) * policy`.
 
         Args:
@@ -101,7 +124,14 @@ class FrozenReader:
             own.assign(decay * old + (1.0 - decay) * ops.cast(new, old.dtype))
 
 
-def frozen_readers(feature_network, backbone, *, features, reference, live=False):
+def frozen_readers(
+    feature_network: Any,
+    backbone: keras_hub.models.Backbone,
+    *,
+    features: bool,
+    reference: bool,
+    live: bool = False,
+) -> tuple[FrozenReader | None, FrozenReader | None]:
     """The readers of features and of the reference model.
 
     Where both are the model as it is now they are one copy, tapped on the way to
@@ -130,14 +160,14 @@ def frozen_readers(feature_network, backbone, *, features, reference, live=False
     return feature_reader, _reference_reader(backbone) if reference else None
 
 
-def _reference_reader(backbone):
+def _reference_reader(backbone: keras_hub.models.Backbone) -> FrozenReader:
     network = frozen_taps(
         backbone, [num_layers(backbone)], with_head=True, name="reference_network"
     )
     return FrozenReader(network, reference_slot=0)
 
 
-def _refuse_adapters(backbone):
+def _refuse_adapters(backbone: keras_hub.models.Backbone) -> None:
     if adapters.adapted_layers(backbone):
         raise ValueError(
             "Expected a model without adapters with Critic(train_features=True): its "
@@ -146,7 +176,9 @@ def _refuse_adapters(backbone):
         )
 
 
-def refuse_shared_paths(models, causal_lm):
+def refuse_shared_paths(
+    models: Sequence[keras.Model], causal_lm: keras_hub.models.CausalLM
+) -> None:
     """Raises a `ValueError` if two networks' variables have the same path.
 
     Keras finds a PyTorch parameter by its variable's path: of two with one path
@@ -170,5 +202,5 @@ def refuse_shared_paths(models, causal_lm):
             )
 
 
-def _as_list(outputs):
+def _as_list(outputs: Any) -> list[Tensor]:
     return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]

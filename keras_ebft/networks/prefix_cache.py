@@ -5,18 +5,24 @@ through `strided_attention`, all at once (`read_blocks`) or one step at a time
 (`BlockDecoder`).
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import keras
 from keras import ops
 
 from keras_ebft.kernels import causal_attention, strided_attention
+from keras_ebft.layout.blocks import Blocks
+from keras_ebft.layout.documents import Documents
 from keras_ebft.networks import RowNetwork
 from keras_ebft.networks.row_reading import (
     RowDecoder,
     check_one_document_per_row,
     read_rows,
 )
+from keras_ebft.typing import Tensor
+
+# `RoutedNetwork`, `RowNetwork`, or a user's own behind their interface.
+Network: TypeAlias = Any
 
 
 class DocumentState(NamedTuple):
@@ -32,7 +38,7 @@ class DocumentState(NamedTuple):
     keys_values: Any
 
 
-def read_document(network, documents):
+def read_document(network: Network, documents: Documents) -> DocumentState:
     """Runs a network causally over documents.
 
     Rows must be padded on the right: no real token then sees padding.
@@ -48,7 +54,9 @@ def read_document(network, documents):
         check_one_document_per_row(network, documents)
         return DocumentState(network(documents.token_ids), documents.token_ids)
 
-    def attend(query, key, value, cache, **options):
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, cache: Any, **options: Any
+    ) -> tuple[Tensor, Any]:
         output = causal_attention(query, key, value, starts=documents.starts, **options)
         return output, (key, value)
 
@@ -56,12 +64,14 @@ def read_document(network, documents):
     return DocumentState(outputs, keys_values)
 
 
-def stop_gradient(document):
+def stop_gradient(document: DocumentState) -> DocumentState:
     """The same `DocumentState`, cut off from its gradient."""
     return DocumentState(*keras.tree.map_structure(ops.stop_gradient, tuple(document)))
 
 
-def read_blocks(network, document, tokens, blocks):
+def read_blocks(
+    network: Network, document: DocumentState, tokens: Tensor, blocks: Blocks
+) -> Any:
     """Runs a network over all generated tokens of all blocks and samples.
 
     Args:
@@ -76,7 +86,13 @@ def read_blocks(network, document, tokens, blocks):
     if isinstance(network, RowNetwork):
         return read_rows(network, document.keys_values, tokens, blocks.anchors)
 
-    def attend(query, key, value, cache, **options):
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cache: tuple[Tensor, Tensor],
+        **options: Any,
+    ) -> tuple[Tensor, Any]:
         output = strided_attention(
             query, key, value, *cache, blocks.anchors, starts=blocks.starts, **options
         )
@@ -86,7 +102,13 @@ def read_blocks(network, document, tokens, blocks):
     return network(tokens, positions, attend, document.keys_values)[0]
 
 
-def block_decoder(network, document, blocks, shape, steps):
+def block_decoder(
+    network: Network,
+    document: DocumentState,
+    blocks: Blocks,
+    shape: tuple[int, ...],
+    steps: int,
+) -> "BlockDecoder | RowDecoder":
     """The decoder that suits a network; arguments as for `BlockDecoder`."""
     if isinstance(network, RowNetwork):
         rows = (*shape, steps)
@@ -105,18 +127,25 @@ class BlockDecoder:
         steps: int, tokens that will be read per block, P.
     """
 
-    def __init__(self, network, document, blocks, shape, steps):
+    def __init__(
+        self,
+        network: Network,
+        document: DocumentState,
+        blocks: Blocks,
+        shape: tuple[int, ...],
+        steps: int,
+    ) -> None:
         self.network = network
         self.document = document
         self.blocks = blocks
         self.shape = shape
         self.steps = steps
 
-    def empty_caches(self):
+    def empty_caches(self) -> Any:
         """Zeros for each layer's own keys and values, `[B, n, K, P, Hkv, d]`."""
         return keras.tree.map_structure(self._empty, self.document.keys_values)
 
-    def __call__(self, tokens, step, caches):
+    def __call__(self, tokens: Tensor, step: Tensor, caches: Any) -> tuple[Any, Any]:
         """Reads token `step` of every block.
 
         Args:
@@ -128,7 +157,13 @@ class BlockDecoder:
             `(outputs, caches)`: outputs `[B, n, K, D]` and the new caches.
         """
 
-        def attend(query, key, value, cache, **options):
+        def attend(
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            cache: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
+            **options: Any,
+        ) -> tuple[Tensor, Any]:
             (own_key, own_value), prefix = cache
             own_key = _write(own_key, key, step)
             own_value = _write(own_value, value, step)
@@ -154,11 +189,11 @@ class BlockDecoder:
         )
         return keras.tree.map_structure(lambda out: out[..., 0, :], outputs), caches
 
-    def _empty(self, document_key):
+    def _empty(self, document_key: Tensor) -> Tensor:
         *_, heads, width = document_key.shape
         shape = (*self.shape, self.steps, heads, width)
         return ops.zeros(shape, dtype=document_key.dtype)
 
 
-def _write(cache, update, step):
+def _write(cache: Tensor, update: Tensor, step: Tensor) -> Tensor:
     return ops.slice_update(cache, (0, 0, 0, step, 0, 0), update)
