@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 from pathlib import Path
+from typing import Any
 
 import keras_hub
 
@@ -13,7 +15,9 @@ from keras_ebft.networks import export_tokenizer as write_tokenizer
 logger = logging.getLogger("keras_ebft")
 
 
-def export_to_hugging_face(causal_lm, path):
+def export_to_hugging_face(
+    causal_lm: keras_hub.models.CausalLM, path: str | os.PathLike[str]
+) -> None:
     """Writes a causal language model as a Hugging Face checkpoint.
 
     The folder holds `config.json`, `model.safetensors` and, where KerasHub can
@@ -54,19 +58,19 @@ def export_to_hugging_face(causal_lm, path):
         _export_tokenizer(causal_lm.preprocessor.tokenizer, path)
 
 
-def _export_backbone(causal_lm, path):
+def _export_backbone(causal_lm: keras_hub.models.CausalLM, path: Path) -> None:
     without_tokenizer = type(causal_lm)(backbone=causal_lm.backbone, preprocessor=None)
     without_tokenizer.export_to_transformers(str(path))
 
 
-def _write(path, config, weights):
+def _write(path: Path, config: dict[str, Any], weights: dict[str, Any]) -> None:
     from safetensors.numpy import save_file
 
     (path / "config.json").write_text(json.dumps(config, indent=2))
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
 
 
-def _export_tokenizer(tokenizer, path):
+def _export_tokenizer(tokenizer: keras_hub.tokenizers.Tokenizer, path: Path) -> None:
     if hasattr(tokenizer, "write_hugging_face"):
         tokenizer.write_hugging_face(path)
     elif not write_tokenizer(tokenizer, path):
@@ -79,7 +83,7 @@ def _export_tokenizer(tokenizer, path):
         )
 
 
-def _check_not_quantized(backbone):
+def _check_not_quantized(backbone: keras_hub.models.Backbone) -> None:
     quantized = [
         layer.path
         for layer in adapters.layers_of(backbone)

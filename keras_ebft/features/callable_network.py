@@ -1,7 +1,12 @@
 """A feature network of the user's own, behind the interface of `RoutedNetwork`."""
 
+from collections.abc import Callable
+from typing import Any
+
 import keras
 from keras import ops
+
+from keras_ebft.typing import Tensor
 
 
 class CallableNetwork:
@@ -12,22 +17,36 @@ class CallableNetwork:
             features `[..., D]` or `[..., F, D]`; see `FeatureNetwork`.
     """
 
-    def __init__(self, function):
+    def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         self.model = function if isinstance(function, keras.Layer) else None
         if self.model is not None:
             self.model.trainable = False
 
-    def __call__(self, token_ids, positions, attend, caches=None):
+    def __call__(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        attend: Callable[..., Any],
+        caches: list[Any] | None = None,
+    ) -> tuple[Tensor, list[Any]]:
         """Runs the function; see `RoutedNetwork.__call__`.
 
         Raises:
             ValueError: if the function attended more or less often over rollouts
                 than over documents, or returned features of another shape.
         """
-        updated = []
+        updated: list[Any] = []
 
-        def routed(query, key, value, *, scale, sliding_window=None, soft_cap=None):
+        def routed(
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            *,
+            scale: float,
+            sliding_window: int | None = None,
+            soft_cap: float | None = None,
+        ) -> Tensor:
             if caches is not None and len(updated) >= len(caches):
                 raise ValueError(
                     "Expected the feature network to call `attend` as often over "
@@ -58,7 +77,7 @@ class CallableNetwork:
         return _with_feature_axis(features, token_ids), updated
 
 
-def _with_feature_axis(features, token_ids):
+def _with_feature_axis(features: Tensor, token_ids: Tensor) -> Tensor:
     lead = tuple(token_ids.shape)
     shape = tuple(features.shape)
     if len(shape) == len(lead) + 1:

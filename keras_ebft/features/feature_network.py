@@ -2,6 +2,8 @@
 
 import math
 import numbers
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import keras_hub
@@ -10,6 +12,7 @@ from keras import ops
 from keras_ebft.configurable import Configurable
 from keras_ebft.features.callable_network import CallableNetwork
 from keras_ebft.functional.pooling import POOLINGS, pool
+from keras_ebft.layout.blocks import Blocks
 from keras_ebft.layout.documents import take_tokens
 from keras_ebft.networks import (
     RoutedNetwork,
@@ -19,6 +22,7 @@ from keras_ebft.networks import (
     num_layers,
 )
 from keras_ebft.networks.frozen_reader import FrozenReader
+from keras_ebft.typing import Tensor
 from keras_ebft.validation import check_choice, check_int, check_number
 
 DEFAULT_LAYERS = (0.25, 0.5, 0.75)
@@ -89,12 +93,12 @@ class FeatureNetwork(Configurable):
 
     def __init__(
         self,
-        layers=None,
-        mode="concat",
-        pooling="last_token",
-        network=None,
-        ema_decay=None,
-    ):
+        layers: Sequence[int | float] | None = None,
+        mode: str = "concat",
+        pooling: str = "last_token",
+        network: Callable[..., Any] | None = None,
+        ema_decay: float | None = None,
+    ) -> None:
         self.mode = check_choice("mode", mode, MODES)
         if layers is not None and mode not in LAYERED_MODES:
             raise ValueError(
@@ -110,7 +114,7 @@ class FeatureNetwork(Configurable):
             self.ema_decay = check_number("ema_decay", ema_decay, 0.0, 1.0 - 1e-9)
         self._check_combination(layers)
 
-    def _check_combination(self, layers):
+    def _check_combination(self, layers: Sequence[int | float] | None) -> None:
         if self.ema_decay is not None and self.network is not None:
             raise ValueError(
                 "Expected `ema_decay` with a copy of the policy only. Received: "
@@ -125,7 +129,7 @@ class FeatureNetwork(Configurable):
                 f"mode={self.mode!r}. Leave them out."
             )
 
-    def tapped_layers(self, num_layers):
+    def tapped_layers(self, num_layers: int) -> list[int]:
         """The tapped layers of a network of `num_layers`, increasing, from 1.
 
         Raises:
@@ -140,7 +144,7 @@ class FeatureNetwork(Configurable):
             return sorted({middle, min(middle + 1, num_layers)})
         return sorted({self._layer(layer, num_layers) for layer in self.layers})
 
-    def _layer(self, layer, num_layers):
+    def _layer(self, layer: int | float, num_layers: int) -> int:
         if isinstance(layer, float):
             return max(1, min(num_layers, math.floor(layer * num_layers)))
         if layer > num_layers:
@@ -152,11 +156,13 @@ class FeatureNetwork(Configurable):
         return layer
 
     @property
-    def is_initial_model(self):
+    def is_initial_model(self) -> bool:
         """Whether features come from the policy as it was at the start."""
         return self.network is None and self.ema_decay is None
 
-    def freeze(self, backbone, with_reference=False):
+    def freeze(
+        self, backbone: keras_hub.models.Backbone, with_reference: bool = False
+    ) -> FrozenReader:
         """A reader of the frozen network, which knows its taps.
 
         Args:
@@ -192,11 +198,13 @@ class FeatureNetwork(Configurable):
         )
 
     @property
-    def is_live(self):
+    def is_live(self) -> bool:
         """Whether the network that features come from moves with the policy."""
         return self.ema_decay is not None
 
-    def generated(self, rollout_taps, token_mask, alive):
+    def generated(
+        self, rollout_taps: list[Tensor], token_mask: Tensor, alive: Tensor
+    ) -> Tensor:
         """Features of every rollout.
 
         Args:
@@ -211,7 +219,7 @@ class FeatureNetwork(Configurable):
         """
         return pool(self._features(rollout_taps), token_mask, alive, self.pooling)
 
-    def target(self, document_taps, blocks):
+    def target(self, document_taps: list[Tensor], blocks: Blocks) -> Tensor:
         """Features of every true continuation.
 
         Args:
@@ -229,7 +237,7 @@ class FeatureNetwork(Configurable):
             self.pooling,
         )
 
-    def num_features(self, network, rollout_length):
+    def num_features(self, network: Any, rollout_length: int) -> int:
         """Numbers in one window's features, `F * D`, over all features.
 
         Raises:
@@ -245,7 +253,7 @@ class FeatureNetwork(Configurable):
         width = widths[0] if self.mode in ("last", "mean", "middle") else sum(widths)
         return width * rollout_length if self.pooling == "concat" else width
 
-    def _features(self, taps):
+    def _features(self, taps: list[Tensor]) -> Tensor:
         """Taps `[..., D]` as normalised per-token features `[..., F, D']`."""
         if self.network is not None and not _is_backbone(self.network):
             return _normalise(ops.cast(taps[0], "float32"))
@@ -256,7 +264,7 @@ class FeatureNetwork(Configurable):
             taps = [sum(taps[1:], start=taps[0]) / len(taps)]
         return _normalise(ops.stack(taps, axis=-2))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The constructor's arguments as a dict that JSON can hold."""
         network = self.network
         if network is not None:
@@ -270,7 +278,7 @@ class FeatureNetwork(Configurable):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> "FeatureNetwork":
         """Builds the object from what `get_config` returned."""
         network = config.get("network")
         if isinstance(network, dict):
@@ -280,16 +288,16 @@ class FeatureNetwork(Configurable):
         return cls(**{**config, "network": network})
 
 
-def _is_backbone(network):
+def _is_backbone(network: Any) -> bool:
     return isinstance(network, keras_hub.models.Backbone)
 
 
-def _normalise(vectors):
+def _normalise(vectors: Tensor) -> Tensor:
     norm = ops.sqrt(ops.sum(ops.square(vectors), axis=-1, keepdims=True))
     return vectors / ops.maximum(norm, NORM_EPSILON)
 
 
-def _check_network(network):
+def _check_network(network: Any) -> Any:
     if network is None or callable(network):
         return network
     raise TypeError(
@@ -299,7 +307,7 @@ def _check_network(network):
     )
 
 
-def _check_layers(layers):
+def _check_layers(layers: Any) -> tuple[int | float, ...]:
     if not isinstance(layers, (list, tuple)) or not layers:
         raise ValueError(
             "Expected `layers` to be a non-empty tuple of layers to tap. Received: "
@@ -308,7 +316,7 @@ def _check_layers(layers):
     return tuple(_check_layer(layer) for layer in layers)
 
 
-def _check_layer(layer):
+def _check_layer(layer: Any) -> int | float:
     if isinstance(layer, numbers.Integral) and not isinstance(layer, bool):
         return check_int("layers", layer, 1)
     if not isinstance(layer, float):

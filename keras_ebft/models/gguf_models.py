@@ -1,5 +1,9 @@
 """A GGUF file as a KerasHub model."""
 
+import os
+from typing import Any
+
+import keras
 import keras_hub
 
 from keras_ebft.models.gguf import GGUFFile
@@ -20,7 +24,11 @@ ARCHITECTURES = ("llama", "qwen2")
 CONTROL, USER_DEFINED = 3, 4
 
 
-def from_gguf(path, dtype=None, sequence_length=1024):
+def from_gguf(
+    path: str | os.PathLike[str],
+    dtype: str | keras.DTypePolicy | None = None,
+    sequence_length: int = 1024,
+) -> keras_hub.models.CausalLM:
     """A language model out of a GGUF file, with tokenizer and chat template.
 
     Files of the architectures "llama" (Llama 3, SmolLM2 and others) and "qwen2"
@@ -69,7 +77,9 @@ def from_gguf(path, dtype=None, sequence_length=1024):
     return keras_hub.models.QwenCausalLM(backbone, preprocessor=preprocessor)
 
 
-def _backbone(file, dtype):
+def _backbone(
+    file: GGUFFile, dtype: str | keras.DTypePolicy | None
+) -> keras_hub.models.Backbone:
     is_llama = file.architecture == "llama"
     sizes = _sizes(file)
     head_dim = sizes["hidden_dim"] // sizes["num_query_heads"]
@@ -93,7 +103,7 @@ def _backbone(file, dtype):
     return backbone
 
 
-def _sizes(file):
+def _sizes(file: GGUFFile) -> dict[str, int]:
     heads = file.setting("{arch}.attention.head_count")
     return {
         "vocabulary_size": file.shape("token_embd.weight")[0],
@@ -105,13 +115,13 @@ def _sizes(file):
     }
 
 
-def _epsilon(file):
+def _epsilon(file: GGUFFile) -> float:
     # Written in single precision: 1e-5 comes back as 9.99999975e-06.
     value = file.setting("{arch}.attention.layer_norm_rms_epsilon")
     return float(f"{value:.6g}")
 
 
-def _llama3(factor):
+def _llama3(factor: float | None) -> dict[str, Any]:
     if factor is None:
         return {}
     low, high, length = LLAMA3_SCALING
@@ -123,7 +133,7 @@ def _llama3(factor):
     }
 
 
-def _check_heads(file, head_dim):
+def _check_heads(file: GGUFFile, head_dim: int) -> None:
     widths = [
         file.setting(f"{{arch}}.attention.{kind}_length", head_dim)
         for kind in ("key", "value")
@@ -138,7 +148,7 @@ def _check_heads(file, head_dim):
         )
 
 
-def tokenizer_settings(file):
+def tokenizer_settings(file: GGUFFile) -> dict[str, Any]:
     """What a byte-pair tokenizer is made of, out of a `GGUFFile`.
 
     Raises:
@@ -155,7 +165,7 @@ def tokenizer_settings(file):
     types = file.setting("tokenizer.ggml.token_type", [1] * len(tokens))
     way = way_of(file.setting("tokenizer.ggml.pre"))
 
-    def named(name):
+    def named(name: str) -> str | None:
         index = file.setting(f"tokenizer.ggml.{name}_token_id", None)
         return None if index is None else tokens[index]
 

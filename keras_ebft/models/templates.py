@@ -1,9 +1,13 @@
 """The chat template that a model's tokenizer carries."""
 
+from typing import Any
+
+import keras_hub
+
 from keras_ebft.data import ChatTemplate
 
 
-def chat_template(causal_lm):
+def chat_template(causal_lm: keras_hub.models.CausalLM) -> ChatTemplate:
     """The chat template of a model that came with one.
 
     Args:
@@ -23,7 +27,7 @@ def chat_template(causal_lm):
     causal_lm.generate(template.prompt([{"role": "user", "content": "Hello!"}]))
     ```
     """
-    tokenizer = getattr(causal_lm.preprocessor, "tokenizer", None)
+    tokenizer: Any = getattr(causal_lm.preprocessor, "tokenizer", None)
     template = getattr(tokenizer, "chat_template", None)
     if template is None:
         raise ValueError(

@@ -1,10 +1,14 @@
 """A learned critic (experimental): tells true windows from generated ones."""
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_ebft.configurable import Configurable
 from keras_ebft.functional.masking import masked_mean
+from keras_ebft.typing import Tensor
 from keras_ebft.validation import check_bool, check_choice
 
 SELECTIONS = ("first", "all", "closest", "only_different")
@@ -41,14 +45,21 @@ class Critic(Configurable):
     False
     """
 
-    def __init__(self, selection="first", optimizer=None, train_features=False):
+    def __init__(
+        self,
+        selection: str = "first",
+        optimizer: keras.optimizers.Optimizer | str | dict[str, Any] | None = None,
+        train_features: bool = False,
+    ) -> None:
         self.selection = check_choice("selection", selection, SELECTIONS)
         if optimizer is None:
             optimizer = keras.optimizers.AdamW(9e-6, beta_2=0.95, weight_decay=0.0)
         self.optimizer = keras.optimizers.get(optimizer)
         self.train_features = check_bool("train_features", train_features)
 
-    def terms(self, true_logit, generated_logit, mask):
+    def terms(
+        self, true_logit: Tensor, generated_logit: Tensor, mask: Tensor
+    ) -> dict[str, Tensor]:
         """What the critic adds to the terms of the loss.
 
         Args:
@@ -65,7 +76,7 @@ class Critic(Configurable):
             "critic_accuracy": critic_accuracy(*logits, mask),
         }
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The constructor's arguments as a dict that JSON can hold."""
         return {
             "selection": self.selection,
@@ -74,7 +85,9 @@ class Critic(Configurable):
         }
 
 
-def critic_loss(true_logit, generated_logit, mask, selection="first"):
+def critic_loss(
+    true_logit: Tensor, generated_logit: Tensor, mask: Tensor, selection: str = "first"
+) -> Tensor:
     """How badly true and generated windows are told apart; see `Critic`.
 
     Args:
@@ -117,7 +130,9 @@ def critic_loss(true_logit, generated_logit, mask, selection="first"):
     )
 
 
-def critic_accuracy(true_logit, generated_logit, mask):
+def critic_accuracy(
+    true_logit: Tensor, generated_logit: Tensor, mask: Tensor
+) -> Tensor:
     """Share of windows, true and generated alike, on the right side of 0.
 
     Args:
@@ -142,13 +157,13 @@ class CriticHead(keras.layers.Layer):
         num_inputs: int, `F * D`.
     """
 
-    def __init__(self, num_inputs):
+    def __init__(self, num_inputs: int) -> None:
         super().__init__(name="critic_head", dtype="float32")
         self.dense = keras.layers.Dense(1, name="logit", dtype="float32")
         self.dense.build((None, num_inputs))
         self.built = True
 
-    def call(self, features):
+    def call(self, features: Tensor) -> Tensor:
         """Logits of features."""
         *lead, count, width = features.shape
         return self.dense(ops.reshape(features, (*lead, count * width)))[..., 0]
@@ -163,23 +178,28 @@ class PolicyAndCriticOptimizer(keras.optimizers.Optimizer):
         critic_variables: list of Keras variables; all others are the policy's.
     """
 
-    def __init__(self, policy_optimizer, critic_optimizer, critic_variables):
+    def __init__(
+        self,
+        policy_optimizer: keras.optimizers.Optimizer,
+        critic_optimizer: keras.optimizers.Optimizer,
+        critic_variables: Sequence[keras.Variable],
+    ) -> None:
         super().__init__(learning_rate=0.0, name="policy_and_critic")
         self.policy_optimizer = policy_optimizer
         self.critic_optimizer = critic_optimizer
         self._critic_ids = {id(variable) for variable in critic_variables}
 
     @property
-    def learning_rate(self):
+    def learning_rate(self) -> Any:
         """The policy's learning rate, as callbacks read and set it."""
         return self.policy_optimizer.learning_rate
 
     @learning_rate.setter
-    def learning_rate(self, value):
+    def learning_rate(self, value: Any) -> None:
         self.policy_optimizer.learning_rate = value
 
     @property
-    def variables(self):
+    def variables(self) -> list[keras.Variable]:
         """State of both optimizers."""
         return [
             *super().variables,
@@ -187,13 +207,17 @@ class PolicyAndCriticOptimizer(keras.optimizers.Optimizer):
             *self.critic_optimizer.variables,
         ]
 
-    def build(self, variables):
+    def build(self, variables: Sequence[keras.Variable]) -> None:
         """Builds both optimizers on their variables."""
         super().build(variables)
         for optimizer, (_, own) in self._parts([None] * len(variables), variables):
             optimizer.build(own)
 
-    def apply(self, grads, trainable_variables=None):
+    def apply(
+        self,
+        grads: Sequence[Tensor],
+        trainable_variables: Sequence[keras.Variable] | None = None,
+    ) -> None:
         """Applies each gradient with the optimizer of its variable."""
         if trainable_variables is None:
             trainable_variables = self._trainable_variables
@@ -203,8 +227,13 @@ class PolicyAndCriticOptimizer(keras.optimizers.Optimizer):
             optimizer.apply(own_grads, own)
         self._iterations.assign_add(1)
 
-    def _parts(self, grads, variables):
-        parts = {False: ([], []), True: ([], [])}
+    def _parts(
+        self, grads: Sequence[Tensor], variables: Sequence[keras.Variable]
+    ) -> Iterator[tuple[keras.optimizers.Optimizer, tuple[list[Any], list[Any]]]]:
+        parts: dict[bool, tuple[list[Any], list[Any]]] = {
+            False: ([], []),
+            True: ([], []),
+        }
         for gradient, variable in zip(grads, variables):
             own_grads, own = parts[id(variable) in self._critic_ids]
             own_grads.append(gradient)

@@ -1,5 +1,7 @@
 """The loss as a weighted sum of terms, its settings checked together."""
 
+from typing import Any, cast
+
 import keras
 from keras import ops
 
@@ -12,7 +14,9 @@ from keras_ebft.functional.losses import (
     token_weights,
 )
 from keras_ebft.functional.masking import masked_mean
-from keras_ebft.records import LossTerms
+from keras_ebft.objectives.critic import Critic
+from keras_ebft.records import DocumentScores, Experience, LossTerms, RolloutScores
+from keras_ebft.typing import Tensor, Weight
 from keras_ebft.validation import (
     check_choice,
     check_clip_range,
@@ -52,15 +56,15 @@ class Objective:
 
     def __init__(
         self,
-        policy_weight,
-        ce_weight,
-        kl_weight,
-        entropy_weight,
-        kl_estimator,
-        policy_loss,
-        updates_per_rollout,
-        clip_range,
-    ):
+        policy_weight: Weight,
+        ce_weight: Weight,
+        kl_weight: Weight,
+        entropy_weight: Weight,
+        kl_estimator: str,
+        policy_loss: str,
+        updates_per_rollout: int,
+        clip_range: float | tuple[float, float] | None,
+    ) -> None:
         self.policy_weight = check_weight("policy_weight", policy_weight)
         self.ce_weight = check_weight("ce_weight", ce_weight)
         self.kl_weight = check_weight("kl_weight", kl_weight)
@@ -80,17 +84,17 @@ class Objective:
             )
 
     @property
-    def weights(self):
+    def weights(self) -> dict[str, Weight]:
         """The weights by name."""
         return {name: getattr(self, name) for name in WEIGHTS}
 
     @property
-    def trains_documents(self):
+    def trains_documents(self) -> bool:
         """Whether the cross-entropy of documents has a gradient."""
         return not is_zero(self.ce_weight)
 
     @property
-    def needs_rollouts(self):
+    def needs_rollouts(self) -> bool:
         """Whether anything is learned from rollouts."""
         return any(
             not is_zero(weight)
@@ -99,16 +103,21 @@ class Objective:
         )
 
     @property
-    def repeats_updates(self):
+    def repeats_updates(self) -> bool:
         """Whether the same rollouts are learned from more than once."""
         return self.updates_per_rollout > 1 and self.needs_rollouts
 
     @property
-    def needs_reference(self):
+    def needs_reference(self) -> bool:
         """Whether the initial model's log-probabilities are needed."""
         return not is_zero(self.kl_weight)
 
-    def terms(self, document_scores, experience=None, scores=None):
+    def terms(
+        self,
+        document_scores: DocumentScores,
+        experience: Experience | None = None,
+        scores: RolloutScores | None = None,
+    ) -> LossTerms:
         """The terms of the loss, before their weights.
 
         Args:
@@ -123,6 +132,7 @@ class Objective:
         ce_loss = masked_mean(-document_scores.log_prob, document_scores.mask)
         if experience is None:
             return LossTerms(ce_loss)
+        scores = cast(RolloutScores, scores)
         rollouts, frozen, judged, old_log_prob = experience
         counted = ops.cast(rollouts.counted, "float32")
         ratio = probability_ratio(
@@ -145,7 +155,7 @@ class Objective:
             terms = terms._replace(kl=masked_mean(estimate, counted))
         return terms
 
-    def loss(self, terms, step):
+    def loss(self, terms: LossTerms, step: Tensor) -> Tensor:
         """`policy_weight L_PG + ce_weight L_CE + kl_weight L_KL - entropy_weight H`.
 
         A critic's loss is added as it is.
@@ -167,7 +177,7 @@ class Objective:
             loss = loss + sign * ops.cast(value, "float32") * getattr(terms, term)
         return loss
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The constructor's arguments as a dict that JSON can hold."""
         weights = {
             name: weight
@@ -184,7 +194,14 @@ class Objective:
         }
 
 
-def check_combination(objective, sampler, feature_network, reward, advantage, critic):
+def check_combination(
+    objective: Objective,
+    sampler: Any,
+    feature_network: Any,
+    reward: Any,
+    advantage: str,
+    critic: Critic | None,
+) -> None:
     """Checks settings of different parts that must go together.
 
     Raises:
@@ -222,7 +239,9 @@ def check_combination(objective, sampler, feature_network, reward, advantage, cr
         )
 
 
-def _check_critic(critic, objective, feature_network, reward):
+def _check_critic(
+    critic: Critic, objective: Objective, feature_network: Any, reward: Any
+) -> None:
     if not objective.needs_rollouts or not reward.needs_features:
         raise ValueError(
             "Expected a critic beside a reward that looks at features of rollouts. "

@@ -1,10 +1,14 @@
 """Matching of whole distributions of features, through random frequencies."""
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
 
+from keras_ebft.records import Rollouts
 from keras_ebft.rewards.feature_matching import FeatureMatchingReward
+from keras_ebft.typing import Tensor
 from keras_ebft.validation import check_int, check_number
 
 
@@ -42,19 +46,21 @@ class CharacteristicFunctionReward(FeatureMatchingReward):
 
     def __init__(
         self,
-        alignment_weight=1.0,
-        diversity_weight=1.0,
-        whitening=None,
-        num_frequencies=256,
-        bandwidth=1.0,
-        seed=0,
-    ):
+        alignment_weight: float = 1.0,
+        diversity_weight: float = 1.0,
+        whitening: str | None = None,
+        num_frequencies: int = 256,
+        bandwidth: float = 1.0,
+        seed: int = 0,
+    ) -> None:
         super().__init__(alignment_weight, diversity_weight, whitening)
         self.num_frequencies = check_int("num_frequencies", num_frequencies, 1)
         self.bandwidth = check_number("bandwidth", bandwidth, 0.0, exclusive=True)
         self.seed = check_int("seed", seed, 0)
 
-    def __call__(self, generated, target, rollouts=None):
+    def __call__(
+        self, generated: Tensor, target: Tensor, rollouts: Rollouts | None = None
+    ) -> dict[str, Tensor]:
         """`FeatureMatchingReward` of the Fourier features."""
         frequencies = self.frequencies(generated.shape[-1])
         return super().__call__(
@@ -62,13 +68,13 @@ class CharacteristicFunctionReward(FeatureMatchingReward):
             _fourier_features(target, frequencies),
         )
 
-    def frequencies(self, width):
+    def frequencies(self, width: int) -> np.ndarray:
         """The frequencies for features of a width, float32 array `[width, m]`."""
         random = np.random.default_rng(self.seed)
         normal = random.standard_normal((width, self.num_frequencies))
         return (normal / self.bandwidth).astype("float32")
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The constructor's arguments as a dict that JSON can hold."""
         return {
             **super().get_config(),
@@ -78,7 +84,7 @@ class CharacteristicFunctionReward(FeatureMatchingReward):
         }
 
 
-def _fourier_features(features, frequencies):
+def _fourier_features(features: Tensor, frequencies: np.ndarray) -> Tensor:
     phase = ops.matmul(ops.cast(features, "float32"), frequencies)
     scale = frequencies.shape[1] ** -0.5
     return scale * ops.concatenate([ops.cos(phase), ops.sin(phase)], axis=-1)

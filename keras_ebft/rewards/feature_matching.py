@@ -1,11 +1,16 @@
 """Rewards for features that match the true text's, the method's own."""
 
+from collections.abc import Callable
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_ebft.functional.inner_products import WHITENINGS
 from keras_ebft.kernels import feature_reward
+from keras_ebft.records import Rollouts
 from keras_ebft.rewards.reward import Reward
+from keras_ebft.typing import Tensor
 from keras_ebft.validation import (
     check_choice,
     check_number,
@@ -45,7 +50,12 @@ class FeatureMatchingReward(Reward):
 
     measures_unbiased = False
 
-    def __init__(self, alignment_weight=1.0, diversity_weight=1.0, whitening="rollout"):
+    def __init__(
+        self,
+        alignment_weight: float = 1.0,
+        diversity_weight: float = 1.0,
+        whitening: str | None = "rollout",
+    ) -> None:
         self.alignment_weight = check_number("alignment_weight", alignment_weight, 0.0)
         self.diversity_weight = check_number("diversity_weight", diversity_weight, 0.0)
         check_some_weight(
@@ -55,14 +65,16 @@ class FeatureMatchingReward(Reward):
         self.whitening = check_choice("whitening", whitening, WHITENINGS)
 
     @property
-    def block_measures(self):
+    def block_measures(self) -> tuple[str, ...]:  # type: ignore[override]
         """Names of what `__call__` measures once per block."""
         name = "feature_matching_loss"
         whitened = () if self.whitening is None else (f"whitened_{name}",)
         unbiased = (f"unbiased_{name}",) if self.measures_unbiased else ()
         return (name, *whitened, *unbiased)
 
-    def __call__(self, generated, target, rollouts=None):
+    def __call__(
+        self, generated: Tensor, target: Tensor, rollouts: Rollouts | None = None
+    ) -> dict[str, Tensor]:
         """Rewards and distances of every block.
 
         Args:
@@ -83,7 +95,13 @@ class FeatureMatchingReward(Reward):
         del rewards["advantage"]
         return rewards
 
-    def judge(self, generated, target, rollouts, estimator):
+    def judge(
+        self,
+        generated: Tensor,
+        target: Tensor,
+        rollouts: Rollouts | None,
+        estimator: str,
+    ) -> dict[str, Tensor]:
         """`__call__` and `advantages` in one operation."""
         own = type(self)
         if (
@@ -94,7 +112,9 @@ class FeatureMatchingReward(Reward):
             return super().judge(generated, target, rollouts, estimator)
         return self._match(generated, target, estimator)
 
-    def _match(self, generated, target, estimator):
+    def _match(
+        self, generated: Tensor, target: Tensor, estimator: str
+    ) -> dict[str, Tensor]:
         if len(generated.shape) == 6:
             return _per_token(self._match, generated, target, estimator)
         return feature_reward(
@@ -107,7 +127,7 @@ class FeatureMatchingReward(Reward):
             unbiased=self.measures_unbiased,
         )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The constructor's arguments as a dict that JSON can hold."""
         return {
             "alignment_weight": self.alignment_weight,
@@ -116,7 +136,12 @@ class FeatureMatchingReward(Reward):
         }
 
 
-def _per_token(match, generated, target, estimator):
+def _per_token(
+    match: Callable[..., dict[str, Tensor]],
+    generated: Tensor,
+    target: Tensor,
+    estimator: str,
+) -> dict[str, Tensor]:
     """Rewards with every token as a block of its own."""
     batch, samples, blocks, steps, *feature = generated.shape
     flat = match(

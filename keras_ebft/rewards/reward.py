@@ -12,8 +12,12 @@ To add a reward, do:
 5. add numbers by hand to `tests/test_rewards.py` and its equation to `docs/options.md`.
 """
 
+import keras_hub
+
 from keras_ebft import functional
 from keras_ebft.configurable import Configurable
+from keras_ebft.records import Rollouts
+from keras_ebft.typing import Tensor
 
 
 class Reward(Configurable):
@@ -35,14 +39,16 @@ class Reward(Configurable):
 
     needs_features = True
     runs_python = False
-    block_measures = ()
+    block_measures: tuple[str, ...] = ()
     alignment_weight = 1.0
     diversity_weight = 1.0
 
-    def prepare(self, causal_lm):
+    def prepare(self, causal_lm: keras_hub.models.CausalLM) -> None:
         """Called once with the model whose rollouts will be rewarded."""
 
-    def __call__(self, generated, target, rollouts=None):
+    def __call__(
+        self, generated: Tensor, target: Tensor, rollouts: Rollouts | None = None
+    ) -> dict[str, Tensor]:
         """Rewards of every rollout.
 
         Args:
@@ -56,7 +62,13 @@ class Reward(Configurable):
             "rollouts). See keras_ebft.rewards.Reward."
         )
 
-    def judge(self, generated, target, rollouts, estimator):
+    def judge(
+        self,
+        generated: Tensor,
+        target: Tensor,
+        rollouts: Rollouts | None,
+        estimator: str,
+    ) -> dict[str, Tensor]:
         """Rewards and advantages of every rollout, as a step uses them.
 
         Args:
@@ -71,7 +83,7 @@ class Reward(Configurable):
         rewards = self(generated, target, rollouts)
         return {**rewards, "advantage": self.advantages(rewards, estimator)}
 
-    def advantages(self, rewards, estimator):
+    def advantages(self, rewards: dict[str, Tensor], estimator: str) -> Tensor:
         """Advantages of what `__call__` returned, of the shape of its rewards.
 
         Args:

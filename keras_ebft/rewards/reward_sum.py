@@ -1,8 +1,14 @@
 """Weighted sums of rewards."""
 
-import keras
+from collections.abc import Sequence
+from typing import Any
 
+import keras
+import keras_hub
+
+from keras_ebft.records import Rollouts
 from keras_ebft.rewards.reward import Reward
+from keras_ebft.typing import Tensor
 from keras_ebft.validation import check_instance, check_number, check_some_weight
 
 
@@ -26,7 +32,9 @@ class RewardSum(Reward):
     [1.0, 0.5]
     """
 
-    def __init__(self, rewards, weights=None):
+    def __init__(
+        self, rewards: Sequence[Reward], weights: Sequence[float] | None = None
+    ) -> None:
         if not isinstance(rewards, (list, tuple)) or not rewards:
             raise ValueError(
                 "Expected `rewards` to be a non-empty list of rewards. Received: "
@@ -47,21 +55,23 @@ class RewardSum(Reward):
         self.diversity_weight = float(any(r.diversity_weight for r in self.rewards))
 
     @property
-    def block_measures(self):
+    def block_measures(self) -> tuple[str, ...]:  # type: ignore[override]
         """Names of what the summed rewards measure once per block."""
         names = [name for reward in self.rewards for name in reward.block_measures]
         return tuple(dict.fromkeys(names))
 
-    def prepare(self, causal_lm):
+    def prepare(self, causal_lm: keras_hub.models.CausalLM) -> None:
         """Prepares every reward."""
         for reward in self.rewards:
             reward.prepare(causal_lm)
 
-    def __call__(self, generated, target, rollouts=None):
+    def __call__(
+        self, generated: Tensor, target: Tensor, rollouts: Rollouts | None = None
+    ) -> dict[str, Tensor]:
         """The sum. `alignment` and `diversity` are the weighted sums of both parts."""
         found = [reward(generated, target, rollouts) for reward in self.rewards]
         rank = max(len(rewards["reward"].shape) for rewards in found)
-        total = {}
+        total: dict[str, Tensor] = {}
         for reward, weight, rewards in zip(self.rewards, self.weights, found):
             for name in reward.block_measures:
                 total.setdefault(name, rewards[name])
@@ -72,7 +82,7 @@ class RewardSum(Reward):
         total["reward"] = total["alignment"] - total["diversity"]
         return total
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The constructor's arguments as a dict that JSON can hold."""
         return {
             "rewards": [keras.saving.serialize_keras_object(r) for r in self.rewards],
@@ -80,7 +90,7 @@ class RewardSum(Reward):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> "RewardSum":
         """Builds the object from what `get_config` returned."""
         rewards = [
             keras.saving.deserialize_keras_object(r) if isinstance(r, dict) else r
@@ -89,5 +99,5 @@ class RewardSum(Reward):
         return cls(rewards, config["weights"])
 
 
-def _with_rank(reward, rank):
+def _with_rank(reward: Tensor, rank: int) -> Tensor:
     return reward if len(reward.shape) == rank else reward[..., None]

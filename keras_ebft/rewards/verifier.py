@@ -1,14 +1,17 @@
 """Rewards from a verifier in Python."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import keras
+import keras_hub
 import numpy as np
 from keras import ops
 
 from keras_ebft.backend.runtime import call_python
 from keras_ebft.networks import marker_token_ids, tokenizer
 from keras_ebft.rewards.reward import Reward
+from keras_ebft.typing import Tensor
 from keras_ebft.validation import check_bool
 
 
@@ -67,7 +70,7 @@ class VerifierReward(Reward):
     runs_python = True
     diversity_weight = 0.0
 
-    def __init__(self, fn, decode=True):
+    def __init__(self, fn: Callable[..., Any], decode: bool = True) -> None:
         if not callable(fn):
             raise TypeError(
                 "Expected `fn` to be a function of (prompts, completions, targets). "
@@ -75,10 +78,10 @@ class VerifierReward(Reward):
             )
         self.fn = fn
         self.decode = check_bool("decode", decode)
-        self._tokenizer = None
-        self._markers = ()
+        self._tokenizer: Any = None
+        self._markers: tuple[int, ...] = ()
 
-    def prepare(self, causal_lm):
+    def prepare(self, causal_lm: keras_hub.models.CausalLM) -> None:
         """Takes the model's tokenizer, to decode rollouts with."""
         if not self.decode:
             return
@@ -92,7 +95,9 @@ class VerifierReward(Reward):
             )
         self._markers = marker_token_ids(causal_lm)
 
-    def __call__(self, generated, target, rollouts=None):
+    def __call__(
+        self, generated: Tensor, target: Tensor, rollouts: Any = None
+    ) -> dict[str, Tensor]:
         """The verifier's numbers as `reward` and `alignment`; no diversity."""
         blocks = rollouts.blocks.as_tensors()
         starts = ops.zeros_like(blocks.anchors)
@@ -114,7 +119,7 @@ class VerifierReward(Reward):
             "reward": reward,
         }
 
-    def _verify(self, *arrays):
+    def _verify(self, *arrays: np.ndarray) -> np.ndarray:
         batch = _Arrays(*arrays)
         shape, live = batch.rollouts.shape[:3], batch.live
         rewards = np.asarray(self.fn(*self._texts(batch)), dtype="float32")
@@ -132,11 +137,11 @@ class VerifierReward(Reward):
             )
         return rewards
 
-    def _texts(self, batch):
+    def _texts(self, batch: _Arrays) -> tuple[list[Any], list[Any], list[Any]]:
         """Prompts, completions and targets, as `fn` gets them."""
         rows, samples, blocks = batch.rollouts.shape[:3]
 
-        def of_blocks(tokens_of):
+        def of_blocks(tokens_of: Callable[..., Iterable[Any]]) -> list[Any]:
             return [
                 [
                     self._text(tokens_of(b, k) if batch.live[b, k] else ())
@@ -157,14 +162,14 @@ class VerifierReward(Reward):
         ]
         return prompts, [list(samples) for samples in zip(*of_samples)], targets
 
-    def _text(self, tokens):
+    def _text(self, tokens: Iterable[Any]) -> str | list[int]:
         tokens = [int(token) for token in tokens]
         if not self.decode:
             return tokens
         tokens = [token for token in tokens if token not in self._markers]
         return self._tokenizer.detokenize(tokens) if tokens else ""
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The constructor's arguments as a dict that JSON can hold."""
         return {
             "fn": keras.saving.serialize_keras_object(self.fn),
@@ -172,7 +177,7 @@ class VerifierReward(Reward):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> "VerifierReward":
         """Builds the object from what `get_config` returned."""
         fn = config["fn"]
         if not callable(fn):

@@ -1,15 +1,21 @@
 """Rollouts: every block of every document and sample, advanced together."""
 
+from collections.abc import Sequence
+from typing import Any, cast
+
 import keras
 import numpy as np
 from keras import ops
 
 from keras_ebft.configurable import Configurable
+from keras_ebft.data.row_batches import Rows
 from keras_ebft.kernels import linear_sample
-from keras_ebft.layout.blocks import answer_starts, choose_anchors, make_blocks
-from keras_ebft.layout.documents import take_tokens
+from keras_ebft.layout.blocks import Blocks, answer_starts, choose_anchors, make_blocks
+from keras_ebft.layout.documents import Documents, take_tokens
 from keras_ebft.layout.geometry import BlockGeometry
-from keras_ebft.networks.prefix_cache import block_decoder
+from keras_ebft.networks import OutputHead, RoutedNetwork, RowNetwork
+from keras_ebft.networks.prefix_cache import DocumentState, block_decoder
+from keras_ebft.typing import Tensor
 from keras_ebft.validation import (
     check_choice,
     check_int,
@@ -72,17 +78,17 @@ class BlockSampler(Configurable):
 
     def __init__(
         self,
-        rollout_length=8,
-        stride=8,
-        context_length=8,
-        num_samples=4,
-        temperature=0.6,
-        top_p=1.0,
-        top_k=None,
-        anchors="stride",
-        num_anchors=None,
-        stop_token_ids="auto",
-    ):
+        rollout_length: int = 8,
+        stride: int = 8,
+        context_length: int = 8,
+        num_samples: int = 4,
+        temperature: float = 0.6,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        anchors: str = "stride",
+        num_anchors: int | None = None,
+        stop_token_ids: Sequence[int] | str | None = "auto",
+    ) -> None:
         self.rollout_length = check_int("rollout_length", rollout_length, 1)
         self.stride = check_int("stride", stride, 1)
         self.context_length = check_int("context_length", context_length, 1)
@@ -95,27 +101,27 @@ class BlockSampler(Configurable):
         self.stop_token_ids = check_stop_token_ids(stop_token_ids)
 
     @property
-    def scoring_temperature(self):
+    def scoring_temperature(self) -> float:
         """Temperature of the distribution that is trained."""
         return self.temperature or 1.0
 
     @property
-    def draws_tokens(self):
+    def draws_tokens(self) -> bool:
         """Whether rollouts are drawn, each independently of the others."""
         return True
 
     @property
-    def draws_anchors(self):
+    def draws_anchors(self) -> bool:
         """Whether anchors are random."""
         return self.anchors == "random"
 
-    def geometry(self, length):
+    def geometry(self, length: int) -> BlockGeometry:
         """`BlockGeometry` of documents of `length` tokens."""
         return BlockGeometry(
             length, self.context_length, self.rollout_length, self.stride
         )
 
-    def check_rows(self, rows):
+    def check_rows(self, rows: Rows) -> None:
         """Raises if rows of this shape cannot be sampled from.
 
         Args:
@@ -142,7 +148,7 @@ class BlockSampler(Configurable):
                 f"Received: {length}. Use fewer anchors."
             )
 
-    def num_blocks(self, documents):
+    def num_blocks(self, documents: Documents) -> int:
         """Blocks per row, K."""
         if documents.anchors is not None:
             return documents.anchors.shape[1]
@@ -150,7 +156,9 @@ class BlockSampler(Configurable):
             return self.num_anchors
         return self.geometry(documents.token_ids.shape[1]).num_blocks
 
-    def blocks(self, documents, uniform=None, stops=False):
+    def blocks(
+        self, documents: Documents, uniform: Tensor | None = None, stops: bool = False
+    ) -> Blocks:
         """Where the blocks of documents stand.
 
         Args:
@@ -171,7 +179,9 @@ class BlockSampler(Configurable):
             anchors = self._answer_anchors(documents)
         return self.blocks_at(documents, anchors, stops)
 
-    def blocks_at(self, documents, anchors, stops=False):
+    def blocks_at(
+        self, documents: Documents, anchors: Tensor, stops: bool = False
+    ) -> Blocks:
         """Blocks at given places, which live and count as those of `blocks` do.
 
         Args:
@@ -182,7 +192,7 @@ class BlockSampler(Configurable):
         Returns:
             `Blocks`.
         """
-        options = {"short_windows": stops}
+        options: dict[str, Any] = {"short_windows": stops}
         if documents.anchors is None:
             if self.anchors == "answer_start":
                 options = {"short_windows": True, "answer_only": True}
@@ -190,16 +200,26 @@ class BlockSampler(Configurable):
                 options["context_length"] = self.context_length
         return make_blocks(documents, anchors, self.rollout_length, **options)
 
-    def _random_anchors(self, documents, uniform, stops):
+    def _random_anchors(
+        self, documents: Documents, uniform: Tensor, stops: bool
+    ) -> Tensor:
         everywhere = np.arange(documents.token_ids.shape[1], dtype="int32")
         fits = self.blocks_at(documents, everywhere, stops)
-        return choose_anchors(fits.live, uniform, self.num_anchors)
+        return choose_anchors(fits.live, uniform, cast(int, self.num_anchors))
 
-    def _answer_anchors(self, documents):
+    def _answer_anchors(self, documents: Documents) -> Tensor:
         earliest = np.arange(documents.token_ids.shape[1], 0, -1, dtype="float32")
-        return choose_anchors(answer_starts(documents), earliest, self.num_anchors)
+        count = cast(int, self.num_anchors)
+        return choose_anchors(answer_starts(documents), earliest, count)
 
-    def __call__(self, policy, head, document, blocks, uniform):
+    def __call__(
+        self,
+        policy: RoutedNetwork | RowNetwork,
+        head: OutputHead,
+        document: DocumentState,
+        blocks: Blocks,
+        uniform: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
         """Samples rollouts.
 
         Args:
@@ -215,7 +235,7 @@ class BlockSampler(Configurable):
         """
         shape = tuple(uniform.shape)
 
-        def draw(hidden, step):
+        def draw(hidden: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
             uniforms = ops.slice(uniform, (0, 0, 0, step), (*shape[:3], 1))
             tokens, log_prob = linear_sample(
                 ops.reshape(hidden, (-1, hidden.shape[-1])),
@@ -234,7 +254,7 @@ class BlockSampler(Configurable):
         steps = self.rollout_length - 1
         decoder = block_decoder(policy, document, blocks, shape[:3], steps)
 
-        def body(step, carry):
+        def body(step: Tensor, carry: tuple[Any, ...]) -> tuple[Any, ...]:
             token_ids, log_prob, tokens, caches = carry
             hidden, caches = decoder(tokens, step, caches)
             tokens, new_log_prob = draw(hidden, step + 1)
@@ -250,7 +270,7 @@ class BlockSampler(Configurable):
         carry = (token_ids, log_prob, tokens, decoder.empty_caches())
         return tuple(ops.fori_loop(0, steps, body, carry)[:2])
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The constructor's arguments as a dict that JSON can hold."""
         return {
             "rollout_length": self.rollout_length,
@@ -266,7 +286,7 @@ class BlockSampler(Configurable):
         }
 
 
-def _check_num_anchors(num_anchors, anchors):
+def _check_num_anchors(num_anchors: int | None, anchors: str) -> int | None:
     if num_anchors is not None:
         if anchors == "stride":
             raise ValueError(
@@ -283,5 +303,5 @@ def _check_num_anchors(num_anchors, anchors):
     return 1 if anchors == "answer_start" else None
 
 
-def _write(target, update, step):
+def _write(target: Tensor, update: Tensor, step: Tensor) -> Tensor:
     return ops.slice_update(target, (0, 0, 0, step), update[..., None])

@@ -1,10 +1,16 @@
 """Rollouts that are given instead of sampled."""
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
 
+from keras_ebft.layout.blocks import Blocks
+from keras_ebft.networks import OutputHead, RoutedNetwork, RowNetwork
+from keras_ebft.networks.prefix_cache import DocumentState
 from keras_ebft.samplers.block_sampler import BlockSampler
+from keras_ebft.typing import Tensor
 
 
 @keras.saving.register_keras_serializable("keras_ebft")
@@ -31,7 +37,7 @@ class ReplaySampler(BlockSampler):
     (2, 4)
     """
 
-    def __init__(self, token_ids, **geometry):
+    def __init__(self, token_ids: Any, **geometry: Any) -> None:
         token_ids = np.asarray(token_ids)
         if not np.issubdtype(token_ids.dtype, np.integer):
             raise TypeError(
@@ -56,11 +62,18 @@ class ReplaySampler(BlockSampler):
         self.token_ids = token_ids.astype("int32")
 
     @property
-    def draws_tokens(self):
+    def draws_tokens(self) -> bool:
         """False: they are given, for all samples together."""
         return False
 
-    def __call__(self, policy, head, document, blocks, uniform):
+    def __call__(
+        self,
+        policy: RoutedNetwork | RowNetwork,
+        head: OutputHead,
+        document: DocumentState,
+        blocks: Blocks,
+        uniform: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
         """The given rollouts; see `BlockSampler.__call__`."""
         if tuple(uniform.shape) != self.token_ids.shape:
             raise ValueError(
@@ -71,6 +84,6 @@ class ReplaySampler(BlockSampler):
             )
         return ops.convert_to_tensor(self.token_ids), None
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The constructor's arguments as a dict that JSON can hold."""
         return {"token_ids": self.token_ids.tolist(), **super().get_config()}

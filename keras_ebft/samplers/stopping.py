@@ -2,8 +2,10 @@
 
 from keras import ops
 
+from keras_ebft.typing import Tensor
 
-def before_stop(token_ids, stop_token_ids):
+
+def before_stop(token_ids: Tensor, stop_token_ids: tuple[int, ...]) -> Tensor:
     """Which generated tokens count, up to and with the first stop token.
 
     Args:

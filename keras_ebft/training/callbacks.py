@@ -1,8 +1,12 @@
 """The callbacks that `fit` brings itself, before those of the user."""
 
 import logging
+from typing import Any
 
 import keras
+
+from keras_ebft.training.batches import TokenBatches
+from keras_ebft.training.checkpoints import TrainingState
 
 logger = logging.getLogger("keras_ebft")
 
@@ -20,18 +24,20 @@ class DataPosition(keras.callbacks.Callback):
         steps_per_epoch: int or `None`, as given to `fit`.
     """
 
-    def __init__(self, state, batches, steps_per_epoch):
+    def __init__(
+        self, state: TrainingState, batches: TokenBatches, steps_per_epoch: int | None
+    ) -> None:
         super().__init__()
         self.state = state
         self.batches = batches
         self.steps_per_epoch = steps_per_epoch
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Any = None) -> None:
         """Forgets weights that were loaded before."""
         self.state.loaded_metrics = None
         self.model.train_function.batches_to_pass = 0
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Tells the data which epoch begins, and passes over what was seen."""
         self.batches.begin_epoch(epoch)
         restored = self.state.loaded_metrics is not None
@@ -41,15 +47,15 @@ class DataPosition(keras.callbacks.Callback):
             self.state.epoch, self.state.batch = epoch, 0
         self.state.loaded_metrics = None
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Counts the batch as seen, unless it was before the interruption."""
         self.state.batch = max(self.state.batch, batch + 1)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Counts the epoch as seen."""
         self.state.epoch, self.state.batch = epoch + 1, 0
 
-    def _resume(self, epoch, batch):
+    def _resume(self, epoch: int, batch: int) -> None:
         if self.steps_per_epoch:
             self.batches.skip(epoch * self.steps_per_epoch)
         if batch:
@@ -69,15 +75,15 @@ class CurrentWeights(keras.callbacks.Callback):
     or values that are newly initialised. It must come before them.
     """
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Hands back the state of a training step."""
         self._hand_back()
 
-    def on_test_batch_end(self, batch, logs=None):
+    def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
         """Hands back the state of an evaluation step."""
         self._hand_back()
 
-    def _hand_back(self):
+    def _hand_back(self) -> keras.Model:
         # Keras does it whenever this property is read.
         return self.model
 
@@ -92,12 +98,12 @@ class KernelLog(keras.callbacks.Callback):
         choices: dict that `watch_choices` fills.
     """
 
-    def __init__(self, choices):
+    def __init__(self, choices: dict[str, set[str]]) -> None:
         super().__init__()
         self.choices = choices
         self.logged = False
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Logs, if this is the first batch that was trained on."""
         if self.logged:
             return

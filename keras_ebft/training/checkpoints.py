@@ -7,7 +7,9 @@ from their base and the place in the data come back too.
 
 import logging
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, cast
 
 import keras
 import numpy as np
@@ -32,16 +34,21 @@ class TrainingState(keras.layers.Layer):
             running means.
     """
 
-    def __init__(self, variables, metrics, **kwargs):
+    def __init__(
+        self,
+        variables: Callable[[], dict[str, keras.Variable]],
+        metrics: Callable[[], list[keras.Variable]],
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.variables_by_name = variables
         self.metric_variables = metrics
         self.epoch = 0
         self.batch = 0
-        self.loaded_metrics = None
+        self.loaded_metrics: list[np.ndarray] | None = None
         self.built = True
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         """Writes generators, adapters, running means and the place in the data."""
         for name, variable in self.variables_by_name().items():
             store[name] = variable
@@ -49,7 +56,7 @@ class TrainingState(keras.layers.Layer):
         for index, variable in enumerate(self.metric_variables()):
             store[f"metric_{index}"] = variable
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         """Reads what `save_own_variables` wrote.
 
         Raises:
@@ -76,9 +83,9 @@ class TrainingState(keras.layers.Layer):
         count = len(names) - len(stored) - 1
         self.loaded_metrics = [np.array(store[f"metric_{i}"]) for i in range(count)]
 
-    def restore_metrics(self):
+    def restore_metrics(self) -> None:
         """Sets the running means of the interrupted epoch."""
-        for variable, value in zip(self.metric_variables(), self.loaded_metrics):
+        for variable, value in zip(self.metric_variables(), self.loaded_metrics or ()):
             variable.assign(value)
 
 
@@ -112,7 +119,9 @@ class TrainingCheckpoint(keras.callbacks.Callback):
     ```
     """
 
-    def __init__(self, filepath, save_freq="epoch"):
+    def __init__(
+        self, filepath: str | os.PathLike[str], save_freq: int | str = "epoch"
+    ) -> None:
         super().__init__()
         if not str(filepath).endswith(".weights.h5"):
             raise ValueError(
@@ -125,7 +134,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
             self.save_freq = check_int("save_freq", save_freq, 1)
         self._saved_at = 0
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Any = None) -> None:
         """Loads the file if there is one."""
         if not self.filepath.exists():
             return
@@ -136,26 +145,27 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         # As Keras' own callback for this purpose says where to go on.
         model._initial_epoch = model.training_state.epoch
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Counts from where training resumes."""
         self._saved_at = self.model.training_state.batch
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Saves if `save_freq` batches have passed."""
-        if self.save_freq != "epoch" and batch + 1 - self._saved_at >= self.save_freq:
+        frequency = self.save_freq
+        if frequency != "epoch" and batch + 1 - self._saved_at >= cast(int, frequency):
             self._save()
             self._saved_at = batch + 1
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Saves."""
         self._save()
 
-    def _save(self):
+    def _save(self) -> None:
         self.filepath.parent.mkdir(parents=True, exist_ok=True)
         partial = self.filepath.with_name(f"partial-{self.filepath.name}")
         self.model.save_weights(partial, overwrite=True)
         os.replace(partial, self.filepath)
 
 
-def _count_adapters(names):
+def _count_adapters(names: Iterable[str]) -> int:
     return sum(name.endswith("lora_kernel_a") for name in names)

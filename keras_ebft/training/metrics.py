@@ -1,9 +1,14 @@
 """What one step measures, and the Keras metrics that average it over steps."""
 
+from collections.abc import Iterable
+from typing import cast
+
 import keras
 from keras import ops
 
 from keras_ebft.functional.masking import masked_mean
+from keras_ebft.records import Experience, StepOutputs
+from keras_ebft.typing import Tensor
 
 # Rewards closer together than this count as the same.
 SAME_REWARD = 1e-6
@@ -25,12 +30,12 @@ DOCUMENT_MEASURES = ("ce_loss", "perplexity")
 class Perplexity(keras.metrics.Mean):
     """Exponential of the mean cross-entropy over all tokens seen."""
 
-    def result(self):
+    def result(self) -> Tensor:
         """The perplexity, float32 scalar."""
         return ops.exp(super().result())
 
 
-def make_trackers(names):
+def make_trackers(names: Iterable[str]) -> dict[str, keras.metrics.Metric]:
     """One Keras metric per measured quantity.
 
     Args:
@@ -47,7 +52,7 @@ def make_trackers(names):
     }
 
 
-def measure_documents(outputs):
+def measure_documents(outputs: StepOutputs) -> dict[str, tuple[Tensor, Tensor]]:
     """What is measured of the documents, with its weight in an average over steps.
 
     Args:
@@ -60,7 +65,7 @@ def measure_documents(outputs):
     return dict.fromkeys(DOCUMENT_MEASURES, weighted)
 
 
-def measure_rollouts(outputs):
+def measure_rollouts(outputs: StepOutputs) -> dict[str, tuple[Tensor, Tensor]]:
     """What is measured of the rollouts, with its weight in an average over steps.
 
     Args:
@@ -70,14 +75,14 @@ def measure_rollouts(outputs):
         dict of `(value, weight)` float32 scalars by metric name; weights are
         counts of live blocks (live tokens, where every token has a reward).
     """
-    judged = outputs.experience.judged
+    judged = cast(Experience, outputs.experience).judged
     # A block (or token) counts if any of its samples does.
     block_mask = ops.max(judged.mask, axis=1)
 
-    def over_samples(values):
+    def over_samples(values: Tensor) -> Tensor:
         return masked_mean(values, judged.mask)
 
-    def over_blocks(values):
+    def over_blocks(values: Tensor) -> Tensor:
         return masked_mean(values, block_mask)
 
     reward, advantage = judged.reward, judged.advantage

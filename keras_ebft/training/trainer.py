@@ -1,13 +1,29 @@
 """`compile`, `fit` and `evaluate` for models that train on documents alone."""
 
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
 import keras
 
 from keras_ebft.backend.runtime import resolve_jit_compile
 from keras_ebft.kernels import watch_choices
-from keras_ebft.training.batches import refuse_targets, split_rows, token_batches
+from keras_ebft.training.batches import (
+    TokenBatches,
+    refuse_targets,
+    split_rows,
+    token_batches,
+)
 from keras_ebft.training.callbacks import CurrentWeights, DataPosition, KernelLog
 from keras_ebft.training.optimizers import policy_optimizer_config, with_critic
 from keras_ebft.training.train_function import TrainFunction
+
+# What `fit` and `evaluate` take; within `fit`, Keras hands them on as one object.
+Callbacks: TypeAlias = (
+    keras.callbacks.Callback
+    | Sequence[keras.callbacks.Callback]
+    | keras.callbacks.CallbackList
+    | None
+)
 
 
 class DocumentTrainer(keras.Model):
@@ -18,16 +34,18 @@ class DocumentTrainer(keras.Model):
     `training_state`.
     """
 
+    train_function: Any
+
     def compile(
         self,
-        optimizer=None,
+        optimizer: keras.optimizers.Optimizer | str | None = None,
         *,
-        run_eagerly=False,
-        jit_compile="auto",
-        steps_per_execution=1,
-        auto_scale_loss=True,
-        **unsupported,
-    ):
+        run_eagerly: bool = False,
+        jit_compile: bool | str = "auto",
+        steps_per_execution: int = 1,
+        auto_scale_loss: bool = True,
+        **unsupported: Any,
+    ) -> None:
         """Configures training.
 
         Args:
@@ -66,13 +84,13 @@ class DocumentTrainer(keras.Model):
             auto_scale_loss=auto_scale_loss,
         )
 
-    def compile_from_config(self, config):
+    def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles as the saved model was, with an optimizer of its own."""
         config = keras.saving.deserialize_keras_object(config)
         self.compile(**config)
         self.optimizer.build(self.trainable_variables)
 
-    def make_train_function(self, force=False):
+    def make_train_function(self, force: bool = False) -> None:
         """Makes the function that trains on one batch, as Keras does."""
         # TensorFlow traces twice where the first time made variables.
         if not self.optimizer.built:
@@ -83,7 +101,9 @@ class DocumentTrainer(keras.Model):
                 self.train_function, self.steps_per_execution
             )
 
-    def _training_optimizer(self, optimizer):
+    def _training_optimizer(
+        self, optimizer: keras.optimizers.Optimizer
+    ) -> keras.optimizers.Optimizer:
         if self.critic is None:
             return optimizer
         own = list(self.critic_head.trainable_variables)
@@ -91,7 +111,7 @@ class DocumentTrainer(keras.Model):
             own += self.frozen_network.trainable_variables
         return with_critic(optimizer, self.critic.optimizer, own)
 
-    def get_compile_config(self):
+    def get_compile_config(self) -> dict[str, Any]:
         """What `compile` was called with, for saving."""
         config = super().get_compile_config()
         if config and self.critic is not None:
@@ -100,17 +120,17 @@ class DocumentTrainer(keras.Model):
 
     def fit(
         self,
-        x=None,
-        y=None,
-        batch_size=None,
+        x: Any = None,
+        y: None = None,
+        batch_size: int | None = None,
         *,
-        callbacks=None,
-        validation_data=None,
-        validation_split=0.0,
-        validation_batch_size=None,
-        shuffle=True,
-        **kwargs,
-    ):
+        callbacks: Callbacks = None,
+        validation_data: Any = None,
+        validation_split: float = 0.0,
+        validation_batch_size: int | None = None,
+        shuffle: bool = True,
+        **kwargs: Any,
+    ) -> keras.callbacks.History:
         """Fine-tunes on documents.
 
         Args:
@@ -159,7 +179,15 @@ class DocumentTrainer(keras.Model):
                 **kwargs,
             )
 
-    def evaluate(self, x=None, y=None, batch_size=None, *, callbacks=None, **kwargs):
+    def evaluate(
+        self,
+        x: Any = None,
+        y: None = None,
+        batch_size: int | None = None,
+        *,
+        callbacks: Callbacks = None,
+        **kwargs: Any,
+    ) -> Any:
         """Measures on documents, always with the same random numbers.
 
         Args:
@@ -185,7 +213,9 @@ class DocumentTrainer(keras.Model):
             self._batches(x, batch_size), callbacks=callbacks, **kwargs
         )
 
-    def _batches(self, x, batch_size, shuffle=False):
+    def _batches(
+        self, x: Any, batch_size: int | None, shuffle: bool = False
+    ) -> TokenBatches:
         return token_batches(
             x,
             self.causal_lm,
@@ -196,7 +226,7 @@ class DocumentTrainer(keras.Model):
         )
 
 
-def _as_list(callbacks):
+def _as_list(callbacks: Callbacks) -> list[keras.callbacks.Callback]:
     if isinstance(callbacks, (list, tuple)):
         return list(callbacks)
     return [] if callbacks is None else [callbacks]
