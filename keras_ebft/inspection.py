@@ -1,14 +1,26 @@
 """White-box methods of `EBFTModel`, for notebooks, tests and analysis."""
 
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import keras
+import keras_hub
 import numpy as np
 from keras import ops
 
 from keras_ebft.backend.runtime import compiled, no_gradient
-from keras_ebft.layout.documents import read_documents
+from keras_ebft.data.row_batches import Rows
+from keras_ebft.layout.documents import Documents, read_documents
 from keras_ebft.layout.draws import draw_numbers
+from keras_ebft.objectives.objective import Objective
 from keras_ebft.records import LossTerms
+from keras_ebft.samplers import BlockSampler
+from keras_ebft.step import EBFTStep
 from keras_ebft.training.token_rows import to_token_rows
+from keras_ebft.typing import Tensor
 
+# Tensors by name.
+Tensors: TypeAlias = dict[str, Tensor]
 REWARD_NAMES = ("alignment", "diversity", "reward", "advantage")
 
 
@@ -21,7 +33,16 @@ class Inspection:
     or, with random anchors, without their anchors.
     """
 
-    def rollout(self, x, seed=None):
+    # What the model has that this is a part of.
+    causal_lm: keras_hub.models.CausalLM
+    sampler: BlockSampler
+    objective: Objective
+    _check_rows: Callable[[Rows], None]
+    _compiled: dict[str, Callable[..., Any]]
+    _inspection_seed: keras.random.SeedGenerator
+    _training_steps: keras.Variable
+
+    def rollout(self, x: Any, seed: int | None = None) -> Tensors:
         """Samples rollouts.
 
         Args:
@@ -45,7 +66,7 @@ class Inspection:
             numbers = draw_numbers(self.sampler, documents, seed)
             return self._compiled["rollout"](documents, numbers)
 
-    def score(self, x, rollouts):
+    def score(self, x: Any, rollouts: Any) -> Tensors:
         """Log-probabilities of rollouts and documents, with gradient.
 
         Args:
@@ -59,7 +80,7 @@ class Inspection:
         """
         return self._compiled["score"](*self._with_rollouts(x, rollouts))
 
-    def features(self, x, rollouts):
+    def features(self, x: Any, rollouts: Any) -> tuple[Tensor, Tensor]:
         """Features of rollouts and of the true continuations.
 
         Args:
@@ -74,7 +95,7 @@ class Inspection:
         with no_gradient():
             return self._compiled["features"](*self._with_rollouts(x, rollouts))
 
-    def rewards(self, x, rollouts):
+    def rewards(self, x: Any, rollouts: Any) -> Tensors:
         """Rewards and advantages of rollouts.
 
         Args:
@@ -89,7 +110,7 @@ class Inspection:
         with no_gradient():
             return self._compiled["rewards"](*self._with_rollouts(x, rollouts))
 
-    def loss_terms(self, x, rollouts):
+    def loss_terms(self, x: Any, rollouts: Any) -> Tensors:
         """The terms of the loss and their weighted sum, with gradient.
 
         Args:
@@ -111,7 +132,7 @@ class Inspection:
         loss = self.objective.loss(LossTerms(**terms), self._training_steps)
         return {**terms, "loss": loss}
 
-    def _refuse_without_rollouts(self):
+    def _refuse_without_rollouts(self) -> None:
         if not self.objective.needs_rollouts:
             raise ValueError(
                 "Expected a model that learns from rollouts, and so has a feature "
@@ -119,14 +140,16 @@ class Inspection:
                 "EBFTModel with `policy_weight` on the same CausalLM."
             )
 
-    def _in_memory(self, x):
+    def _in_memory(self, x: Any) -> Documents:
         rows = to_token_rows(x, self.causal_lm)
         self._check_rows(rows)
         return read_documents(
             {name: ops.convert_to_tensor(value) for name, value in rows.items()}
         )
 
-    def _with_rollouts(self, x, rollouts):
+    def _with_rollouts(
+        self, x: Any, rollouts: Any
+    ) -> tuple[Documents, Tensor, Tensor | None]:
         """`(documents, token ids, anchors)`, checked against each other."""
         documents = self._in_memory(x)
         given = rollouts if isinstance(rollouts, dict) else {"token_ids": rollouts}
@@ -154,7 +177,9 @@ class Inspection:
         return documents, token_ids, anchors
 
 
-def compile_stages(step, variables):
+def compile_stages(
+    step: EBFTStep, variables: Callable[[], list[keras.Variable]]
+) -> dict[str, Callable[..., Any]]:
     """The stages of a step as functions of tensors, compiled where it pays.
 
     Args:
@@ -165,7 +190,7 @@ def compile_stages(step, variables):
         dict of functions.
     """
 
-    def rollout(documents, numbers):
+    def rollout(documents: Documents, numbers: tuple[Tensor, Tensor | None]) -> Tensors:
         state = step.read(documents)
         rollouts = step.sample(documents, state, numbers)
         log_prob = rollouts.log_prob
@@ -178,7 +203,7 @@ def compile_stages(step, variables):
             "anchors": rollouts.blocks.absolute_anchors(),
         }
 
-    def score(documents, token_ids, anchors):
+    def score(documents: Documents, token_ids: Tensor, anchors: Tensor) -> Tensors:
         state = step.read(documents)
         scores = step.score_rollouts(
             state, step.replayed(documents, token_ids, anchors)
@@ -186,17 +211,19 @@ def compile_stages(step, variables):
         document_scores = step.score_documents(state, documents)
         return {**scores._asdict(), "document_log_prob": document_scores.log_prob}
 
-    def features(documents, token_ids, anchors):
+    def features(
+        documents: Documents, token_ids: Tensor, anchors: Tensor
+    ) -> tuple[Tensor, Tensor]:
         rollouts = step.replayed(documents, token_ids, anchors)
         frozen = step.read_frozen(rollouts, with_reference=False)
         return frozen.generated, frozen.target
 
-    def rewards(documents, token_ids, anchors):
+    def rewards(documents: Documents, token_ids: Tensor, anchors: Tensor) -> Tensors:
         rollouts = step.replayed(documents, token_ids, anchors)
         judged = step.judge(rollouts, step.read_frozen(rollouts, with_reference=False))
         return {name: getattr(judged, name) for name in REWARD_NAMES}
 
-    def loss_terms(documents, token_ids, anchors):
+    def loss_terms(documents: Documents, token_ids: Tensor, anchors: Tensor) -> Tensors:
         experience = None
         if token_ids is not None:
             experience = step.experience_of(

@@ -1,24 +1,32 @@
 """`EBFTModel`: the parts of Energy-Based Fine-Tuning wired into a Keras model."""
 
+from typing import Any, cast
+
 import keras
+import keras_hub
 import numpy as np
 from keras import ops
 
 from keras_ebft.backend.runtime import after, no_gradient, run_in_state
+from keras_ebft.data.row_batches import Rows
 from keras_ebft.features import FeatureNetwork
 from keras_ebft.functional import ESTIMATORS
 from keras_ebft.inspection import Inspection, compile_stages
-from keras_ebft.layout.documents import read_documents
+from keras_ebft.layout.documents import Documents, read_documents
 from keras_ebft.networks import (
     adapters,
     check_supported,
     dtype_policy_name,
     resolve_rematerialize,
 )
-from keras_ebft.networks.frozen_reader import frozen_readers, refuse_shared_paths
+from keras_ebft.networks.frozen_reader import (
+    FrozenReader,
+    frozen_readers,
+    refuse_shared_paths,
+)
 from keras_ebft.objectives.critic import Critic, CriticHead
 from keras_ebft.objectives.objective import Objective, check_combination
-from keras_ebft.records import Batch
+from keras_ebft.records import Batch, Experience, StepOutputs
 from keras_ebft.rewards import FeatureMatchingReward, Reward
 from keras_ebft.samplers import BlockSampler
 from keras_ebft.step import EBFTStep
@@ -27,6 +35,7 @@ from keras_ebft.training.batches import as_batch
 from keras_ebft.training.checkpoints import TrainingState
 from keras_ebft.training.serialization import Serialization
 from keras_ebft.training.trainer import DocumentTrainer
+from keras_ebft.typing import Tensor, Weight
 from keras_ebft.validation import (
     check_choice,
     check_instance,
@@ -106,25 +115,25 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
 
     def __init__(
         self,
-        causal_lm,
-        sampler=None,
-        feature_network=None,
-        reward=None,
-        advantage="rloo",
-        policy_weight=1.0,
-        ce_weight=0.0,
-        kl_weight=0.0,
-        kl_estimator="k2",
-        entropy_weight=0.0,
-        policy_loss="token",
-        updates_per_rollout=1,
-        clip_range=None,
-        critic=None,
-        rematerialize=None,
-        micro_batches=1,
-        seed=None,
-        **kwargs,
-    ):
+        causal_lm: keras_hub.models.CausalLM,
+        sampler: BlockSampler | None = None,
+        feature_network: FeatureNetwork | None = None,
+        reward: Reward | None = None,
+        advantage: str = "rloo",
+        policy_weight: Weight = 1.0,
+        ce_weight: Weight = 0.0,
+        kl_weight: Weight = 0.0,
+        kl_estimator: str = "k2",
+        entropy_weight: Weight = 0.0,
+        policy_loss: str = "token",
+        updates_per_rollout: int = 1,
+        clip_range: float | tuple[float, float] | None = None,
+        critic: Critic | None = None,
+        rematerialize: bool | None = None,
+        micro_batches: int = 1,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         check_supported(causal_lm)
         adapters.freeze_base(causal_lm.backbone)
         # Not the global policy: the backbone's own decides on loss scaling.
@@ -166,7 +175,12 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         self.built = True
 
     @classmethod
-    def sft(cls, causal_lm, seed=None, **kwargs):
+    def sft(
+        cls,
+        causal_lm: keras_hub.models.CausalLM,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> "EBFTModel":
         """Plain supervised fine-tuning: next-token cross-entropy, no rollouts.
 
         The gradient is that of `causal_lm.fit` on the same tokens; packed
@@ -180,7 +194,7 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         """
         return cls(causal_lm, policy_weight=0.0, ce_weight=1.0, seed=seed, **kwargs)
 
-    def _build_step(self):
+    def _build_step(self) -> None:
         """The step, and the frozen networks and the critic it asks."""
         backbone, rollouts = self.causal_lm.backbone, self.objective.needs_rollouts
         trains_features = self.critic is not None and self.critic.train_features
@@ -192,7 +206,7 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
             live=trains_features,
         )
         if trains_features:
-            features.learn(self.rematerialize)
+            cast(FrozenReader, features).learn(self.rematerialize)
         readers = {id(r): r for r in (features, reference) if r is not None}
         self.frozen_networks = [
             r.model for r in readers.values() if r.model is not None
@@ -202,7 +216,9 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         self.critic_head = None
         if self.critic is not None:
             steps = self.sampler.rollout_length
-            width = self.feature_network.num_features(features.network, steps)
+            width = self.feature_network.num_features(
+                cast(FrozenReader, features).network, steps
+            )
             self.critic_head = CriticHead(width)
         self._step = EBFTStep(
             self.causal_lm,
@@ -219,7 +235,7 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         )
         self._compiled = compile_stages(self._step, self._read_variables)
 
-    def _build_state(self, seed):
+    def _build_state(self, seed: int | None) -> None:
         """Random generators, the count of steps, and the running means."""
         if seed is None:
             seed = int(np.random.randint(2**31 - 3))
@@ -240,22 +256,22 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
             self._saved_variables, lambda: self.metrics_variables
         )
 
-    def _read_variables(self):
+    def _read_variables(self) -> list[keras.Variable]:
         """All that the stages of a step read, a list of variables."""
         frozen = [v for model in self.frozen_networks for v in model.variables]
         return [*self.causal_lm.variables, *frozen]
 
     @property
-    def feature_reader(self):
+    def feature_reader(self) -> FrozenReader | None:
         """`FrozenReader` of the network that features come from, or `None`."""
         return self._step.feature_reader
 
     @property
-    def frozen_network(self):
+    def frozen_network(self) -> keras.Model | None:
         """The `keras.Model` that features come from; `None` if there is none."""
         return None if self.feature_reader is None else self.feature_reader.model
 
-    def train_step(self, *state_and_data):
+    def train_step(self, *state_and_data: Any) -> Any:
         """One update of the policy on one batch of documents, on every backend.
 
         1. `call` runs the step (`keras_ebft.step.EBFTStep`): the policy reads the
@@ -294,24 +310,27 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
                 state = [result[1]] if state else state
             return result
 
-    def _explore(self, documents):
+    def _explore(self, documents: Documents) -> Experience:
         self._follow_policy()
         return self._step.explore_first(documents, self._training_seed)
 
-    def _follow_policy(self):
+    def _follow_policy(self) -> None:
         decay = self.feature_network.ema_decay
         if decay is not None:
             with no_gradient():
-                self.feature_reader.follow(self.causal_lm.backbone, decay)
+                reader = cast(FrozenReader, self.feature_reader)
+                reader.follow(self.causal_lm.backbone, decay)
 
-    def test_step(self, *state_and_data):
+    def test_step(self, *state_and_data: Any) -> Any:
         """`train_step` without gradients and update."""
         *state, data = state_and_data
         batch = Batch(read_documents(as_batch(data)))
         with no_gradient(), after(batch.documents.token_ids):
             return super().test_step(*state, (batch,))
 
-    def call(self, inputs, training=False):
+    def call(
+        self, inputs: Batch | dict[str, Tensor], training: bool = False
+    ) -> StepOutputs:
         """One step up to its loss: `keras_ebft.step.EBFTStep`.
 
         Args:
@@ -333,8 +352,13 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         return self._step(documents, seed, experience)
 
     def compute_loss(
-        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
-    ):
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Tensor:
         """The weighted loss of what `call` returned; a float32 scalar."""
         steps = self._training_steps
         # Evaluation weighs as the last training step did.
@@ -344,7 +368,9 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
             steps.assign(steps + 1)
         return sum(self.losses, start=loss)
 
-    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+    def compute_metrics(
+        self, x: Any, y: Any, y_pred: StepOutputs, sample_weight: Any = None
+    ) -> dict[str, Any]:
         """Adds one step to the running means; returns their values."""
         with no_gradient():
             measured = metrics.measure_documents(y_pred)
@@ -354,7 +380,7 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
                 self._trackers[name].update_state(value, sample_weight=weight)
         return self.get_metrics_result()
 
-    def _measured_names(self):
+    def _measured_names(self) -> tuple[str, ...]:
         if not self.objective.needs_rollouts:
             return metrics.DOCUMENT_MEASURES
         names = (*self.reward.block_measures, *metrics.REWARD_MEASURES)
@@ -365,16 +391,16 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         return (*names, *metrics.DOCUMENT_MEASURES)
 
     @property
-    def _runs_python(self):
+    def _runs_python(self) -> bool:
         return self.objective.needs_rollouts and self.reward.runs_python
 
-    def _check_rows(self, rows):
+    def _check_rows(self, rows: Rows) -> None:
         if self.objective.needs_rollouts:
             self.sampler.check_rows(rows)
             self._step.check_positions(rows["token_ids"].shape[1])
 
 
-def _part(name, value, expected, default=None):
+def _part(name: str, value: Any, expected: type, default: type | None = None) -> Any:
     default = default or expected
     if value is None:
         return default()

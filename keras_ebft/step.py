@@ -8,21 +8,35 @@ features; rewards come from n x n inner products.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, cast
 
+import keras_hub
 from keras import ops
 
 from keras_ebft.backend.runtime import no_gradient
 from keras_ebft.backend.sample_groups import in_groups
+from keras_ebft.features import FeatureNetwork
 from keras_ebft.kernels import linear_logprob
-from keras_ebft.layout.documents import take_tokens
+from keras_ebft.layout.blocks import Blocks
+from keras_ebft.layout.documents import Documents, take_tokens
 from keras_ebft.layout.draws import draw_numbers
 from keras_ebft.networks import (
+    OutputHead,
     end_token_ids,
     maximum_length,
     output_head,
     routed_backbone,
 )
-from keras_ebft.networks.prefix_cache import read_blocks, read_document, stop_gradient
+from keras_ebft.networks.frozen_reader import FrozenReader
+from keras_ebft.networks.prefix_cache import (
+    DocumentState,
+    read_blocks,
+    read_document,
+    stop_gradient,
+)
+from keras_ebft.objectives.critic import Critic, CriticHead
+from keras_ebft.objectives.objective import Objective
 from keras_ebft.records import (
     DocumentScores,
     Experience,
@@ -32,7 +46,9 @@ from keras_ebft.records import (
     RolloutScores,
     StepOutputs,
 )
-from keras_ebft.samplers import before_stop
+from keras_ebft.rewards import Reward
+from keras_ebft.samplers import BlockSampler, before_stop
+from keras_ebft.typing import Seed, Tensor
 
 
 class EBFTStep:
@@ -55,18 +71,18 @@ class EBFTStep:
 
     def __init__(
         self,
-        causal_lm,
-        sampler,
-        feature_network,
-        readers,
-        reward,
-        advantage,
-        objective,
-        critic=None,
-        critic_head=None,
-        rematerialize=False,
-        micro_batches=1,
-    ):
+        causal_lm: keras_hub.models.CausalLM,
+        sampler: BlockSampler,
+        feature_network: FeatureNetwork,
+        readers: tuple[FrozenReader | None, FrozenReader | None],
+        reward: Reward,
+        advantage: str,
+        objective: Objective,
+        critic: Critic | None = None,
+        critic_head: CriticHead | None = None,
+        rematerialize: bool = False,
+        micro_batches: int = 1,
+    ) -> None:
         self.causal_lm = causal_lm
         self.sampler = sampler
         self.feature_network = feature_network
@@ -82,7 +98,9 @@ class EBFTStep:
         # again when needed: the tokenizer of a model that is being loaded is empty.
         _ = self.stop_token_ids
 
-    def __call__(self, documents, seed, experience=None):
+    def __call__(
+        self, documents: Documents, seed: Seed, experience: Experience | None = None
+    ) -> StepOutputs:
         """From documents to the terms of the loss.
 
         Args:
@@ -116,7 +134,7 @@ class EBFTStep:
             terms = terms._replace(**self.criticise(experience))
         return StepOutputs(terms, document_scores, experience, scores)
 
-    def read(self, documents):
+    def read(self, documents: Documents) -> DocumentState:
         """What the policy knows of documents, shared by all that continues them.
 
         Args:
@@ -127,7 +145,9 @@ class EBFTStep:
         """
         return read_document(self.policy, documents)
 
-    def explore(self, documents, state, seed):
+    def explore(
+        self, documents: Documents, state: DocumentState, seed: Seed
+    ) -> Experience:
         """Rollouts, their features, rewards and advantages, without gradient.
 
         Args:
@@ -142,7 +162,7 @@ class EBFTStep:
             numbers = draw_numbers(self.sampler, documents, seed)
             return self.experience_of(self.sample(documents, state, numbers))
 
-    def experience_of(self, rollouts):
+    def experience_of(self, rollouts: Rollouts) -> Experience:
         """Rollouts with what the frozen networks and the reward say of them.
 
         Args:
@@ -155,7 +175,7 @@ class EBFTStep:
             frozen = self.read_frozen(rollouts)
             return Experience(rollouts, frozen, self.judge(rollouts, frozen))
 
-    def explore_first(self, documents, seed):
+    def explore_first(self, documents: Documents, seed: Seed) -> Experience:
         """`explore`, for several updates that learn from the same rollouts.
 
         Returns:
@@ -172,7 +192,12 @@ class EBFTStep:
             old_log_prob=scores.log_prob,
         )
 
-    def sample(self, documents, state, numbers):
+    def sample(
+        self,
+        documents: Documents,
+        state: DocumentState,
+        numbers: tuple[Tensor, Tensor | None],
+    ) -> Rollouts:
         """Strided block-parallel sampling: all blocks and samples, token by token.
 
         Args:
@@ -185,7 +210,7 @@ class EBFTStep:
         """
         uniform, anchor_uniform = numbers
         blocks = self.blocks(documents, anchor_uniform)
-        sample = functools.partial(self.sampler, self.policy)
+        sample: Callable[..., Any] = functools.partial(self.sampler, self.policy)
         head, state = output_head(self.causal_lm.backbone), stop_gradient(state)
         if self.sampler.draws_tokens:
             token_ids, log_prob = self._in_groups(
@@ -201,7 +226,9 @@ class EBFTStep:
             token_ids = ops.where(alive, token_ids, self.stop_token_ids[0])
         return Rollouts(documents, blocks, token_ids, alive, log_prob)
 
-    def replayed(self, documents, token_ids, anchors=None):
+    def replayed(
+        self, documents: Documents, token_ids: Tensor, anchors: Tensor | None = None
+    ) -> Rollouts:
         """Given tokens as `Rollouts`, where the sampler put them.
 
         Args:
@@ -219,7 +246,9 @@ class EBFTStep:
         alive = before_stop(token_ids, self.stop_token_ids)
         return Rollouts(documents, blocks, token_ids, alive)
 
-    def read_frozen(self, rollouts, with_reference=True):
+    def read_frozen(
+        self, rollouts: Rollouts, with_reference: bool = True
+    ) -> FrozenReading:
         """Features of rollouts and truth, and the reference's log-probabilities.
 
         Args:
@@ -236,7 +265,7 @@ class EBFTStep:
         states = [reader.read(rollouts.documents) for reader in readers]
         kernel = None if reference is None else reference.reference_head().kernel
 
-        def read(samples, shared):
+        def read(samples: dict[str, Tensor], shared: Any) -> dict[str, Tensor]:
             states, kernel = shared
             token_ids, blocks = samples["token_ids"], rollouts.blocks
             outputs = [
@@ -269,7 +298,7 @@ class EBFTStep:
             )
         return FrozenReading(**said)
 
-    def judge(self, rollouts, frozen):
+    def judge(self, rollouts: Rollouts, frozen: FrozenReading) -> Judged:
         """Rewards and advantages, 0 where nothing counts.
 
         Args:
@@ -284,7 +313,7 @@ class EBFTStep:
         )
         return _where_counted(rewards, self.reward.block_measures, rollouts)
 
-    def score_rollouts(self, state, rollouts):
+    def score_rollouts(self, state: DocumentState, rollouts: Rollouts) -> RolloutScores:
         """Log-probability and entropy of generated tokens, with gradient.
 
         A token is predicted from the position before it: the first of a block
@@ -300,7 +329,7 @@ class EBFTStep:
         head = output_head(self.causal_lm.backbone)
         blocks = rollouts.blocks
 
-        def score(samples, shared):
+        def score(samples: dict[str, Tensor], shared: Any) -> tuple[Tensor, ...]:
             state, kernel = shared
             token_ids = samples["token_ids"]
             before = take_tokens(state.outputs, blocks.anchors - 1)
@@ -317,7 +346,9 @@ class EBFTStep:
         samples = {"token_ids": rollouts.token_ids}
         return RolloutScores(*self._in_groups(score, samples, (state, head.kernel)))
 
-    def score_documents(self, state, documents, with_gradient=True):
+    def score_documents(
+        self, state: DocumentState, documents: Documents, with_gradient: bool = True
+    ) -> DocumentScores:
         """Log-probability of every next token, temperature 1.
 
         Args:
@@ -338,7 +369,7 @@ class EBFTStep:
         mask = ops.cast(documents.next_token_mask, "float32")
         return DocumentScores(log_prob, mask)
 
-    def criticise(self, experience):
+    def criticise(self, experience: Experience) -> dict[str, Tensor]:
         """The critic's terms of the loss: can it tell rollouts from the truth?
 
         Args:
@@ -347,32 +378,36 @@ class EBFTStep:
         Returns:
             dict of float32 scalars, see `Critic.terms`.
         """
+        critic, head = cast(Critic, self.critic), cast(CriticHead, self.critic_head)
         frozen = experience.frozen
-        if self.critic.train_features:
+        if critic.train_features:
             # Once more, with gradient to the network that features come from.
             frozen = self.read_frozen(experience.rollouts, with_reference=False)
-        return self.critic.terms(
-            self.critic_head(frozen.target),
-            self.critic_head(frozen.generated),
+        return critic.terms(
+            head(frozen.target),
+            head(frozen.generated),
             experience.judged.mask,
         )
 
     @property
-    def stop_token_ids(self):
+    def stop_token_ids(self) -> tuple[int, ...]:
         """The tokens that end a rollout, a tuple of ints."""
-        if self.sampler.stop_token_ids != "auto":
-            return self.sampler.stop_token_ids or ()
+        given = self.sampler.stop_token_ids
+        if not isinstance(given, str):
+            return given or ()
         if self.sampler.anchors == "answer_start":
             return end_token_ids(self.causal_lm)
         return ()
 
-    def blocks(self, documents, anchor_uniform=None):
+    def blocks(
+        self, documents: Documents, anchor_uniform: Tensor | None = None
+    ) -> Blocks:
         """The `Blocks` of documents."""
         return self.sampler.blocks(
             documents, anchor_uniform, stops=bool(self.stop_token_ids)
         )
 
-    def check_positions(self, length):
+    def check_positions(self, length: int) -> None:
         """Raises a `ValueError` if rollouts could leave the learned positions.
 
         Args:
@@ -389,7 +424,13 @@ class EBFTStep:
                 "shorter rows or a smaller `rollout_length`."
             )
 
-    def _log_prob(self, hidden, labels, temperature, head=None):
+    def _log_prob(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        temperature: float,
+        head: OutputHead | None = None,
+    ) -> tuple[Tensor, ...]:
         head = head or output_head(self.causal_lm.backbone)
         scores = linear_logprob(
             ops.reshape(hidden, (-1, hidden.shape[-1])),
@@ -400,11 +441,18 @@ class EBFTStep:
         )
         return tuple(ops.reshape(score, labels.shape) for score in scores)
 
-    def _in_groups(self, function, samples, shared):
+    def _in_groups(
+        self,
+        function: Callable[[Any, Any], Any],
+        samples: dict[str, Tensor],
+        shared: Any,
+    ) -> Any:
         return in_groups(function, self.micro_batches, samples, shared)
 
 
-def _where_counted(rewards, block_measures, rollouts):
+def _where_counted(
+    rewards: dict[str, Tensor], block_measures: tuple[str, ...], rollouts: Rollouts
+) -> Judged:
     """What a reward returned as `Judged`, with 0 in what does not count."""
     shape = rewards["reward"].shape
     if len(shape) == 4:
@@ -415,13 +463,13 @@ def _where_counted(rewards, block_measures, rollouts):
         counts = ops.broadcast_to(rollouts.blocks.live[:, None], shape)
     measured = ops.any(counts, axis=1)
 
-    def keep(name, mask):
+    def keep(name: str, mask: Tensor) -> Tensor:
         value = rewards[name]
         return ops.where(mask, value, ops.zeros_like(value))
 
     names = ("alignment", "diversity", "reward", "advantage")
     return Judged(
-        *(keep(name, counts) for name in names),
+        **{name: keep(name, counts) for name in names},
         mask=ops.cast(counts, "float32"),
         measures={name: keep(name, measured) for name in block_measures},
     )

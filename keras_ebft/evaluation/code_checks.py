@@ -3,13 +3,14 @@
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from keras_ebft.evaluation.sandbox import Sandbox
+from keras_ebft.evaluation.sandbox import CheckResult, Sandbox
 from keras_ebft.validation import check_instance, check_int
 
 
-def pass_at_k(num_samples, num_correct, k):
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     """Unbiased estimate of the chance that one of k samples passes.
 
         pass@k = 1 - C(n - c, k) / C(n, k)
@@ -62,7 +63,7 @@ class CodeProblem:
     setup: str = ""
     share_objects: bool = False
 
-    def check(self, completion, sandbox):
+    def check(self, completion: str, sandbox: Sandbox) -> CheckResult:
         """Runs the tests on a completion.
 
         Args:
@@ -81,7 +82,12 @@ class CodeProblem:
         return sandbox.check_doctests(program, self.doctests, self.share_objects)
 
 
-def check_completions(problems, completions, sandbox=None, workers=None):
+def check_completions(
+    problems: Sequence[CodeProblem],
+    completions: Sequence[Sequence[str]],
+    sandbox: Sandbox | None = None,
+    workers: int | None = None,
+) -> list[list[CheckResult]]:
     """Runs all tests on all completions, several at a time.
 
     Args:
@@ -113,7 +119,7 @@ def check_completions(problems, completions, sandbox=None, workers=None):
         return [[check.result() for check in checks] for checks in running]
 
 
-def mean_pass_at_k(results, k):
+def mean_pass_at_k(results: Sequence[Sequence[CheckResult]], k: int) -> float:
     """pass@k over several problems.
 
     Args:
@@ -135,7 +141,7 @@ def mean_pass_at_k(results, k):
     return sum(rates) / len(rates)
 
 
-def function_body(completion):
+def function_body(completion: str) -> str:
     r"""The part of a completion that still belongs to the function begun before it.
 
     Models go on after the end of a function. Everything from the first line on that
@@ -151,7 +157,7 @@ def function_body(completion):
     >>> function_body("    return 1\n\nprint(2)\n")
     '    return 1\n\n'
     """
-    kept = []
+    kept: list[str] = []
     for line in completion.splitlines(keepends=True):
         # The completion begins in the middle of a line.
         if kept and line.strip() and not line[0].isspace():

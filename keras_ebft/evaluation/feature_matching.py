@@ -1,12 +1,16 @@
 """Feature matching on held-out documents, at several rollout lengths."""
 
 import copy
+from collections.abc import Sequence
+from typing import Any, cast
+
+import keras_hub
 
 from keras_ebft.evaluation.models import causal_lm_of
 from keras_ebft.features import FeatureNetwork
 from keras_ebft.model import EBFTModel
 from keras_ebft.networks.frozen_reader import FrozenReader
-from keras_ebft.rewards import FeatureMatchingReward
+from keras_ebft.rewards import FeatureMatchingReward, Reward
 from keras_ebft.samplers import BlockSampler
 from keras_ebft.training.metrics import DOCUMENT_MEASURES
 from keras_ebft.validation import check_int
@@ -50,7 +54,13 @@ class FeatureMatching:
     ```
     """
 
-    def __init__(self, model, rollout_lengths=(8,), num_samples=None, seed=0):
+    def __init__(
+        self,
+        model: EBFTModel | keras_hub.models.CausalLM,
+        rollout_lengths: Sequence[int] = (8,),
+        num_samples: int | None = None,
+        seed: int = 0,
+    ) -> None:
         if not rollout_lengths:
             raise ValueError(
                 "Expected at least one of `rollout_lengths`. Received: "
@@ -59,7 +69,7 @@ class FeatureMatching:
         network, reward, sampler = _parts(model)
         num_samples = sampler.num_samples if num_samples is None else num_samples
         reward = _measuring(reward, check_int("num_samples", num_samples, 1))
-        self._models = {}
+        self._models: dict[int, EBFTModel] = {}
         for length in rollout_lengths:
             config = {
                 **sampler.get_config(),
@@ -76,10 +86,10 @@ class FeatureMatching:
             measuring.compile(jit_compile=_jit_compile(model))
             if not self._models:
                 # One frozen network serves all lengths.
-                network = _ReadBy(network, measuring.feature_reader)
+                network = _ReadBy(network, cast(FrozenReader, measuring.feature_reader))
             self._models[length] = measuring
 
-    def __call__(self, x, batch_size=None):
+    def __call__(self, x: Any, batch_size: int | None = None) -> dict[str, float]:
         """Measures the model as it is now.
 
         Args:
@@ -98,7 +108,7 @@ class FeatureMatching:
         Raises:
             ValueError: for documents that cannot be used.
         """
-        measured = {}
+        measured: dict[str, float] = {}
         for length, model in self._models.items():
             values = model.evaluate(
                 x, batch_size=batch_size, return_dict=True, verbose=0
@@ -108,7 +118,7 @@ class FeatureMatching:
         return measured | {name: float(values[name]) for name in DOCUMENT_MEASURES}
 
 
-def _measuring(reward, num_samples):
+def _measuring(reward: Reward, num_samples: int) -> Reward:
     """The reward, with the unbiased estimate of the loss where there is one."""
     if isinstance(reward, FeatureMatchingReward) and num_samples > 1:
         reward = copy.copy(reward)
@@ -116,13 +126,15 @@ def _measuring(reward, num_samples):
     return reward
 
 
-def _parts(model):
+def _parts(
+    model: EBFTModel | keras_hub.models.CausalLM,
+) -> tuple[FeatureNetwork, Reward, BlockSampler]:
     """What measures: feature network, reward, sampler."""
     if not isinstance(model, EBFTModel):
         return FeatureNetwork(), FeatureMatchingReward(), BlockSampler()
     network, reader = model.feature_network, model.feature_reader
     if reader is not None:
-        network = _ReadBy(network, _still(model))
+        network = _ReadBy(network, _still(model, reader))
     measures = LOSS in model.reward.block_measures
     own = type(model.sampler) is BlockSampler
     return (
@@ -132,20 +144,20 @@ def _parts(model):
     )
 
 
-def _still(model):
+def _still(model: EBFTModel, reader: FrozenReader) -> FrozenReader:
     """A reader of the model's feature network that no training moves."""
     learns = model.critic is not None and model.critic.train_features
     if not (learns or model.feature_network.is_live):
-        return model.feature_reader
+        return reader
     copy = model.feature_network.freeze(model.causal_lm.backbone)
-    own = model.feature_reader.model.variables
-    for variable, value in zip(copy.model.variables, own, strict=True):
+    own = reader.network.model.variables
+    for variable, value in zip(copy.network.model.variables, own, strict=True):
         # By way of NumPy: `assign` may share a buffer, which JAX then donates.
         variable.assign(value.numpy())
     return copy
 
 
-def _jit_compile(model):
+def _jit_compile(model: EBFTModel | keras_hub.models.CausalLM) -> bool | str:
     """As the model is compiled, so that both round alike and draw the same tokens."""
     compiled = isinstance(model, EBFTModel) and model.compiled
     return model.jit_compile if compiled else "auto"
@@ -154,12 +166,14 @@ def _jit_compile(model):
 class _ReadBy(FeatureNetwork):
     """A feature network whose frozen reader is there already."""
 
-    def __init__(self, network, reader):
+    def __init__(self, network: FeatureNetwork, reader: FrozenReader) -> None:
         # Everything as in `network`, the user's own hidden states included.
         self.__dict__.update(vars(network))
         self.ema_decay = None
         self._reader = FrozenReader(reader.network, reader.tap_slots)
 
-    def freeze(self, backbone, with_reference=False):
+    def freeze(
+        self, backbone: keras_hub.models.Backbone, with_reference: bool = False
+    ) -> FrozenReader:
         """The reader that is there, of features alone."""
         return self._reader

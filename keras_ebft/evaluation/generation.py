@@ -1,10 +1,13 @@
 """Completions of prompts, for metrics of texts."""
 
+from collections.abc import Sequence
+
 import keras_hub
 import numpy as np
 from keras import ops
 
 from keras_ebft.evaluation.models import causal_lm_of
+from keras_ebft.model import EBFTModel
 from keras_ebft.validation import check_int, check_number
 
 
@@ -34,13 +37,13 @@ class TextGenerator:
 
     def __init__(
         self,
-        model,
-        max_length,
-        num_samples=1,
-        temperature=0.0,
-        batch_size=16,
-        seed=0,
-    ):
+        model: EBFTModel | keras_hub.models.CausalLM,
+        max_length: int,
+        num_samples: int = 1,
+        temperature: float = 0.0,
+        batch_size: int = 16,
+        seed: int = 0,
+    ) -> None:
         self.causal_lm = causal_lm_of(model)
         if self.causal_lm.preprocessor is None:
             raise ValueError(
@@ -63,7 +66,7 @@ class TextGenerator:
         ]
         self._generate_function = None
 
-    def __call__(self, prompts):
+    def __call__(self, prompts: Sequence[str]) -> list[list[str]]:
         """Completes prompts with the weights as they are now.
 
         Args:
@@ -87,7 +90,7 @@ class TextGenerator:
             for start in range(0, len(texts), self.num_samples)
         ]
 
-    def _complete(self, texts):
+    def _complete(self, texts: list[str]) -> list[str]:
         causal_lm = self.causal_lm
         kept = {
             name: getattr(causal_lm, name, None)
@@ -109,12 +112,12 @@ class TextGenerator:
                 completions += written[: len(batch)]
             self._generate_function = causal_lm.generate_function
         finally:
-            for name, value in kept.items():
-                setattr(causal_lm, name, value)
+            for name, own in kept.items():
+                setattr(causal_lm, name, own)
         return completions
 
 
-def _sampler(temperature, seed):
+def _sampler(temperature: float, seed: int) -> keras_hub.samplers.Sampler:
     if temperature == 0.0:
         return keras_hub.samplers.GreedySampler()
     return keras_hub.samplers.RandomSampler(temperature=temperature, seed=seed)

@@ -1,18 +1,25 @@
 """How likely a model finds held-out texts."""
 
 import math
+from typing import Any
 
+import keras_hub
 import numpy as np
 from keras import ops
 
 from keras_ebft.backend.runtime import compiled, no_gradient
+from keras_ebft.data.row_batches import Rows
 from keras_ebft.evaluation.models import causal_lm_of
 from keras_ebft.evaluation.single_documents import single_documents
+from keras_ebft.model import EBFTModel
 from keras_ebft.training.token_rows import to_token_rows
+from keras_ebft.typing import Tensor
 from keras_ebft.validation import check_int
 
 
-def cross_entropy(model, x, batch_size=16):
+def cross_entropy(
+    model: EBFTModel | keras_hub.models.CausalLM, x: Any, batch_size: int = 16
+) -> dict[str, float]:
     """Next-token cross-entropy and perplexity of documents, at temperature 1.
 
     Args:
@@ -48,13 +55,13 @@ def cross_entropy(model, x, batch_size=16):
     for prefix, mask in masks.items():
         _check_not_empty(prefix, mask)
     log_prob = _log_prob(causal_lm, rows, batch_size)
-    measured = {}
+    measured: dict[str, float] = {}
     for prefix, mask in masks.items():
         measured |= _mean(prefix, log_prob, mask)
     return measured
 
 
-def _documents(x, causal_lm):
+def _documents(x: Any, causal_lm: keras_hub.models.CausalLM) -> Rows:
     if not isinstance(x, dict) or "token_ids" not in x:
         # Checks and tokenizes.
         return single_documents(to_token_rows(x, causal_lm))
@@ -63,10 +70,12 @@ def _documents(x, causal_lm):
     return {**rows, **to_token_rows(plain, causal_lm)}
 
 
-def _log_prob(causal_lm, rows, batch_size):
+def _log_prob(
+    causal_lm: keras_hub.models.CausalLM, rows: Rows, batch_size: int
+) -> np.ndarray:
     """Log-probability of every next token, float64 `[N, T - 1]`."""
 
-    def score(token_ids, padding_mask):
+    def score(token_ids: Tensor, padding_mask: Tensor) -> Tensor:
         logits = causal_lm({"token_ids": token_ids, "padding_mask": padding_mask})
         return -ops.sparse_categorical_crossentropy(
             token_ids[:, 1:], ops.cast(logits[:, :-1], "float32"), from_logits=True
@@ -88,7 +97,7 @@ def _log_prob(causal_lm, rows, batch_size):
     return np.concatenate(found)
 
 
-def _check_not_empty(prefix, mask):
+def _check_not_empty(prefix: str, mask: np.ndarray) -> None:
     if not mask.any():
         raise ValueError(
             f"Expected at least one {'answer ' if prefix else ''}token with a token "
@@ -96,7 +105,7 @@ def _check_not_empty(prefix, mask):
         )
 
 
-def _mean(prefix, log_prob, mask):
+def _mean(prefix: str, log_prob: np.ndarray, mask: np.ndarray) -> dict[str, float]:
     tokens = int(np.count_nonzero(mask))
     loss = float(-log_prob[mask].sum() / tokens)
     return {

@@ -5,7 +5,9 @@ import keras_hub
 from keras_ebft.model import EBFTModel
 
 
-def causal_lm_of(model):
+def causal_lm_of(
+    model: EBFTModel | keras_hub.models.CausalLM,
+) -> keras_hub.models.CausalLM:
     """The language model of an `EBFTModel`, or a `CausalLM` itself.
 
     Raises:

@@ -5,6 +5,8 @@ import os
 import secrets
 import sys
 import warnings
+from collections.abc import Iterable
+from typing import Any
 
 from keras_ebft.evaluation.sandbox_processes import Confinement, run_together
 from keras_ebft.validation import check_choice, check_int, check_number
@@ -31,7 +33,7 @@ class RunResult:
     output: str
     errors: str
     seconds: float
-    protections: tuple
+    protections: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,7 @@ class CheckResult:
     status: str
     message: str
     seconds: float
-    protections: tuple
+    protections: tuple[str, ...]
 
 
 class Sandbox:
@@ -91,15 +93,15 @@ class Sandbox:
 
     def __init__(
         self,
-        wall_seconds=10.0,
-        cpu_seconds=5,
-        memory_bytes=2**29,
-        processes=1,
-        disk_bytes=2**24,
-        open_files=32,
-        output_bytes=2**20,
-        require=(),
-    ):
+        wall_seconds: float = 10.0,
+        cpu_seconds: int = 5,
+        memory_bytes: int = 2**29,
+        processes: int = 1,
+        disk_bytes: int = 2**24,
+        open_files: int = 32,
+        output_bytes: int = 2**20,
+        require: Iterable[str] = (),
+    ) -> None:
         if os.name != "posix":
             raise OSError(
                 "Expected a POSIX system, whose limits the sandbox is made of. "
@@ -120,7 +122,7 @@ class Sandbox:
             check_choice("require", name, PROTECTIONS) for name in require
         )
 
-    def run(self, source):
+    def run(self, source: str) -> RunResult:
         """Runs a program.
 
         Args:
@@ -145,7 +147,7 @@ class Sandbox:
             protections=self._protections(outcome),
         )
 
-    def check(self, code, tests, share_objects=False):
+    def check(self, code: str, tests: str, share_objects: bool = False) -> CheckResult:
         """Runs tests against generated code.
 
         The tests run in one sandbox, the code in another. A function of the code
@@ -177,7 +179,9 @@ class Sandbox:
             ) from error
         return self._check(code, tests, "tests", share_objects)
 
-    def check_doctests(self, code, docstring, share_objects=False):
+    def check_doctests(
+        self, code: str, docstring: str, share_objects: bool = False
+    ) -> CheckResult:
         """Runs the examples of a docstring against generated code.
 
         Args:
@@ -196,7 +200,9 @@ class Sandbox:
             docstring = ""
         return self._check(code, docstring, "doctests", share_objects)
 
-    def _check(self, code, source, kind, share_objects):
+    def _check(
+        self, code: str, source: str, kind: str, share_objects: bool
+    ) -> CheckResult:
         if not source.strip():
             raise ValueError(
                 f"Expected at least one test. Received: {kind} without any. Leave "
@@ -226,7 +232,7 @@ class Sandbox:
             passed, status, message, outcome.seconds, self._protections(outcome)
         )
 
-    def _protections(self, outcome):
+    def _protections(self, outcome: Any) -> tuple[str, ...]:
         missing = set(PROTECTIONS) - set(outcome.protections)
         if missing.intersection(self.require):
             raise RuntimeError(
@@ -243,7 +249,7 @@ class Sandbox:
         return outcome.protections
 
 
-def _explain(outcome, verdict, passed):
+def _explain(outcome: Any, verdict: dict[str, Any], passed: bool) -> tuple[str, str]:
     if passed:
         return "passed", ""
     if outcome.status:

@@ -1,11 +1,15 @@
 """Packed rows taken apart into their documents, one to a row."""
 
+from typing import Any
+
 import numpy as np
+
+from keras_ebft.data.row_batches import Rows
 
 ARRAYS = ("token_ids", "padding_mask", "answer_mask")
 
 
-def single_documents(rows):
+def single_documents(rows: dict[str, Any]) -> Rows:
     """Gives every document a row of its own.
 
     A plain causal language model then reads each as it was meant to be read.

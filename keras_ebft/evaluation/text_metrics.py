@@ -1,9 +1,12 @@
 """How near texts are to reference texts."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from keras_ebft.validation import check_int
 
 
-def exact_match(predictions, references):
+def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
     r"""Share of predictions that equal their reference, white space at the ends aside.
 
     Args:
@@ -25,7 +28,9 @@ def exact_match(predictions, references):
     return equal / len(predictions)
 
 
-def bleu(predictions, references, tokenize="13a"):
+def bleu(
+    predictions: Sequence[str], references: Sequence[str], tokenize: str = "13a"
+) -> float:
     """Corpus BLEU, computed by sacrebleu.
 
     Args:
@@ -45,7 +50,7 @@ def bleu(predictions, references, tokenize="13a"):
     return metric.corpus_score(list(predictions), [list(references)]).score
 
 
-def chrf(predictions, references):
+def chrf(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Corpus chrF2, computed by sacrebleu.
 
     Args:
@@ -64,7 +69,13 @@ def chrf(predictions, references):
     return metric.corpus_score(list(predictions), [list(references)]).score
 
 
-def comet(sources, predictions, references, model="Unbabel/wmt22-comet-da", batch=8):
+def comet(
+    sources: Sequence[str],
+    predictions: Sequence[str],
+    references: Sequence[str],
+    model: str = "Unbabel/wmt22-comet-da",
+    batch: int = 8,
+) -> float:
     """Mean COMET score, a trained model's judgement of translations.
 
     Args:
@@ -102,7 +113,7 @@ def comet(sources, predictions, references, model="Unbabel/wmt22-comet-da", batc
     return float(scorer.predict(samples, batch_size=batch).system_score)
 
 
-def _sacrebleu():
+def _sacrebleu() -> Any:
     try:
         import sacrebleu
     except ImportError as error:
@@ -113,7 +124,7 @@ def _sacrebleu():
     return sacrebleu
 
 
-def _check_equally_many(predictions, references):
+def _check_equally_many(predictions: Sequence[str], references: Sequence[str]) -> None:
     if isinstance(predictions, str) or isinstance(references, str):
         raise ValueError(
             "Expected lists of strings. Received: a single string. Wrap it in a list."
