@@ -279,10 +279,7 @@ class EBFTStep:
         Returns:
             `Judged`.
         """
-        rewards = self.reward.judge(
-            frozen.generated, frozen.target, rollouts, self.advantage
-        )
-        return _where_counted(rewards, self.reward.block_measures, rollouts)
+        return judged(self.reward, self.advantage, rollouts, frozen)
 
     def score_rollouts(self, state, rollouts):
         """Log-probability and entropy of generated tokens, with gradient.
@@ -402,6 +399,22 @@ class EBFTStep:
 
     def _in_groups(self, function, samples, shared):
         return in_groups(function, self.micro_batches, samples, shared)
+
+
+def judged(reward, advantage, rollouts, frozen):
+    """What a reward says of rollouts, 0 where nothing counts.
+
+    Args:
+        reward: `Reward`.
+        advantage: name of the advantage estimator.
+        rollouts: `Rollouts`.
+        frozen: `FrozenReading`.
+
+    Returns:
+        `Judged`.
+    """
+    rewards = reward.judge(frozen.generated, frozen.target, rollouts, advantage)
+    return _where_counted(rewards, reward.block_measures, rollouts)
 
 
 def _where_counted(rewards, block_measures, rollouts):

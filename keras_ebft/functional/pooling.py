@@ -3,6 +3,7 @@
 from keras import ops
 
 POOLINGS = ("last_token", "mean", "concat", "token")
+NORM_EPSILON = 1e-12
 
 
 def pool(tokens, counted, exists, pooling):
@@ -35,6 +36,20 @@ def pool(tokens, counted, exists, pooling):
     *lead, steps, features, width = tokens.shape
     tokens = ops.swapaxes(tokens, -3, -2)
     return ops.reshape(tokens, (*lead, features, steps * width))
+
+
+def unit_length(features):
+    """Features of windows, each window's scaled together to length 1.
+
+    Args:
+        features: float tensor `[..., F, D]`.
+
+    Returns:
+        float32 tensor of that shape; 0 where all of a window's features are 0.
+    """
+    features = ops.cast(features, "float32")
+    norm = ops.sqrt(ops.sum(ops.square(features), axis=(-2, -1), keepdims=True))
+    return features / ops.maximum(norm, NORM_EPSILON)
 
 
 def _last(tokens, counted):
