@@ -16,6 +16,7 @@ from keras_ebft.networks import (
     resolve_rematerialize,
 )
 from keras_ebft.networks.frozen_reader import frozen_readers, refuse_shared_paths
+from keras_ebft.notices import say_notices
 from keras_ebft.objectives.critic import Critic, CriticHead
 from keras_ebft.objectives.objective import Objective, check_combination
 from keras_ebft.records import Batch
@@ -218,6 +219,7 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
             self.micro_batches,
         )
         self._compiled = compile_stages(self._step, self._read_variables)
+        say_notices(self)
 
     def _build_state(self, seed):
         """Random generators, the count of steps, and the running means."""

@@ -21,7 +21,7 @@ LAYERS = (
     ("kernels", "objectives"),
     ("networks",),
     ("samplers", "features", "rewards", "training", "export", "data", "plots"),
-    ("step",),
+    ("step", "notices"),
     ("inspection",),
     ("model",),
     ("evaluation", "callbacks"),

@@ -59,6 +59,10 @@ def measure(signals, qualities, documents, controls, sampling):
             name: bootstrap(gain_parts(values, values), as_mean).to_dict()
             for name, values in qualities.items()
         },
+        "informative": {
+            name: int(np.count_nonzero(varies(signals["reward"]) & varies(values)))
+            for name, values in qualities.items()
+        },
         "equal_rewards": mean(~varies(signals["reward"])),
         "equal_quality": {name: mean(~varies(v)) for name, v in qualities.items()},
         "controls": _controls(*controls, sampling),

@@ -7,6 +7,8 @@ from keras_ebft.evaluation.audit.qualities import QUALITIES
 TITLES = {"share": "true tokens", "prefix": "true prefix", "last": "last token"}
 # Beyond these shares of blocks there is hardly anything to learn from.
 MOSTLY = 0.9
+# Fewer documents than this make rough intervals.
+FEW = 10
 SETTING_COLUMNS = ("layers", "mode", "pooling", "whitening")
 
 
@@ -18,22 +20,26 @@ class AuditResult:
             advantage with `headline`. Each holds the setting; `"advantage"`,
             `"reward"` and `"alignment"`, of each quality the `"correlation"`,
             `"auc"` and `"gain"`; `"oracle_gain"`, `"equal_rewards"`,
-            `"equal_quality"` and `"controls"`. Estimates are dicts of `value`,
+            `"equal_quality"` and `"controls"`; `"informative"`, the number of blocks
+            that vary both in reward and in a quality. Estimates are dicts of `value`,
             `low`, `high` (95 %) and `error`, `None` where nothing can be said.
         headline: str, the quality that settings are sorted by.
         judged: list of dicts, beside `rows`: `alignment`, `reward`, `advantage`,
             float32 `[N, n, K]`.
         qualities: dict from a quality's name to float64 `[N, n, K]`.
         live: bool `[N, K]`, blocks that count.
+        rollouts: dict of `token_ids` int32 `[N, n, K, G]` and `anchors` int32
+            `[N, K]`, as `EBFTModel.rewards` takes them.
     """
 
-    def __init__(self, rows, headline, judged, qualities, live):
+    def __init__(self, rows, headline, judged, qualities, live, rollouts):
         self.headline = headline
         order = sorted(range(len(rows)), key=lambda i: -_sort_value(rows[i], headline))
         self.rows = [rows[i] for i in order]
         self.judged = [judged[i] for i in order]
         self.qualities = qualities
         self.live = live
+        self.rollouts = rollouts
 
     @property
     def best(self):
@@ -53,6 +59,10 @@ class AuditResult:
                 f"in {equal:.0%} of the blocks no rollout is better than another by "
                 f"{title}, so that there is little to learn from: sample more or at "
                 "another temperature, or choose other documents"
+            )
+        if best["documents"] < FEW:
+            parts.append(
+                f"{best['documents']} documents are few, and the intervals rough"
             )
         silent = best["equal_rewards"]["value"]
         if silent is not None and silent > MOSTLY:
@@ -82,7 +92,9 @@ class AuditResult:
         low, high = found["value"] - reach, found["value"] + reach
         measured = (
             f"correlation of advantage and {title} {_number(found['value'])}, "
-            f"{_number(low)} to {_number(high)} with {len(self.rows)} settings compared"
+            f"{_number(low)} to {_number(high)} with {len(self.rows)} settings "
+            f"compared, from the {best['informative'][self.headline]} of "
+            f"{best['blocks']} blocks that tell rollouts apart"
         )
         if low > 0.0:
             return (

@@ -266,6 +266,7 @@ class RewardAudit:
             judged=arrays,
             qualities={name: sampled[name] for name in names},
             live=live,
+            rollouts={name: sampled[name] for name in ("token_ids", "anchors")},
         )
 
 
