@@ -150,7 +150,16 @@ def _of_diversity(reward, model):
 def _of_lengths(reward, features):
     several = features.mode in ("stack", "middle_stack")
     pooled = features.pooling in ("concat", "mean")
-    raw = reward.whitening is None and not reward.normalizes_pooled
+    if reward.normalizes_pooled:
+        return
+    if reward.whitening == "rollout" and features.pooling == "mean":
+        yield (
+            logging.INFO,
+            'With whitening="rollout" and pooling="mean" features have unequal '
+            "lengths, and a rollout that is longer than its siblings can have the sign "
+            'of its alignment turned round. normalize="pooled" prevents that.',
+        )
+    raw = reward.whitening is None
     if raw and reward.diversity_weight and (several or pooled):
         yield (
             logging.WARNING,

@@ -224,6 +224,14 @@ def test_lengths_that_weigh_alignment_against_diversity(said):
         assert any("is a cosine" in text for _, text in found) == expected
 
 
+def test_lengths_that_turn_an_alignment_round(said):
+    """In numbers: `test_rewards.py`."""
+    network = Network(layers=(1,), pooling="mean")
+    for normalize, expected in (("auto", True), ("pooled", False)):
+        found = said(feature_network=network, reward=Reward(normalize=normalize))[1]
+        assert any("turned round" in text for _, text in found) == expected
+
+
 def test_one_rollout_and_whitening(said):
     generated, target = features(1)
     by_whitening = {
