@@ -1,5 +1,6 @@
 """What a reward would reward, measured before anything is trained."""
 
+import keras_hub
 import numpy as np
 from keras import ops
 
@@ -106,7 +107,8 @@ class RewardAudit:
         Args:
             x: documents in memory, of any form `fit` accepts, two at least; some
                 that the model has not seen.
-            batch_size: int, documents that are read at a time.
+            batch_size: int, documents that are read at a time; another one draws
+                other rollouts.
 
         Returns:
             `AuditResult`.
@@ -310,7 +312,8 @@ def _depth(network, backbone):
     """Layers of the network that features come from; `None` of a callable."""
     if network is None:
         return num_layers(backbone)
-    return num_layers(network) if hasattr(network, "get_layer") else None
+    own = isinstance(network, keras_hub.models.Backbone)
+    return num_layers(network) if own else None
 
 
 def _check_sampler(sampler):
