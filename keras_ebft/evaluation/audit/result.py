@@ -94,7 +94,8 @@ class AuditResult:
             f"correlation of advantage and {title} {_number(found['value'])}, "
             f"{_number(low)} to {_number(high)} with {len(self.rows)} settings "
             f"compared, from the {best['informative'][self.headline]} of "
-            f"{best['blocks']} blocks that tell rollouts apart"
+            f"{best['blocks']} blocks that tell rollouts apart, AUC "
+            f"{_number(best['advantage'][self.headline]['auc']['value'])}"
         )
         if low > 0.0:
             return (
