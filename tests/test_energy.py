@@ -102,3 +102,32 @@ def test_training_ends_at_the_energys_fixed_point(length, kl_weight):
     for other in (0.8 * kl_weight, 1.25 * kl_weight):
         elsewhere = fixed_point(initial, features, truth, other, token_by_token=True)
         assert distance(trained, elsewhere) > 0.015
+
+
+def test_the_fixed_point_is_where_the_gradient_is_zero():
+    """In a table of probabilities: the expected gradient of both losses, on paper."""
+    random = np.random.default_rng(0)
+    initial = np.exp(random.normal(size=(3, 3)))
+    initial /= initial.sum()
+    features, truth = random.normal(size=(3, 3, 5)), random.normal(size=5)
+    first = initial.sum(axis=1, keepdims=True)
+    logs = {"first": np.log(first), "second": np.log(initial / first)}
+    for token_by_token in (True, False):
+        policy = fixed_point(initial, features, truth, 8.0, token_by_token)
+        mean = np.tensordot(policy, features, axes=2)
+        energy = 2 * features @ (mean - truth) / 8.0
+        first = policy.sum(axis=1, keepdims=True)
+        d_first = np.log(first) - logs["first"]
+        d_second = np.log(policy / first) - logs["second"]
+        # sum_y p(y) (energy + d_t) d log p(y_t) / d logits, of each token.
+        slope = policy * (energy + d_first)
+        of_first = slope.sum(axis=1) - first[:, 0] * slope.sum()
+        slope = policy * (energy + d_second)
+        of_second = slope - policy / first * slope.sum(axis=1, keepdims=True)
+        assert np.abs(of_second).max() < 1e-9
+        # Whole rollouts would be moved by later tokens' divergence too.
+        whole = policy * (energy + d_first + d_second)
+        of_whole = whole.sum(axis=1) - first[:, 0] * whole.sum()
+        zero, other = (of_first, of_whole) if token_by_token else (of_whole, of_first)
+        assert np.abs(zero).max() < 1e-9
+        assert np.abs(other).max() > 1e-3
