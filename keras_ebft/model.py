@@ -24,6 +24,7 @@ from keras_ebft.networks.frozen_reader import (
     frozen_readers,
     refuse_shared_paths,
 )
+from keras_ebft.notices import say_notices
 from keras_ebft.objectives.critic import Critic, CriticHead
 from keras_ebft.objectives.objective import Objective, check_combination
 from keras_ebft.records import Batch, Experience, StepOutputs
@@ -234,6 +235,7 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
             self.micro_batches,
         )
         self._compiled = compile_stages(self._step, self._read_variables)
+        say_notices(self)
 
     def _build_state(self, seed: int | None) -> None:
         """Random generators, the count of steps, and the running means."""
@@ -316,7 +318,7 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
 
     def _follow_policy(self) -> None:
         decay = self.feature_network.ema_decay
-        if decay is not None:
+        if decay is not None and self.feature_reader is not None:
             with no_gradient():
                 reader = cast(FrozenReader, self.feature_reader)
                 reader.follow(self.causal_lm.backbone, decay)

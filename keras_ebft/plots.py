@@ -195,6 +195,88 @@ def _draw_layout(axis: Any, block_geometry: BlockGeometry) -> None:
     axis.figure.legend(loc="outside lower left", ncols=4)
 
 
+def reward_audit(result: Any) -> Any:
+    """How the advantage goes with what is good, one line per setting, best on top.
+
+    Args:
+        result: `keras_ebft.evaluation.AuditResult`.
+
+    Returns:
+        `matplotlib.figure.Figure` with a panel per quality: correlations within
+        blocks with their intervals, filled of the advantage, hollow of the alignment
+        alone. Settings whose controls failed are grey.
+
+    Raises:
+        ValueError: if there is no setting.
+    """
+    from matplotlib.figure import Figure
+
+    if not result.rows:
+        raise ValueError("Expected an audit of at least one setting. Received: none.")
+    names = list(result.rows[0]["advantage"])
+    size = (2.6 + 2.3 * len(names), 1.5 + 0.27 * len(result.rows))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = np.ravel(figure.subplots(1, len(names), sharey=True, sharex=True))
+    for axis, name in zip(panels, names):
+        for place, row in enumerate(result.rows):
+            _draw_audited(axis, place, row, name)
+        axis.axvline(0.0, color="0.3", linewidth=0.8)
+        axis.set_title(AUDITED.get(name, name), fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.tick_params(labelsize=8)
+    panels[0].set_yticks(range(len(result.rows)))
+    panels[0].set_yticklabels([_audited_label(row) for row in result.rows])
+    panels[0].set_ylim(len(result.rows) - 0.5, -0.5)
+    for label, style in AUDIT_STYLES.items():
+        panels[0].plot([], [], color="C0", label=label, **style)
+    figure.supxlabel(
+        "correlation within blocks (settings: layers, pooling, whitening; * the "
+        "model's own)",
+        fontsize=9,
+    )
+    figure.legend(loc="outside upper center", ncols=2, fontsize=9, frameon=False)
+    return figure
+
+
+AUDITED = {
+    "share": "share of true tokens",
+    "prefix": "length of true prefix",
+    "last": "last token is true",
+}
+AUDIT_STYLES = {
+    "advantage, 95 % interval": {"marker": "o", "markersize": 4, "linewidth": 1.4},
+    "alignment alone": {
+        "marker": "o",
+        "markersize": 5,
+        "markerfacecolor": "white",
+        "linestyle": "none",
+    },
+}
+
+
+def _draw_audited(axis: Any, place: int, row: dict, name: str) -> None:
+    color = "0.6" if row["controls"]["passed"] is False else "C0"
+    both, alone = AUDIT_STYLES.values()
+    alignment = row["alignment"][name]["correlation"]["value"]
+    if alignment is not None:
+        axis.plot([alignment], [place + 0.18], color=color, **alone)
+    found = row["advantage"][name]["correlation"]
+    if found["value"] is not None:
+        axis.plot([found["value"]], [place - 0.12], color=color, **both)
+    if found["low"] is not None:
+        ends = [found["low"], found["high"]]
+        axis.plot(ends, [place - 0.12] * 2, color=color, linewidth=1.4)
+
+
+def _audited_label(row: dict) -> str:
+    given = row["tapped"] if row["layers"] is None else row["layers"]
+    layers = "+".join(f"{n:g}" for n in given) or "own"
+    mode = "" if row["mode"] in ("concat", "callable") else f" {row['mode']}"
+    own = " *" if row["of_the_model"] else ""
+    whitening = row["whitening"] or "none"
+    return f"{layers}{mode}, {row['pooling']}, {whitening}{own}"
+
+
 def _figure(panels: int) -> Any:
     from matplotlib.figure import Figure
 

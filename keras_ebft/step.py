@@ -308,10 +308,7 @@ class EBFTStep:
         Returns:
             `Judged`.
         """
-        rewards = self.reward.judge(
-            frozen.generated, frozen.target, rollouts, self.advantage
-        )
-        return _where_counted(rewards, self.reward.block_measures, rollouts)
+        return judged(self.reward, self.advantage, rollouts, frozen)
 
     def score_rollouts(self, state: DocumentState, rollouts: Rollouts) -> RolloutScores:
         """Log-probability and entropy of generated tokens, with gradient.
@@ -448,6 +445,24 @@ class EBFTStep:
         shared: Any,
     ) -> Any:
         return in_groups(function, self.micro_batches, samples, shared)
+
+
+def judged(
+    reward: Reward, advantage: str, rollouts: Rollouts, frozen: FrozenReading
+) -> Judged:
+    """What a reward says of rollouts, 0 where nothing counts.
+
+    Args:
+        reward: `Reward`.
+        advantage: name of the advantage estimator.
+        rollouts: `Rollouts`.
+        frozen: `FrozenReading`.
+
+    Returns:
+        `Judged`.
+    """
+    rewards = reward.judge(frozen.generated, frozen.target, rollouts, advantage)
+    return _where_counted(rewards, reward.block_measures, rollouts)
 
 
 def _where_counted(

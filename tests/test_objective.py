@@ -172,3 +172,11 @@ def test_sft_reads_documents_of_any_length(policy):
 
 def tensor(values):
     return ops.convert_to_tensor(values, dtype="float32")
+
+
+def test_nothing_follows_the_policy_where_nothing_is_matched():
+    network = keras_ebft.FeatureNetwork(layers=(1,), ema_decay=0.5)
+    model = keras_ebft.EBFTModel.sft(llama(num_layers=1), feature_network=network)
+    model.compile("sgd")
+    history = model.fit(documents(2, 8), verbose=0).history
+    assert set(history) == {"loss", "ce_loss", "perplexity"}

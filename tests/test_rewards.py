@@ -268,3 +268,83 @@ def test_more_samples_than_kernels_take():
         rewards = keras_ebft.FeatureMatchingReward()(*features_of(17))
     assert choices == {"feature_reward": {"reference"}}
     assert np.isfinite(to_numpy(rewards["reward"])).all()
+
+
+def test_normalize_is_saved_and_old_configurations_load():
+    for kind in (
+        keras_ebft.FeatureMatchingReward,
+        keras_ebft.CharacteristicFunctionReward,
+    ):
+        reward = kind(whitening=None, normalize="token")
+        same = kind.from_config(reward.get_config())
+        assert same.get_config() == reward.get_config()
+        assert not same.normalizes_pooled
+        old = reward.get_config()
+        del old["normalize"]
+        assert kind.from_config(old).normalizes_pooled
+        assert not kind.from_config({**old, "whitening": "rollout"}).normalizes_pooled
+        assert kind(normalize="pooled").normalizes_pooled
+    with pytest.raises(ValueError, match="`normalize` to be one of"):
+        keras_ebft.FeatureMatchingReward(normalize="l2")
+
+
+def test_unwhitened_features_have_length_one_together():
+    random = np.random.default_rng(0)
+    generated, target = (
+        random.normal(size=(2, 3, 4, 2, 5)),
+        random.normal(size=(2, 4, 2, 5)),
+    )
+    generated[0, 1, 2] = 0.0
+
+    def unit(x):
+        norm = np.sqrt((x**2).sum((-2, -1), keepdims=True))
+        return x / np.maximum(norm, 1e-12)
+
+    def rewards(generated, target, **options):
+        found = keras_ebft.FeatureMatchingReward(**options)(
+            ops.convert_to_tensor(generated, "float32"),
+            ops.convert_to_tensor(target, "float32"),
+        )
+        return {name: to_numpy(value) for name, value in found.items()}
+
+    found = rewards(generated, target, whitening=None)
+    x, t = unit(generated).reshape(2, 3, 4, -1), unit(target).reshape(2, 4, -1)
+    alignment = 2 * np.einsum("bjkd,bkd->bjk", x, t)
+    gram = np.einsum("bikd,bjkd->bijk", x, x)
+    diversity = gram.sum(1) - np.einsum("bjjk->bjk", gram)
+    loss = ((x.mean(1) - t) ** 2).sum(-1)
+    np.testing.assert_allclose(found["alignment"], alignment, atol=1e-5)
+    np.testing.assert_allclose(found["diversity"], diversity, atol=1e-5)
+    np.testing.assert_allclose(found["feature_matching_loss"], loss, atol=1e-5)
+    raw = rewards(generated, target, whitening=None, normalize="token")
+    assert np.abs(raw["diversity"] - diversity).max() > 1.0
+    # With whitening nothing has changed.
+    one = rewards(generated, target)
+    other = rewards(generated, target, normalize="token")
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+    # Token by token, each token's features together.
+    tokens = np.repeat(generated[:, :, :, None], 2, axis=3)
+    true = np.repeat(target[:, :, None], 2, axis=2)
+    by_token = rewards(tokens, true, whitening=None)
+    np.testing.assert_allclose(by_token["diversity"][..., 1], diversity, atol=1e-5)
+
+
+def test_with_whitening_lengths_can_turn_an_alignment_round():
+    """Two features in one plane: the truth, and one that is nearly it but longer."""
+    truth, longer = [1.0, 0.0], [1.1, 0.05]
+    generated = ops.reshape(ops.convert_to_tensor([truth, longer]), (1, 2, 1, 1, 2))
+    target = ops.reshape(ops.convert_to_tensor(truth), (1, 1, 1, 2))
+
+    def alignment(normalize):
+        reward = keras_ebft.FeatureMatchingReward(normalize=normalize)
+        return to_numpy(reward(generated, target)["alignment"]).ravel()
+
+    # M^(1/2) = (M + s I) / sqrt(tr M + 2 s), s = sqrt(det M), on paper. The target
+    # is scaled by the sums of the rows of its inverse, in proportion to
+    # [1.1^2 + .05^2 + s - 1.1, 1 + s - 1.1]: the second is negative.
+    s, trace = 0.05, 1.0 + 1.1**2 + 0.05**2
+    expected = 2 * np.array([1.0 + s, -1.1]) / np.sqrt(trace + 2 * s)
+    np.testing.assert_allclose(alignment("token"), expected, atol=1e-4)
+    first, second = alignment("pooled")
+    assert first > second + 0.05
+    assert second > 1.0

@@ -22,7 +22,7 @@ LAYERS = (
     ("kernels", "objectives"),
     ("networks",),
     ("samplers", "features", "rewards", "training", "export", "plots"),
-    ("step",),
+    ("step", "notices"),
     ("inspection",),
     ("model",),
     ("evaluation", "callbacks"),

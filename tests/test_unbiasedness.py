@@ -14,19 +14,19 @@ from keras import ops
 
 import keras_ebft
 from keras_ebft import functional
+from keras_ebft.functional.pooling import unit_length
 
 ROLLOUTS = np.array(list(itertools.product(range(3), repeat=2)), dtype="int32")
 DOCUMENT = np.array([[0, 2, 1, 1, 0]], dtype="int32")
 
 
 def build(samples, **options):
-    # One layer of the policy is enough for the features; the policy keeps two.
+    options.setdefault("feature_network", keras_ebft.FeatureNetwork(layers=(1, 2)))
     return keras_ebft.EBFTModel(
         llama(vocabulary_size=3, hidden_dim=8, intermediate_dim=12),
         sampler=keras_ebft.BlockSampler(
             rollout_length=2, context_length=3, num_samples=samples, temperature=0.6
         ),
-        feature_network=keras_ebft.FeatureNetwork(layers=(1, 2)),
         seed=0,
         **options,
     )
@@ -40,8 +40,9 @@ def log_prob_of_rollouts(model):
 
 
 def closed_form(model):
-    """Gradient of |E[phi] - phi_*|^2."""
-    generated, target = model.features(DOCUMENT, ROLLOUTS.reshape(1, 9, 1, 2))
+    """Gradient of |E[phi] - phi_*|^2, of features of length 1."""
+    features = model.features(DOCUMENT, ROLLOUTS.reshape(1, 9, 1, 2))
+    generated, target = (unit_length(values) for values in features)
     generated = ops.reshape(generated, (9, -1))
     target = ops.reshape(target, (-1,))
 
@@ -94,6 +95,22 @@ def test_expected_gradient_is_the_closed_form(advantage, samples):
     estimate = expected_estimate(model, samples)
     assert np.linalg.norm(exact) > 1e-2
     assert np.linalg.norm(estimate - exact) < 2e-5 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("normalize", ["auto", "token"])
+@pytest.mark.parametrize(
+    "network", [{"mode": "stack", "pooling": "mean"}, {"pooling": "concat"}]
+)
+def test_it_is_so_of_pooled_and_stacked_features(network, normalize):
+    """They have another length, unless the reward gives them length 1."""
+    model = build(
+        2,
+        feature_network=keras_ebft.FeatureNetwork(layers=(1, 2), **network),
+        reward=keras_ebft.FeatureMatchingReward(whitening=None, normalize=normalize),
+    )
+    exact = closed_form(model)
+    wrong = np.linalg.norm(expected_estimate(model, 2) - exact) / np.linalg.norm(exact)
+    assert wrong < 2e-5 if normalize == "auto" else wrong > 0.1
 
 
 def test_a_biased_estimator_is_told_apart():

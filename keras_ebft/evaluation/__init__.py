@@ -1,5 +1,6 @@
 """Measuring a model: likelihood, features, texts, and code that must run."""
 
+from keras_ebft.evaluation.audit import AuditResult, RewardAudit
 from keras_ebft.evaluation.code_checks import (
     CodeProblem,
     check_completions,
@@ -20,9 +21,11 @@ from keras_ebft.evaluation.text_metrics import bleu, chrf, comet, exact_match
 
 __all__ = [
     "PROTECTIONS",
+    "AuditResult",
     "CheckResult",
     "CodeProblem",
     "FeatureMatching",
+    "RewardAudit",
     "RunResult",
     "Sandbox",
     "TextGenerator",

@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_ebft.configurable import Configurable
 from keras_ebft.features.callable_network import CallableNetwork
-from keras_ebft.functional.pooling import POOLINGS, pool
+from keras_ebft.functional.pooling import NORM_EPSILON, POOLINGS, pool
 from keras_ebft.layout.blocks import Blocks
 from keras_ebft.layout.documents import take_tokens
 from keras_ebft.networks import (
@@ -36,7 +36,6 @@ MODES = (
     "middle_stack",
 )
 LAYERED_MODES = ("concat", "stack")
-NORM_EPSILON = 1e-12
 
 
 @keras.saving.register_keras_serializable("keras_ebft")

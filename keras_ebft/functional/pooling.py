@@ -5,6 +5,7 @@ from keras import ops
 from keras_ebft.typing import Tensor
 
 POOLINGS = ("last_token", "mean", "concat", "token")
+NORM_EPSILON = 1e-12
 
 
 def pool(tokens: Tensor, counted: Tensor, exists: Tensor, pooling: str) -> Tensor:
@@ -37,6 +38,20 @@ def pool(tokens: Tensor, counted: Tensor, exists: Tensor, pooling: str) -> Tenso
     *lead, steps, features, width = tokens.shape
     tokens = ops.swapaxes(tokens, -3, -2)
     return ops.reshape(tokens, (*lead, features, steps * width))
+
+
+def unit_length(features: Tensor) -> Tensor:
+    """Features of windows, each window's scaled together to length 1.
+
+    Args:
+        features: float tensor `[..., F, D]`.
+
+    Returns:
+        float32 tensor of that shape; 0 where all of a window's features are 0.
+    """
+    features = ops.cast(features, "float32")
+    norm = ops.sqrt(ops.sum(ops.square(features), axis=(-2, -1), keepdims=True))
+    return features / ops.maximum(norm, NORM_EPSILON)
 
 
 def _last(tokens: Tensor, counted: Tensor) -> Tensor:

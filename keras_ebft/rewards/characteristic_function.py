@@ -34,6 +34,7 @@ class CharacteristicFunctionReward(FeatureMatchingReward):
         num_frequencies: int, m.
         bandwidth: float above 0, in units of the (unit-length) features.
         seed: int, decides the frequencies.
+        normalize: as for `FeatureMatchingReward`, of the Fourier features.
 
     Raises:
         TypeError: for a value of the wrong type.
@@ -52,8 +53,9 @@ class CharacteristicFunctionReward(FeatureMatchingReward):
         num_frequencies: int = 256,
         bandwidth: float = 1.0,
         seed: int = 0,
+        normalize: str = "auto",
     ) -> None:
-        super().__init__(alignment_weight, diversity_weight, whitening)
+        super().__init__(alignment_weight, diversity_weight, whitening, normalize)
         self.num_frequencies = check_int("num_frequencies", num_frequencies, 1)
         self.bandwidth = check_number("bandwidth", bandwidth, 0.0, exclusive=True)
         self.seed = check_int("seed", seed, 0)

@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_ebft.functional.inner_products import WHITENINGS
+from keras_ebft.functional.pooling import unit_length
 from keras_ebft.kernels import feature_reward
 from keras_ebft.records import Rollouts
 from keras_ebft.rewards.reward import Reward
@@ -16,6 +17,8 @@ from keras_ebft.validation import (
     check_number,
     check_some_weight,
 )
+
+NORMALIZATIONS = ("auto", "token", "pooled")
 
 
 @keras.saving.register_keras_serializable("keras_ebft")
@@ -32,6 +35,12 @@ class FeatureMatchingReward(Reward):
         whitening: `"rollout"` (as the authors' code), `"feature"` (as the
             paper's appendix) or `None`. Eigenvalues below 1e-6 of the largest
             count as zero.
+        normalize: what has length 1. `"token"`: each token's vector, as the feature
+            network gives it (the authors' code). `"pooled"`: moreover what becomes
+            of it, one window's features together. Without the latter, `"concat"`
+            and `"mean"` pooling and `mode="stack"` weigh the diversity, an inner
+            product, differently from the alignment, a cosine. `"auto"`: `"token"`
+            with whitening, `"pooled"` without.
 
     Attributes:
         measures_unbiased: bool, whether `unbiased_feature_matching_loss` is measured
@@ -55,6 +64,7 @@ class FeatureMatchingReward(Reward):
         alignment_weight: float = 1.0,
         diversity_weight: float = 1.0,
         whitening: str | None = "rollout",
+        normalize: str = "auto",
     ) -> None:
         self.alignment_weight = check_number("alignment_weight", alignment_weight, 0.0)
         self.diversity_weight = check_number("diversity_weight", diversity_weight, 0.0)
@@ -63,6 +73,14 @@ class FeatureMatchingReward(Reward):
             diversity_weight=self.diversity_weight,
         )
         self.whitening = check_choice("whitening", whitening, WHITENINGS)
+        self.normalize = check_choice("normalize", normalize, NORMALIZATIONS)
+
+    @property
+    def normalizes_pooled(self) -> bool:
+        """Whether one window's features together get length 1."""
+        if self.normalize == "auto":
+            return self.whitening is None
+        return self.normalize == "pooled"
 
     @property
     def block_measures(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -117,6 +135,8 @@ class FeatureMatchingReward(Reward):
     ) -> dict[str, Tensor]:
         if len(generated.shape) == 6:
             return _per_token(self._match, generated, target, estimator)
+        if self.normalizes_pooled:
+            generated, target = unit_length(generated), unit_length(target)
         return feature_reward(
             generated,
             target,
@@ -133,6 +153,7 @@ class FeatureMatchingReward(Reward):
             "alignment_weight": self.alignment_weight,
             "diversity_weight": self.diversity_weight,
             "whitening": self.whitening,
+            "normalize": self.normalize,
         }
 
 
