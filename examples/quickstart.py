@@ -3,7 +3,7 @@
 SmolLM2-135M-Instruct learns the Python standard library of the running interpreter
 through low-rank adapters: once with `keras_ebft.EBFTModel`, and once, from the same
 start, on the same rows, for as many steps, with plain supervised fine-tuning. Every
-tenth file is held out. At the end: what changed on held-out files, with the noise
+sixth file is held out. At the end: what changed on held-out files, with the noise
 of each number; a picture; and what the model writes before and after.
 
     KERAS_BACKEND=jax python examples/quickstart.py
@@ -55,7 +55,7 @@ STAGES = {
 
 
 def parse_arguments():
-    """Sizes of the run; the defaults take less than eight minutes on two cores."""
+    """Settings of the run."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=("smollm2", "micro"), default="smollm2")
     parser.add_argument("--length", type=int, default=96, help="tokens per row")
@@ -225,14 +225,14 @@ def change(before, after):
 
 def report(before, after):
     """A table: held-out means, and paired differences with their noise."""
-    print(f"\n{'held-out files':30}{'before':>9}" + "".join(f"{m:>26}" for m in after))
+    print(f"\n{'held-out files':30}{'before':>9}" + "".join(f"{m:>30}" for m in after))
     for name, label in MEASURES.items():
         line = f"{label:30}{before[name].mean():9.4f}"
         for measured in after.values():
             mean, half = change(before[name], measured[name])
             value = measured[name].mean()
             mark = " *" if abs(mean) > half else "  "
-            line += f"{value:9.4f} ({mean:+.4f} ±{half:.4f}){mark}"[:28].rjust(26)
+            line += f"{value:.4f} ({mean:+.4f} ±{half:.4f}){mark}".rjust(30)
         print(line)
     rows = len(before["reward"])
     print(
