@@ -64,11 +64,11 @@ def _of_sampling(sampler, advantage):
     if sampler.draws_tokens and (sampler.temperature == 0 or sampler.top_k == 1):
         setting = f"temperature={sampler.temperature:g}, top_k={sampler.top_k}"
         if sampler.num_samples > 1 and advantage != "reinforce":
-            outcome = (
-                "is minus the diversity and pushes them all down"
-                if sampler.num_samples == 2 and advantage == "rloo"
-                else "is 0: the policy loss has no gradient"
-            )
+            outcome = "is 0: the policy loss has no gradient"
+            if advantage == "group_norm":
+                outcome = "is rounding alone, divided by a millionth"
+            elif sampler.num_samples == 2:
+                outcome = "is minus the diversity and pushes them all down"
             yield (
                 logging.WARNING,
                 f"With {setting} the {sampler.num_samples} rollouts of a block are the "
