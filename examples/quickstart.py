@@ -62,6 +62,9 @@ def parse_arguments():
     parser.add_argument("--context-length", type=int, default=16)
     parser.add_argument("--stride", type=int, default=8)
     parser.add_argument("--rollout-length", type=int, default=4)
+    parser.add_argument(
+        "--pooling", choices=("last_token", "mean", "concat"), default="last_token"
+    )
     parser.add_argument("--rank", type=int, default=8, help="of the adapters")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--batch-size", type=int, default=2)
@@ -302,6 +305,7 @@ def main():
             stride=arguments.stride,
             context_length=arguments.context_length,
         ),
+        feature_network=keras_ebft.FeatureNetwork(pooling=arguments.pooling),
         ce_weight=arguments.ce_weight,
         seed=arguments.seed,
     )

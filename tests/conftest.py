@@ -5,6 +5,7 @@ from pathlib import Path
 
 import early_triton  # noqa: F401 (before anything else)
 import helpers
+import keras
 import keras_hub
 import numpy as np
 import pytest
@@ -67,6 +68,19 @@ def layout_vectors():
 @pytest.fixture(scope="session")
 def byte_lm():
     return helpers.byte_causal_lm()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """On backends that compile `slow_compiled` is `slow`, and `on_torch` left out."""
+    if keras.backend.backend() == "torch":
+        return
+    left_out = [item for item in items if item.get_closest_marker("on_torch")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+    for item in items:
+        if item.get_closest_marker("slow_compiled"):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_generate_tests(metafunc):

@@ -9,6 +9,8 @@ from keras import ops
 import keras_ebft
 from keras_ebft.evaluation import FeatureMatching
 
+pytestmark = pytest.mark.slow_compiled
+
 X = documents(4, 16)
 
 

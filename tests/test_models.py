@@ -333,6 +333,7 @@ def causal_lm():
 
 
 @pytest.mark.slow
+@pytest.mark.on_torch
 class TestSmolLM2:
     """The real model. It is installed by `make setup`: without it these fail."""
 

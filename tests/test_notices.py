@@ -12,6 +12,8 @@ import keras_ebft
 from keras_ebft import functional
 from keras_ebft.evaluation import FeatureMatching
 
+pytestmark = pytest.mark.slow_compiled
+
 Reward, Network = keras_ebft.FeatureMatchingReward, keras_ebft.FeatureNetwork
 X = documents(2, 12)
 LAYERS = {"feature_network": Network(layers=(1,))}

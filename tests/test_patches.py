@@ -76,7 +76,9 @@ def run(network):
 @pytest.mark.parametrize(
     "name",
     [
-        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        name
+        if name in QUICK
+        else pytest.param(name, marks=[pytest.mark.slow, pytest.mark.on_torch])
         for name in FAMILIES
     ],
 )

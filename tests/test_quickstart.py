@@ -45,6 +45,7 @@ def check(finished, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.on_torch
 def test_quickstart(tmp_path):
     finished = run("examples/quickstart.py", *SMALL, "--output", str(tmp_path))
     check(finished, tmp_path)
@@ -61,6 +62,7 @@ def test_micro_model(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.on_torch
 def test_without_the_package_one_sentence_says_what_to_do(tmp_path):
     program = WITHOUT_PACKAGE.format(path=str(ROOT / "examples" / "quickstart.py"))
     path = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
