@@ -348,7 +348,8 @@ def test_quantized_kernels_are_read_when_their_inputs_are_there():
     model = build(make("Llama", adapted=True, mode="int4"))
 
     def sampled(tokens):
-        return model({"token_ids": tokens, "padding_mask": tokens >= 0})["log_prob"]
+        x = {"token_ids": tokens, "padding_mask": tokens >= 0}
+        return model(x).scores.log_prob
 
     graph = tf.function(sampled).get_concrete_function(tf.constant(X)).graph
     reads = [

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The 'rwkv_ops' package:UserWarni
 
 
 # One family for each kind of patch.
-QUICK = ("Llama", "Falcon", "Gemma3n", "SmolLM3", "GptOss")
+QUICK = ("Llama", "Falcon", "Gemma3n", "SmolLM3")
 
 
 class Owner:
