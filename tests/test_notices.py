@@ -12,7 +12,8 @@ import keras_ebft
 from keras_ebft import functional
 from keras_ebft.evaluation import FeatureMatching
 
-pytestmark = pytest.mark.slow_compiled
+# The operations are those of other tests, dispatched one by one.
+pytestmark = pytest.mark.on_torch
 
 Reward, Network = keras_ebft.FeatureMatchingReward, keras_ebft.FeatureNetwork
 X = documents(2, 12)

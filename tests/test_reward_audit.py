@@ -11,7 +11,8 @@ import keras_ebft
 from keras_ebft.evaluation import RewardAudit
 from keras_ebft.evaluation.audit.result import AuditResult
 
-pytestmark = pytest.mark.slow_compiled
+# The operations are those of other tests, dispatched one by one.
+pytestmark = pytest.mark.on_torch
 
 SAMPLER = keras_ebft.BlockSampler(
     rollout_length=4, stride=4, context_length=4, num_samples=3

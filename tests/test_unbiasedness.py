@@ -97,6 +97,7 @@ def test_expected_gradient_is_the_closed_form(advantage, samples):
     assert np.linalg.norm(estimate - exact) < 2e-5 * np.linalg.norm(exact)
 
 
+@pytest.mark.slow_compiled
 @pytest.mark.parametrize("normalize", ["auto", "token"])
 @pytest.mark.parametrize(
     "network", [{"mode": "stack", "pooling": "mean"}, {"pooling": "concat"}]
