@@ -26,6 +26,7 @@ def looped(monkeypatch):
         return loop(step, carry, inputs, count)
 
     monkeypatch.setattr(repeated_layers, "compiles_every_step", lambda: True)
+    monkeypatch.setattr(repeated_layers, "FEWEST_LAYERS", 4)
     monkeypatch.setattr(repeated_layers, "loop", watched)
     return counts
 
@@ -119,9 +120,9 @@ def test_sampling_does_not_loop(looped):
 
 def test_where_a_loop_pays():
     alike = keras.backend.backend() == "jax"
-    backbone = family("Llama", num_layers=4).backbone
-    layers, given = backbone.transformer_layers, [None] * 4
+    backbone = family("Llama", num_layers=12).backbone
+    layers, given = backbone.transformer_layers, [None] * 12
     record = family_of(backbone)
     assert repeated_layers.worth_looping(record, layers, given) is alike
-    assert not repeated_layers.worth_looping(record, layers[:3], given[:3])
-    assert not repeated_layers.worth_looping(record, layers, [None, [], [], []])
+    assert not repeated_layers.worth_looping(record, layers[:11], given[:11])
+    assert not repeated_layers.worth_looping(record, layers, [None, *[[]] * 11])

@@ -12,8 +12,9 @@ from keras_ebft.backend.loops import compiles_every_step, loop, slices, stacked
 from keras_ebft.networks.patches import Patch, patched
 from keras_ebft.networks.rematerialisation import run_again
 
-# A loop over fewer saves less than it costs.
-FEWEST_LAYERS = 4
+# A step in loops takes some more time and memory, and the first call the less the
+# deeper the network is: with 8 layers it was not worth it (docs/benchmarks.md).
+FEWEST_LAYERS = 12
 
 
 def worth_looping(family, decoders, given):
