@@ -1,6 +1,7 @@
 """Shared fixtures: reference vectors and the tiny checkpoints they were made with."""
 
 import functools
+import os
 from pathlib import Path
 
 import early_triton  # noqa: F401 (before anything else)
@@ -72,15 +73,13 @@ def byte_lm():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """On backends that compile `slow_compiled` is `slow`, and `on_torch` left out."""
-    if keras.backend.backend() == "torch":
+    """Leaves out what need not run where a backend compiles; see the markers."""
+    if keras.backend.backend() == "torch" or os.environ.get("EVERY_TEST"):
         return
-    left_out = [item for item in items if item.get_closest_marker("on_torch")]
+    markers = ("on_torch", "slow_compiled")
+    left_out = [i for i in items if any(map(i.get_closest_marker, markers))]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
-    for item in items:
-        if item.get_closest_marker("slow_compiled"):
-            item.add_marker(pytest.mark.slow)
 
 
 def pytest_generate_tests(metafunc):

@@ -8,8 +8,6 @@ from helpers import documents, family, flat, to_numpy, value_and_gradients
 import keras_ebft
 from keras_ebft.networks import family_of, repeated_layers
 
-pytestmark = pytest.mark.slow_compiled
-
 X = documents(2, 18)
 SAMPLER = {"rollout_length": 3, "stride": 4, "context_length": 4, "num_samples": 2}
 
