@@ -47,6 +47,7 @@ def test_unstructured_code(tmp_path, cache):
 
 
 @pytest.mark.slow
+@pytest.mark.on_torch
 def test_qa_code(tmp_path, cache):
     arguments = (*SHORT, "--cache", str(cache), "--vocabulary", "300")
     arguments += ("--split", "train[:2%]", "--epochs", "1", "--samples", "1")
@@ -56,6 +57,7 @@ def test_qa_code(tmp_path, cache):
 
 
 @pytest.mark.slow
+@pytest.mark.on_torch
 def test_translation(tmp_path, cache):
     installed = catalogue_files.installed_languages(catalogue_files.default_folders())
     if "de" not in installed:
@@ -69,6 +71,7 @@ def test_translation(tmp_path, cache):
 
 
 @pytest.mark.slow
+@pytest.mark.on_torch
 def test_lora_gemma(tmp_path, cache):
     arguments = (*SHORT, "--cache", str(cache), "--vocabulary", "400", "--epochs", "1")
     printed = run(
@@ -79,6 +82,7 @@ def test_lora_gemma(tmp_path, cache):
 
 
 @pytest.mark.slow
+@pytest.mark.on_torch
 def test_compare_methods(tmp_path):
     arguments = (*SMALL, "--pretrain-steps", "1", "--length", "64", "--numbers", "4")
     arguments += ("--problems", "2", "--body-tokens", "3", "--vocabulary", "300")
