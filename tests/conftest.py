@@ -71,13 +71,21 @@ def byte_lm():
     return helpers.byte_causal_lm()
 
 
+def only_on_torch(item):
+    """Whether compiling costs minutes and nothing is asked of the compiler."""
+    if any(map(item.get_closest_marker, ("on_torch", "slow_compiled"))):
+        return True
+    return bool(
+        item.get_closest_marker("slow") and not item.get_closest_marker("compiled")
+    )
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Leaves out what need not run where a backend compiles; see the markers."""
     if keras.backend.backend() == "torch" or os.environ.get("EVERY_TEST"):
         return
-    markers = ("on_torch", "slow_compiled")
-    left_out = [i for i in items if any(map(i.get_closest_marker, markers))]
+    left_out = [item for item in items if only_on_torch(item)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
 

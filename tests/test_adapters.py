@@ -186,6 +186,7 @@ def test_the_reference_of_the_kl_term_is_the_base():
 
 
 @pytest.mark.slow
+@pytest.mark.compiled
 def test_adapters_train_compiled_by_xla():
     model = build(adapted("Llama", num_layers=1))
     model.compile(keras.optimizers.Adam(0.01), **XLA)

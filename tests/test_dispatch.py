@@ -343,6 +343,7 @@ def test_records_do_not_change():
 
 
 @pytest.mark.slow
+@pytest.mark.compiled
 def test_the_library_runs_without_kernel_languages():
     """A process in which neither Triton nor Pallas can be imported.
 

@@ -91,6 +91,7 @@ def train(length, kl_weight):
 
 
 @pytest.mark.slow
+@pytest.mark.compiled
 @pytest.mark.parametrize(("length", "kl_weight"), [(1, 0.3), (2, 0.3)])
 def test_training_ends_at_the_energys_fixed_point(length, kl_weight):
     initial, trained, features, truth = train(length, kl_weight)

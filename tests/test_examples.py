@@ -38,6 +38,7 @@ def run(name, folder, *arguments):
 
 
 @pytest.mark.slow
+@pytest.mark.compiled
 def test_unstructured_code(tmp_path, cache):
     arguments = (*SHORT, *PART, "--cache", str(cache), "--vocabulary", "300")
     printed = run("unstructured_code", tmp_path, *arguments, "--rollout-lengths", "2")

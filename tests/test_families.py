@@ -66,16 +66,21 @@ NOT_PER_LAYER = ("rope_scaling_short_factor", "rope_scaling_long_factor")
 # can go wrong.
 QUICK_FAMILIES = (*SERVING, "Falcon", "Gemma3n", "Mixtral", "GptOss")
 QUICK_GRADIENTS = ("Mixtral",)
+# Gradients of the others are checked where nothing compiles.
+COMPILED_GRADIENTS = ("Llama", "Gemma3", "Gemma3n", "GptOss", "RWKV7")
 TEMPERATURE = 0.7
 
 
-def parametrize(quick):
+def parametrize(quick, compiled):
+    """All families; those in neither run among the slow tests, and on PyTorch."""
+
+    def marks(name):
+        if name in quick:
+            return []
+        return [pytest.mark.slow, *([pytest.mark.compiled] if name in compiled else [])]
+
     return pytest.mark.parametrize(
-        "name",
-        [
-            name if name in quick else pytest.param(name, marks=pytest.mark.slow)
-            for name in FAMILIES
-        ],
+        "name", [pytest.param(name, marks=marks(name)) for name in FAMILIES]
     )
 
 
@@ -200,14 +205,14 @@ def errors(name):
     }
 
 
-@parametrize(QUICK_FAMILIES)
+@parametrize(QUICK_FAMILIES, compiled=FAMILIES)
 def test_blocks_in_parallel_equal_each_block_alone(name):
     found = errors(name)
     assert found["log_prob"] < 2e-5
     assert found["features"] < 1e-5
 
 
-@parametrize(QUICK_GRADIENTS)
+@parametrize(QUICK_GRADIENTS, compiled=COMPILED_GRADIENTS)
 def test_gradients_equal_those_of_plain_sequences(name):
     """The gradient of weighted log-probabilities, with every block run alone."""
     causal_lm = family(name)

@@ -251,6 +251,7 @@ def test_steps_per_execution():
 
 
 @pytest.mark.slow
+@pytest.mark.compiled
 def test_run_eagerly():
     sampler = keras_ebft.BlockSampler(
         rollout_length=2, context_length=2, num_samples=2, stride=9

@@ -30,9 +30,12 @@ from keras_ebft.kernels.linear_logprob import specs as logprob_specs
 from keras_ebft.kernels.linear_sample import specs as sample_specs
 from keras_ebft.kernels.strided_attention import specs as strided_specs
 
-pytestmark = pytest.mark.skipif(
-    keras.backend.backend() != "jax", reason="Pallas is a kernel language of JAX."
-)
+pytestmark = [
+    pytest.mark.compiled,
+    pytest.mark.skipif(
+        keras.backend.backend() != "jax", reason="Pallas is a kernel language of JAX."
+    ),
+]
 
 
 FORCED = ("feature_reward", "linear_logprob", "linear_sample", "strided_attention")

@@ -77,9 +77,29 @@ def expected_gradient(name, adapted=False, **changes):
 
 # One of each route with everything at once; the rest when there is time.
 QUICK_CASES = (("Llama", False, "both"),)
+COMPILED_CASES = (
+    ("Llama", True, "rematerialize"),
+    ("Llama", True, "micro_batches"),
+    ("GPT2", True, "both"),
+    ("Gemma3", True, "both"),
+    ("Mixtral", False, "both"),
+    ("GptOss", False, "both"),
+    ("RWKV7", False, "both"),
+)
+
+
+def marks(case):
+    if case in QUICK_CASES:
+        return []
+    return [
+        pytest.mark.slow,
+        *([pytest.mark.compiled] if case in COMPILED_CASES else []),
+    ]
+
+
 NAMES = ("Llama", "GPT2", "Gemma3", "SmolLM3", "Mixtral", "Falcon", "GptOss", "RWKV7")
 CASES = [
-    pytest.param(*case, marks=[] if case in QUICK_CASES else [pytest.mark.slow])
+    pytest.param(*case, marks=marks(case))
     for case in itertools.product(NAMES, (False, True), SETTINGS)
     # Adapters find no layer of these by themselves.
     if not (case[1] and case[0] == "SmolLM3")
@@ -128,6 +148,7 @@ def test_gradients_are_the_same_for_packed_documents_and_anchors_of_their_own():
 
 
 @pytest.mark.slow
+@pytest.mark.compiled
 def test_a_feature_network_of_ones_own_and_stop_tokens_go_by_groups():
     table = np.random.default_rng(0).normal(size=(VOCABULARY, 8)).astype("float32")
 
@@ -156,7 +177,8 @@ def test_a_feature_network_of_ones_own_and_stop_tokens_go_by_groups():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.compiled
+@pytest.mark.parametrize("setting", ["both"])
 def test_gradients_are_the_same_in_half_precision(setting):
     expected = expected_gradient("Llama", dtype="mixed_bfloat16")
     found = gradient(make("Llama", dtype="mixed_bfloat16"), **SETTINGS[setting])
@@ -167,10 +189,10 @@ def test_gradients_are_the_same_in_half_precision(setting):
 def step_cases():
     for critic in (False, True):
         for setting in SETTINGS:
-            quick = setting == "both" and not critic
-            yield pytest.param(
-                setting, critic, marks=[] if quick else [pytest.mark.slow]
-            )
+            marks = [pytest.mark.slow] if critic or setting != "both" else []
+            if critic and setting == "both":
+                marks.append(pytest.mark.compiled)
+            yield pytest.param(setting, critic, marks=marks)
 
 
 def make_critic():
@@ -214,6 +236,7 @@ def test_a_step_is_the_same(setting, with_critic):
 
 
 @pytest.mark.slow
+@pytest.mark.compiled
 @pytest.mark.parametrize("mode", [None, "int8"])
 def test_settings_hold_under_compilation(mode):
     """The gradient, as a step of size 1 takes it, with adapters and a quantized base.

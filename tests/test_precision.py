@@ -73,7 +73,8 @@ def adapted_float32():
 
 
 HALF = ["mixed_bfloat16"] + [
-    pytest.param(name, marks=pytest.mark.slow) for name in ("bfloat16", "mixed_float16")
+    pytest.param(name, marks=[pytest.mark.slow, pytest.mark.compiled])
+    for name in ("bfloat16", "mixed_float16")
 ]
 
 
@@ -101,6 +102,7 @@ def test_half_precision_is_near_float32(float32, policy):
 
 
 @pytest.mark.slow
+@pytest.mark.compiled
 @pytest.mark.parametrize(("mode", "least"), [("int8", 0.99), ("int4", 0.85)])
 def test_gradients_on_a_quantized_base_point_the_same_way(adapted_float32, mode, least):
     quantized = Measured(adapted(mode))
@@ -132,6 +134,7 @@ def test_quantized_models_that_cannot_be_trained_rightly_are_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.compiled
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_adapters_on_a_quantized_base_in_pure_half_precision(mode):
     """Keras' own layers fail there on PyTorch, in the first step or `generate`."""
@@ -162,7 +165,9 @@ def test_float8_is_refused(adapted):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize(
+    "mode", [pytest.param("int8", marks=pytest.mark.compiled), "int4"]
+)
 def test_training_on_a_quantized_base_saves_and_goes_on(mode, tmp_path):
     model = build(adapted(mode, num_layers=1))
     model.compile(keras.optimizers.Adam(0.01))

@@ -13,6 +13,7 @@ from keras_ebft.training.batches import as_batch
 
 XLA_ON_TENSORFLOW = (
     pytest.mark.slow,
+    pytest.mark.compiled,
     pytest.mark.xla,
     pytest.mark.skipif(
         keras.backend.backend() != "tensorflow", reason="XLA is a choice there"

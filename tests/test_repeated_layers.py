@@ -66,7 +66,12 @@ def loss_and_gradients(case, **options):
 
 @pytest.mark.parametrize(
     "case",
-    [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES],
+    [
+        c
+        if c in QUICK
+        else pytest.param(c, marks=[pytest.mark.slow, pytest.mark.compiled])
+        for c in CASES
+    ],
 )
 def test_loss_and_gradients_are_the_same(looped, monkeypatch, case):
     value, gradients = loss_and_gradients(case)
@@ -84,6 +89,7 @@ def test_loss_and_gradients_are_the_same(looped, monkeypatch, case):
 
 
 @pytest.mark.slow
+@pytest.mark.compiled
 def test_half_precision_rounds_no_worse_in_a_loop(looped, monkeypatch):
     # Rewards would amplify what half precision rounds.
     options = {"policy_weight": 0.0, "kl_weight": 0.0}

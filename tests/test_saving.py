@@ -267,7 +267,13 @@ def test_checkpoint_arguments_are_checked(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapters"])
+@pytest.mark.parametrize(
+    "adapted",
+    [
+        pytest.param(False, id="plain", marks=pytest.mark.compiled),
+        pytest.param(True, id="adapters"),
+    ],
+)
 def test_a_killed_process_resumes(adapted, tmp_path):
     def run(folder, batches):
         command = [sys.executable, __file__, str(folder), str(batches)]

@@ -83,6 +83,7 @@ def wrote():
 
 
 @pytest.mark.slow
+@pytest.mark.compiled
 def test_generating_while_training_changes_nothing(plain, wrote):
     assert len(wrote[1]) == 1 + 2 * (2 + 2 + 2 + 1)
     for one, other in zip(plain[0].get_weights(), wrote[0].get_weights()):
@@ -97,6 +98,7 @@ def test_drawing_while_training_changes_nothing(plain):
 
 
 @pytest.mark.slow
+@pytest.mark.compiled
 def test_text_written_while_training_comes_from_the_weights_of_that_moment(
     plain, wrote
 ):
@@ -131,6 +133,7 @@ def test_a_preset_from_a_folder_trains_and_generates(layout, byte_lm, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.compiled
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="the backend itself")
 def test_presets_train_and_generate_without_tensorflow(byte_lm, tmp_path):
     folders = [tmp_path / "keras_hub", tmp_path / "hugging_face"]

@@ -9,6 +9,8 @@ from text_models import FAMILIES, LENGTH, TEXTS, text_model
 import keras_ebft
 from keras_ebft.training.token_rows import to_token_rows
 
+# One of each route, where a step compiles for a minute.
+COMPILED = ("Llama3", "Gemma3", "Mixtral", "GptOss")
 # RWKV-7 says that kernels of a package of its own would be faster.
 pytestmark = pytest.mark.filterwarnings("ignore:The 'rwkv_ops' package:UserWarning")
 
@@ -38,7 +40,13 @@ def test_strings_become_whole_documents(name):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Gradients do not exist:UserWarning")
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.compiled if n in COMPILED else ())
+        for n in FAMILIES
+    ],
+)
 def test_training_on_strings_and_generating(name):
     causal_lm = text_model(name)
     sampler = keras_ebft.BlockSampler(rollout_length=2, stride=5, context_length=4)
