@@ -1,6 +1,8 @@
-"""SFT, RLVR and EBFT on the same data and budget: one table and one picture.
+"""How SFT, RLVR and EBFT are run side by side: one table and one picture.
 
-Offline: small arithmetic functions with a docstring each, whose bodies are to be
+This shows the mechanics and is no evidence for or against a method: the model is
+tiny and far from converged, all methods share one learning rate, and there is one
+seed. Offline: small arithmetic functions with a docstring each, whose bodies are to be
 written and are checked by unit tests in the sandbox. A small Llama is first trained
 on some of them for a short time; then each method starts from the same weights and
 gets the same rows and the same number of steps. With `--preset` the same tasks for a

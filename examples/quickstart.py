@@ -16,16 +16,15 @@ nothing.
 import argparse
 import os
 import random
-import sys
 import sysconfig
 import time
 from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
+import base_model
 import keras
 import matplotlib
-import micro_model
 import numpy as np
 from keras import ops
 
@@ -57,7 +56,7 @@ STAGES = {
 def parse_arguments():
     """Settings of the run."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=("smollm2", "micro"), default="smollm2")
+    base_model.add_arguments(parser)
     parser.add_argument("--length", type=int, default=96, help="tokens per row")
     parser.add_argument("--context-length", type=int, default=16)
     parser.add_argument("--stride", type=int, default=8)
@@ -65,7 +64,6 @@ def parse_arguments():
     parser.add_argument(
         "--pooling", choices=("last_token", "mean", "concat"), default="last_token"
     )
-    parser.add_argument("--rank", type=int, default=8, help="of the adapters")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -74,11 +72,8 @@ def parse_arguments():
     parser.add_argument("--prompts", type=int, default=3)
     parser.add_argument("--prompt-tokens", type=int, default=48)
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--micro-steps", type=int, default=700)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs"))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    parser.add_argument("--cache", type=Path, default=cache / "keras_ebft")
     return parser.parse_args()
 
 
@@ -263,18 +258,6 @@ def plot(before, after, path):
     plt.close(figure)
 
 
-def load_model(arguments, texts):
-    """The model to be tuned, or the end of the program with a sentence."""
-    if arguments.model == "micro":
-        return micro_model.load(
-            texts, arguments.cache, arguments.length, arguments.micro_steps
-        )
-    try:
-        return keras_ebft.models.smollm2(sequence_length=arguments.length)
-    except ImportError as error:
-        sys.exit(f"{error} Or run with --model micro, which needs no package.")
-
-
 def main():
     """Measures, fine-tunes twice from one start, and reports."""
     arguments = parse_arguments()
@@ -282,19 +265,16 @@ def main():
     progress = Progress()
     progress("Loading")
     training_files, held_out_files = split_files(read_files())
-    causal_lm = load_model(arguments, training_files)
+    causal_lm = base_model.load(arguments, training_files)
     tokenizer = causal_lm.preprocessor.tokenizer
     training = cut_rows(training_files, tokenizer, arguments.length, 2, seed=0)
     held_out = cut_rows(held_out_files, tokenizer, arguments.length, 1, seed=1)
     held_out = held_out[: arguments.held_out_rows]
     training = np.random.default_rng(arguments.seed).permutation(training)
 
-    causal_lm.backbone.enable_lora(arguments.rank)
     adapters = causal_lm.trainable_variables
     start = [to_numpy(variable) for variable in adapters]
     print(
-        f"{causal_lm.count_params() / 1e6:.1f}M parameters, of which "
-        f"{sum(array.size for array in start) / 1e6:.1f}M are trained; "
         f"{len(training_files)} files and {len(held_out_files)} held out; "
         f"backend {keras.backend.backend()}"
     )

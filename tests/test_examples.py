@@ -10,8 +10,9 @@ import pytest
 from keras_ebft.data.builders import catalogue_files
 
 ROOT = Path(__file__).parent.parent
-SMALL = ("--layers", "2", "--width", "16", "--batch-size", "2", "--steps", "1")
-SHORT = (*SMALL, "--pretrain-steps", "1", "--held-out-rows", "2", "--length", "48")
+ONE = ("--batch-size", "2", "--steps", "1", "--length", "48")
+SHORT = (*ONE, "--held-out-rows", "2", "--model", "micro", "--micro-steps", "1")
+SMALL = ("--layers", "2", "--width", "16", "--pretrain-steps", "1")
 PART = ("--split", "train[:2%]", "--held-out-split", "validation[:5%]")
 
 
@@ -40,21 +41,21 @@ def run(name, folder, *arguments):
 @pytest.mark.slow
 @pytest.mark.compiled
 def test_unstructured_code(tmp_path, cache):
-    arguments = (*SHORT, *PART, "--cache", str(cache), "--vocabulary", "300")
+    arguments = (*SHORT, *PART, "--cache", str(cache))
     printed = run("unstructured_code", tmp_path, *arguments, "--rollout-lengths", "2")
     assert "feature-matching loss" in printed
     assert "fill rate" in printed
-    assert len(list(cache.glob("code_*.weights.h5"))) == 1
+    assert len(list(cache.glob("micro_*.weights.h5"))) == 1
 
 
 @pytest.mark.slow
 @pytest.mark.on_torch
 def test_qa_code(tmp_path, cache):
-    arguments = (*SHORT, "--cache", str(cache), "--vocabulary", "300")
-    arguments += ("--split", "train[:2%]", "--epochs", "1", "--samples", "1")
-    printed = run("qa_code", tmp_path, *arguments, "--problems", "1")
-    assert "1 problems with doctests" in printed
-    assert "pass@1" in printed
+    arguments = (*SHORT, "--cache", str(cache), "--split", "train[:2%]")
+    arguments += ("--epochs", "1", "--problems", "2", "--samples", "2")
+    printed = run("qa_code", tmp_path, *arguments, "--body-tokens", "4")
+    assert "pass@1 " in printed
+    assert "pass@2 " in printed
 
 
 @pytest.mark.slow
@@ -63,7 +64,7 @@ def test_translation(tmp_path, cache):
     installed = catalogue_files.installed_languages(catalogue_files.default_folders())
     if "de" not in installed:
         pytest.skip("no German message catalogues on this system")
-    arguments = (*SHORT, *PART, "--cache", str(cache), "--vocabulary", "300")
+    arguments = (*SHORT, *PART, "--cache", str(cache), "--sft-steps", "1")
     arguments += ("--epochs", "1", "--sentences", "2")
     printed = run("translation", tmp_path, *arguments)
     assert "BLEU" in printed
@@ -73,11 +74,9 @@ def test_translation(tmp_path, cache):
 
 @pytest.mark.slow
 @pytest.mark.on_torch
-def test_lora_gemma(tmp_path, cache):
-    arguments = (*SHORT, "--cache", str(cache), "--vocabulary", "400", "--epochs", "1")
-    printed = run(
-        "lora_gemma", tmp_path, *arguments, "--folder", str(ROOT / "keras_ebft")
-    )
+def test_lora(tmp_path, cache):
+    arguments = (*SHORT, "--cache", str(cache), "--epochs", "1")
+    printed = run("lora", tmp_path, *arguments, "--folder", str(ROOT / "keras_ebft"))
     assert "parameters are trained" in printed
     assert (tmp_path / "adapters.lora.h5").exists()
 
@@ -85,8 +84,8 @@ def test_lora_gemma(tmp_path, cache):
 @pytest.mark.slow
 @pytest.mark.on_torch
 def test_compare_methods(tmp_path):
-    arguments = (*SMALL, "--pretrain-steps", "1", "--length", "64", "--numbers", "4")
-    arguments += ("--problems", "2", "--body-tokens", "3", "--vocabulary", "300")
+    arguments = (*SMALL, *ONE, "--length", "64", "--numbers", "4", "--problems", "2")
+    arguments += ("--body-tokens", "3", "--vocabulary", "300")
     printed = run("compare_methods", tmp_path, *arguments)
     table = printed[printed.index("held-out") :]
     for method in ("base", "SFT", "RLVR", "EBFT"):

@@ -49,7 +49,7 @@ def check(finished, folder):
 def test_quickstart(tmp_path):
     finished = run("examples/quickstart.py", *SMALL, "--output", str(tmp_path))
     check(finished, tmp_path)
-    assert "M are trained" in finished.stdout
+    assert "parameters are trained" in finished.stdout
 
 
 @pytest.mark.slow
