@@ -15,7 +15,9 @@ from keras_ebft.training.batches import (
 )
 from keras_ebft.training.callbacks import CurrentWeights, DataPosition, KernelLog
 from keras_ebft.training.optimizers import policy_optimizer_config, with_critic
+from keras_ebft.training.progress import PROGRESS, ShortProgress
 from keras_ebft.training.train_function import TrainFunction
+from keras_ebft.validation import check_choice
 
 # What `fit` and `evaluate` take; within `fit`, Keras hands them on as one object.
 Callbacks: TypeAlias = (
@@ -129,6 +131,7 @@ class DocumentTrainer(keras.Model):
         validation_split: float = 0.0,
         validation_batch_size: int | None = None,
         shuffle: bool = True,
+        progress: str = "short",
         **kwargs: Any,
     ) -> keras.callbacks.History:
         """Fine-tunes on documents.
@@ -147,7 +150,9 @@ class DocumentTrainer(keras.Model):
                 from the end, to validate on.
             validation_batch_size: int, by default `batch_size`.
             shuffle: bool, reorder in-memory documents every epoch.
-            **kwargs: further arguments of `keras.Model.fit`.
+            progress: `"short"` or `"full"`, which metrics the progress bar shows;
+                `History` and callbacks get all of them.
+            **kwargs: further arguments of `keras.Model.fit`, such as `verbose`.
 
         Returns:
             `keras.callbacks.History`.
@@ -158,6 +163,7 @@ class DocumentTrainer(keras.Model):
                 else is wrong with them; the message says what to do.
         """
         refuse_targets(y=y, **kwargs)
+        bar = _progress_bar(progress, callbacks, kwargs)
         if validation_split and validation_data is None:
             x, validation_data = split_rows(x, self.causal_lm, validation_split)
         if validation_data is not None:
@@ -175,7 +181,7 @@ class DocumentTrainer(keras.Model):
             return super().fit(
                 train,
                 validation_data=validation_data,
-                callbacks=[*own, *_as_list(callbacks)],
+                callbacks=[*own, *_as_list(callbacks), *bar],
                 **kwargs,
             )
 
@@ -186,6 +192,7 @@ class DocumentTrainer(keras.Model):
         batch_size: int | None = None,
         *,
         callbacks: Callbacks = None,
+        progress: str = "short",
         **kwargs: Any,
     ) -> Any:
         """Measures on documents, always with the same random numbers.
@@ -195,6 +202,7 @@ class DocumentTrainer(keras.Model):
             y: must be `None`.
             batch_size: int, documents per step for data in memory (default 16).
             callbacks: `keras.callbacks.Callback`, a list of them, or `None`.
+            progress: `"short"` or `"full"`, which metrics the progress bar shows.
             **kwargs: further arguments of `keras.Model.evaluate`.
 
         Returns:
@@ -205,10 +213,11 @@ class DocumentTrainer(keras.Model):
             ValueError: for anything else wrong with the documents.
         """
         refuse_targets(y=y, **kwargs)
-        self._evaluation_seed.state.assign(self._evaluation_start.copy())
         # Within `fit`, its callbacks come as one object.
         if not isinstance(callbacks, keras.callbacks.CallbackList):
-            callbacks = [CurrentWeights(), *_as_list(callbacks)]
+            bar = _progress_bar(progress, callbacks, kwargs)
+            callbacks = [CurrentWeights(), *_as_list(callbacks), *bar]
+        self._evaluation_seed.state.assign(self._evaluation_start.copy())
         return super().evaluate(
             self._batches(x, batch_size), callbacks=callbacks, **kwargs
         )
@@ -224,6 +233,18 @@ class DocumentTrainer(keras.Model):
             shuffle=shuffle,
             seed=self.seed,
         )
+
+
+def _progress_bar(
+    progress: str, callbacks: Callbacks, options: dict[str, Any]
+) -> list[keras.callbacks.Callback]:
+    """Ours, unless there is to be none, Keras' own, or one that was given."""
+    progress = check_choice("progress", progress, PROGRESS)
+    bars = keras.callbacks.ProgbarLogger
+    given = any(isinstance(callback, bars) for callback in _as_list(callbacks))
+    if progress == "full" or options.get("verbose") == 0 or given:
+        return []
+    return [ShortProgress()]
 
 
 def _as_list(callbacks: Callbacks) -> list[keras.callbacks.Callback]:
