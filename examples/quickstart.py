@@ -194,7 +194,7 @@ def to_numpy(tensor):
     return np.array(ops.convert_to_numpy(tensor))
 
 
-def train(model, rows, arguments):
+def train(model, rows, arguments, verbose=1):
     """`fit`, on the same rows in the same order for every method."""
     # Falling to zero, so that the last steps' noise does not stay in the weights.
     rate = keras.optimizers.schedules.CosineDecay(
@@ -204,7 +204,12 @@ def train(model, rows, arguments):
         keras.optimizers.AdamW(rate, beta_2=0.95, weight_decay=0.0, global_clipnorm=1.0)
     )
     needed = arguments.steps * arguments.batch_size
-    model.fit(rows[:needed], batch_size=arguments.batch_size, shuffle=False)
+    model.fit(
+        rows[:needed],
+        batch_size=arguments.batch_size,
+        shuffle=False,
+        verbose=verbose,
+    )
 
 
 def write(generate, tokenizer, rows, arguments):

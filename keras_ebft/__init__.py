@@ -1,6 +1,14 @@
 """Energy-Based Fine-Tuning of KerasHub language models through `model.fit()`."""
 
-from keras_ebft import callbacks, data, evaluation, functional, models, plots
+from keras_ebft import (
+    callbacks,
+    data,
+    evaluation,
+    functional,
+    models,
+    plots,
+    recipes,
+)
 from keras_ebft.export import export_to_hugging_face
 from keras_ebft.features import FeatureNetwork
 from keras_ebft.layout.geometry import BlockGeometry
@@ -38,4 +46,5 @@ __all__ = [
     "functional",
     "models",
     "plots",
+    "recipes",
 ]

@@ -22,7 +22,7 @@ LAYERS = (
     ("kernels", "objectives"),
     ("networks",),
     ("samplers", "features", "rewards", "training", "export", "plots"),
-    ("step", "notices"),
+    ("step", "notices", "recipes"),
     ("inspection",),
     ("model",),
     ("evaluation", "callbacks"),
