@@ -134,10 +134,29 @@ def _replaced(
         object.__delattr__(optimizer, name)
 
 
+def check_finite(variables: Sequence[keras.Variable], path: Any) -> None:
+    """Raises a `FloatingPointError` unless what is to be written is finite.
+
+    Args:
+        variables: list of Keras variables.
+        path: where they are to be written, for the message.
+    """
+    if bool(_all_finite(variables)):
+        return
+    for variable in variables:
+        if not bool(_all_finite([variable])):
+            raise FloatingPointError(
+                f"Expected finite values to write to {path}. Received: NaN or "
+                f"infinity in '{variable.path}', so nothing was written. Go back to "
+                "the last file, and train with a lower learning rate."
+            )
+
+
 def _all_finite(values: Sequence[Any]) -> Tensor:
     floats = [
         ops.convert_to_tensor(value)
         for value in values
         if "float" in keras.backend.standardize_dtype(value.dtype)
     ]
-    return ops.all(ops.stack([ops.all(ops.isfinite(value)) for value in floats]))
+    found = [ops.all(ops.isfinite(value)) for value in floats]
+    return ops.all(ops.stack(found)) if found else ops.convert_to_tensor(True)
