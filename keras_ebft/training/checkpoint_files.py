@@ -27,6 +27,8 @@ RECORD = "run_record"
 # What was left by a process that was killed while writing. Nobody writes so long
 # without a byte.
 STALE_SECONDS = 3600
+# Names and places of values, generously.
+BYTES_PER_ENTRY = 4096
 
 
 def previous_path(path: Path) -> Path:
@@ -142,8 +144,13 @@ def _damaged(path: Path, reason: str) -> ValueError:
 
 
 def _check_space(model: Any, path: Path) -> None:
-    variables = model.written_variables()
-    needed = sum(int(np.prod(v.shape)) * _bytes(v.dtype) for v in variables)
+    # HDF5 does not survive a disk that fills up while it writes.
+    variables = [*model.written_variables(), *model._saved_variables().values()]
+    needed = sum(
+        int(np.prod(v.shape)) * _bytes(v.dtype) + BYTES_PER_ENTRY for v in variables
+    )
+    if path.exists():
+        needed = max(needed, path.stat().st_size)
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise OSError(
