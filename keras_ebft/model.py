@@ -16,6 +16,7 @@ from keras_ebft.layout.documents import Documents, read_documents
 from keras_ebft.networks import (
     adapters,
     check_supported,
+    complete_config,
     dtype_policy_name,
     resolve_rematerialize,
 )
@@ -136,6 +137,7 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         **kwargs: Any,
     ) -> None:
         check_supported(causal_lm)
+        complete_config(causal_lm.backbone)
         adapters.freeze_base(causal_lm.backbone)
         # Not the global policy: the backbone's own decides on loss scaling.
         kwargs.setdefault("dtype", dtype_policy_name(causal_lm.backbone))

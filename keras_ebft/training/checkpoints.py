@@ -263,7 +263,10 @@ def run_record(model: Any) -> dict[str, Any]:
             f"{index} {variable.name}": [*variable.shape, variable.dtype]
             for index, variable in enumerate(model.weights)
         },
-        "adapters": adapters.adapter_config(model.causal_lm.backbone),
+        "adapters": [
+            [layer.lora_rank, layer.lora_alpha]
+            for layer in adapters.adapted_layers(model.causal_lm.backbone)
+        ],
         "optimizer": _settings(model.get_compile_config()["optimizer"]),
         "data": model.training_state.data,
     }
