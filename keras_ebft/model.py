@@ -16,6 +16,7 @@ from keras_ebft.layout.documents import Documents, read_documents
 from keras_ebft.networks import (
     adapters,
     check_supported,
+    complete_config,
     dtype_policy_name,
     resolve_rematerialize,
 )
@@ -136,6 +137,7 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         **kwargs: Any,
     ) -> None:
         check_supported(causal_lm)
+        complete_config(causal_lm.backbone)
         adapters.freeze_base(causal_lm.backbone)
         # Not the global policy: the backbone's own decides on loss scaling.
         kwargs.setdefault("dtype", dtype_policy_name(causal_lm.backbone))
@@ -254,6 +256,8 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
             trainable=False,
         )
         self._trackers = metrics.make_trackers(self._measured_names())
+        # The last: files of earlier versions hold the means before it alone.
+        self._skipped_updates = metrics.SkippedUpdates()
         self.training_state = TrainingState(
             self._saved_variables, lambda: self.metrics_variables
         )
@@ -284,7 +288,8 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
            same reading, with gradient; from the scores come the terms of the loss.
         2. `compute_loss` weighs them: `L = policy_weight L_PG + ce_weight L_CE +
            kl_weight L_KL - entropy_weight H`.
-        3. Keras' own trainer: gradients, clipping, the optimizer's update.
+        3. Keras' own trainer: gradients, clipping, the optimizer's update, which is
+           skipped and counted if it is not finite.
         4. `compute_metrics`: every quantity of the step into its running mean.
 
         With several updates per rollout, sampling and rewards come first, and 1
@@ -302,13 +307,13 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         # Where the data are at their end, nothing of a step may have happened.
         with after(batch.documents.token_ids):
             if not self.objective.repeats_updates:
-                return super().train_step(*state, (batch,))
+                return self._update(state, batch)
             experience, state = run_in_state(
                 self, state, lambda: self._explore(batch.documents)
             )
             batch = batch._replace(experience=experience)
             for _ in range(self.objective.updates_per_rollout):
-                result = super().train_step(*state, (batch,))
+                result = self._update(state, batch)
                 state = [result[1]] if state else state
             return result
 
@@ -328,7 +333,11 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         *state, data = state_and_data
         batch = Batch(read_documents(as_batch(data)))
         with no_gradient(), after(batch.documents.token_ids):
-            return super().test_step(*state, (batch,))
+            returned = super().test_step(*state, (batch,))
+        logs = returned[0] if state else returned
+        # There are no updates to skip.
+        del logs[self._skipped_updates.name]
+        return returned
 
     def call(
         self, inputs: Batch | dict[str, Tensor], training: bool = False

@@ -143,6 +143,29 @@ class Preprocessor(keras_hub.models.Llama3CausalLMPreprocessor):
         self.tokenizer = tokenizer
 
 
+@pytest.mark.on_torch
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path, byte_lm, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("keras_ebft.export.hugging_face.write_tokenizer", fail)
+        with pytest.raises(OSError, match="disk full"):
+            keras_ebft.export_to_hugging_face(byte_lm, tmp_path / "new")
+        assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda _: None)
+        with pytest.raises(ImportError, match=r"safetensors.*keras_ebft\[export\]"):
+            keras_ebft.export_to_hugging_face(byte_lm, tmp_path / "new")
+        assert not list(tmp_path.iterdir())
+    keras_ebft.export_to_hugging_face(byte_lm, tmp_path / "new")
+    # Into a folder that is there, whose other files stay.
+    (tmp_path / "new" / "notes.txt").touch()
+    keras_ebft.export_to_hugging_face(byte_lm, tmp_path / "new")
+    assert {"config.json", "notes.txt"} < {p.name for p in (tmp_path / "new").iterdir()}
+    assert [p.name for p in tmp_path.iterdir()] == ["new"]
+
+
 def test_families_without_a_layout_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"FalconBackbone.*save_to_preset"):
         keras_ebft.export_to_hugging_face(family("Falcon"), tmp_path / "new")

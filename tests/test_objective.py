@@ -156,7 +156,7 @@ def test_sft_is_what_kerashub_fits(policy):
     size = np.linalg.norm(expected - flat(initial))
     assert np.linalg.norm(moved - expected) < 1e-5 * size
     # No rollouts: nothing of them is measured, and no copy of the model is made.
-    assert set(history) == {"loss", "ce_loss", "perplexity"}
+    assert set(history) == {"loss", "ce_loss", "perplexity", "skipped_updates"}
     assert model.frozen_networks == []
     assert model.frozen_network is None
     with pytest.raises(ValueError, match="policy_weight"):
@@ -179,4 +179,4 @@ def test_nothing_follows_the_policy_where_nothing_is_matched():
     model = keras_ebft.EBFTModel.sft(llama(num_layers=1), feature_network=network)
     model.compile("sgd")
     history = model.fit(documents(2, 8), verbose=0).history
-    assert set(history) == {"loss", "ce_loss", "perplexity"}
+    assert set(history) == {"loss", "ce_loss", "perplexity", "skipped_updates"}

@@ -1,6 +1,7 @@
 """The one place that branches on the Keras backend."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -131,18 +132,51 @@ def call_python(
         from jax.experimental import io_callback
 
         result = jax.ShapeDtypeStruct(shape, "float32")
-        return io_callback(
-            lambda *arrays: function(*(np.asarray(array) for array in arrays)),
-            result,
-            *tensors,
-        )
+        return io_callback(functools.partial(_call, function, shape), result, *tensors)
     if backend == "tensorflow":
         import tensorflow as tf
 
-        result = tf.numpy_function(function, tensors, tf.float32)
+        call = functools.partial(_call, function, shape)
+        result = tf.numpy_function(call, tensors, tf.float32)
         return tf.ensure_shape(result, shape)
     arrays = [keras.ops.convert_to_numpy(tensor) for tensor in tensors]
     return keras.ops.convert_to_tensor(function(*arrays))
+
+
+# While `collected_errors` is open: what Python code within a step raised.
+_collected: list[list[Exception]] = []
+
+
+@contextlib.contextmanager
+def collected_errors() -> Iterator[list[Exception]]:
+    """Context in which Python code that a compiled step calls does not end the step.
+
+    A step that ends by an exception has lost the memory of the weights that it was
+    handed over (JAX), or has done a part of its update (TensorFlow). With NaN for what
+    the code would have returned it comes to its end, and its update is one that is not
+    finite.
+
+    Yields:
+        list, what was raised.
+    """
+    errors: list[Exception] = []
+    _collected.append(errors)
+    try:
+        yield errors
+    finally:
+        _collected.remove(errors)
+
+
+def _call(
+    function: Callable[..., np.ndarray], shape: tuple[int, ...], *arrays: Any
+) -> np.ndarray:
+    try:
+        return function(*(np.asarray(array) for array in arrays))
+    except Exception as error:
+        if not _collected:
+            raise
+        _collected[-1].append(error)
+        return np.full(shape, np.nan, "float32")
 
 
 def tensorflow_dataset(

@@ -1,13 +1,19 @@
 """Export to the Hugging Face layout, right or refused."""
 
+import contextlib
+import importlib.util
 import json
 import logging
 import os
+import shutil
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import keras_hub
 
+from keras_ebft.backend.updates import check_finite
 from keras_ebft.export.layouts import layout_of
 from keras_ebft.networks import adapters, check_supported
 from keras_ebft.networks import export_tokenizer as write_tokenizer
@@ -23,7 +29,8 @@ def export_to_hugging_face(
     The folder holds `config.json`, `model.safetensors` and, where KerasHub can
     write it, the tokenizer; elsewhere a warning is logged, and the files of the
     checkpoint that training began with serve. Adapters are merged into the
-    exported weights; the model itself keeps them apart.
+    exported weights; the model itself keeps them apart. The files are moved to the
+    folder when all are written. Needs `pip install "keras_ebft[export]"`.
 
     Exported and compared after loading back, with KerasHub and with `transformers`:
     Gemma, Gemma 2, Gemma 3 (text), GPT-2, Llama, Llama 3, Mistral, Qwen 2/2.5 and
@@ -35,6 +42,8 @@ def export_to_hugging_face(
         path: folder, made if it does not exist.
 
     Raises:
+        FloatingPointError: if a weight is not finite.
+        ImportError: if the package `safetensors` is missing.
         TypeError: if `causal_lm` is not a `CausalLM`.
         ValueError: if its family cannot be exported rightly, or it is quantized.
 
@@ -48,14 +57,42 @@ def export_to_hugging_face(
     backbone = causal_lm.backbone
     _check_not_quantized(backbone)
     layout, path = layout_of(backbone), Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    with adapters.merged(backbone):
-        if layout.write is None:
-            _export_backbone(causal_lm, path)
+    _check_packages()
+    check_finite(backbone.variables, path)
+    with _written_whole(path) as folder:
+        with adapters.merged(backbone):
+            if layout.write is None:
+                _export_backbone(causal_lm, folder)
+            else:
+                _write(folder, *layout.write(backbone))
+        if causal_lm.preprocessor is not None:
+            _export_tokenizer(causal_lm.preprocessor.tokenizer, folder)
+
+
+def _check_packages() -> None:
+    # KerasHub's own export needs it, too, and says so when half is written.
+    if importlib.util.find_spec("safetensors") is None:
+        raise ImportError(
+            "Expected the package safetensors, which writes the weights. Received: "
+            'none is installed. Install it with: pip install "keras_ebft[export]"'
+        )
+
+
+@contextlib.contextmanager
+def _written_whole(path: Path) -> Iterator[Path]:
+    """Context with a folder to write to, whose files are in `path` at its end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"partial-{uuid.uuid4().hex[:12]}-{path.name}")
+    partial.mkdir()
+    try:
+        yield partial
+        if path.exists():
+            for file in partial.iterdir():
+                os.replace(file, path / file.name)
         else:
-            _write(path, *layout.write(backbone))
-    if causal_lm.preprocessor is not None:
-        _export_tokenizer(causal_lm.preprocessor.tokenizer, path)
+            os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _export_backbone(causal_lm: keras_hub.models.CausalLM, path: Path) -> None:

@@ -18,6 +18,7 @@ from keras_ebft.networks import (
     RoutedNetwork,
     adapters,
     check_feature_backbone,
+    complete_config,
     frozen_taps,
     num_layers,
 )
@@ -179,6 +180,7 @@ class FeatureNetwork(Configurable):
             return FrozenReader(CallableNetwork(self.network), tap_slots=(0,))
         if self.network is not None:
             check_feature_backbone(self.network, backbone)
+            complete_config(self.network)
             backbone = self.network
         if self.ema_decay is not None and adapters.adapted_layers(backbone):
             raise ValueError(

@@ -33,6 +33,7 @@ from keras_ebft.networks.rematerialisation import resolve_rematerialize
 from keras_ebft.networks.routed_network import RoutedNetwork
 from keras_ebft.networks.row_network import RowNetwork
 from keras_ebft.networks.texts import export_tokenizer, preprocess_texts, to_numpy
+from keras_ebft.networks.whole_configs import complete_config
 
 __all__ = [
     "FAMILIES",
@@ -42,6 +43,7 @@ __all__ = [
     "RowNetwork",
     "check_feature_backbone",
     "check_supported",
+    "complete_config",
     "copied_variables",
     "dtype_policy_name",
     "end_token_ids",

@@ -125,14 +125,24 @@ def adapter_config(backbone: keras_hub.models.Backbone) -> dict[str, Any] | None
     """What `enable_lora` was called with, or `None` for a model without adapters.
 
     Returns:
-        dict of `rank` and `target_layer_names`.
+        dict of `rank`, `target_layer_names` and `alpha`, one per adapted layer.
+
+    Raises:
+        ValueError: if layers have adapters of several ranks.
     """
     layers = adapted_layers(backbone)
     if not layers:
         return None
+    ranks = sorted({layer.lora_rank for layer in layers})
+    if len(ranks) > 1:
+        raise ValueError(
+            "Expected adapters of one rank, which a saved model can say. Received: "
+            f"ranks {ranks}. Enable all with backbone.enable_lora(rank)."
+        )
     return {
-        "rank": layers[0].lora_rank,
+        "rank": ranks[0],
         "target_layer_names": sorted({layer.name for layer in layers}),
+        "alpha": [layer.lora_alpha for layer in layers],
     }
 
 
@@ -140,8 +150,15 @@ def enable_adapters(
     backbone: keras_hub.models.Backbone, config: dict[str, Any] | None
 ) -> None:
     """Enables the adapters that `adapter_config` described, unless there are any."""
-    if config is not None and not adapted_layers(backbone):
-        backbone.enable_lora(**config)
+    if config is None or adapted_layers(backbone):
+        return
+    config = dict(config)
+    # Files of earlier versions do not say it.
+    alphas = config.pop("alpha", None)
+    backbone.enable_lora(**config)
+    layers = adapted_layers(backbone)
+    for layer, alpha in zip(layers, alphas or [], strict=bool(alphas)):
+        layer.lora_alpha = alpha
 
 
 def _check_enable_lora_found_layers(backbone: keras_hub.models.Backbone) -> None:

@@ -1,6 +1,7 @@
 """Whatever `fit` accepts, as a stream of token batches of one fixed shape."""
 
 import itertools
+import zlib
 
 import keras
 import numpy as np
@@ -54,7 +55,11 @@ class TokenBatches(DataAdapter):
         self._unread = None
         self._batches_to_skip = 0
         self._epoch = 0
+        if hasattr(source, "begin_epoch"):
+            # An earlier `fit` left it at its last epoch.
+            source.begin_epoch(0)
         first = self._read(self._first())
+        self._checksum = checksum_of(source, first)
         check_rows(first)
         self.shape = first["token_ids"].shape
         self.signature = {
@@ -145,6 +150,19 @@ class TokenBatches(DataAdapter):
         """Always `None`, see `has_partial_batch`."""
         return None
 
+    def record(self):
+        """What tells these batches from others: a dict that JSON can hold."""
+        shapes = {name: list(shape) for name, (shape, _) in self.signature.items()}
+        order = None
+        if isinstance(self.source, RowBatches):
+            order = {"shuffle": self.source.shuffle, "seed": self.source.seed}
+        return {
+            "batch shape": shapes,
+            "batches": self.num_batches,
+            "order": order,
+            "checksum": self._checksum,
+        }
+
     def begin_epoch(self, epoch):
         """Notes which epoch comes next, an int; without this it is the first."""
         self._epoch = epoch
@@ -202,6 +220,27 @@ def token_batches(x, causal_lm, check_rows, batch_size, shuffle, seed):
             f"batches itself. Received: batch_size={batch_size}. Leave it out."
         )
     return TokenBatches(x, causal_lm, check_rows)
+
+
+def checksum_of(source, first):
+    """A number that other data do not share.
+
+    Args:
+        source: what batches are read from.
+        first: its first batch, a dict of arrays.
+
+    Returns:
+        int: of all rows where they are in memory, else of the first batch, which is
+        what can be read without training on it.
+    """
+    arrays = source.arrays if isinstance(source, RowBatches) else first
+    checksum = 0
+    for name in sorted(arrays):
+        values = np.ascontiguousarray(arrays[name])
+        described = f"{name} {values.dtype.str} {values.shape}".encode()
+        checksum = zlib.crc32(described, checksum)
+        checksum = zlib.crc32(values.reshape(-1).view("uint8"), checksum)
+    return checksum
 
 
 def split_rows(x, causal_lm, validation_split):

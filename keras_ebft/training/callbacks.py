@@ -35,6 +35,10 @@ class DataPosition(keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         """Forgets weights that were loaded before."""
         self.state.loaded_metrics = None
+        self.state.data = {
+            **self.batches.record(),
+            "steps_per_epoch": self.steps_per_epoch,
+        }
         self.model.train_function.batches_to_pass = 0
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:

@@ -5,6 +5,7 @@ again ends with the same weights only if the random generators, the adapters apa
 from their base and the place in the data come back too.
 """
 
+import json
 import logging
 import os
 from collections.abc import Callable, Iterable
@@ -12,9 +13,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import keras
+import keras_hub
 import numpy as np
 
-from keras_ebft.validation import check_int
+from keras_ebft.backend.runtime import backend_name
+from keras_ebft.networks import adapters
+from keras_ebft.training import checkpoint_files
+from keras_ebft.validation import check_bool, check_int
+from keras_ebft.version import __version__
 
 logger = logging.getLogger("keras_ebft")
 
@@ -45,6 +51,8 @@ class TrainingState(keras.layers.Layer):
         self.metric_variables = metrics
         self.epoch = 0
         self.batch = 0
+        # What tells the data of a `fit` from others, a dict that JSON can hold.
+        self.data: dict[str, Any] = {}
         self.loaded_metrics: list[np.ndarray] | None = None
         self.built = True
 
@@ -100,17 +108,33 @@ class TrainingCheckpoint(keras.callbacks.Callback):
     another stream must yield the same batches again.
 
     The file holds weights, optimizer, random generators, adapters and the place
-    in the data. It is replaced in one move, so that one of the two is whole even
-    if the machine stops while writing. It stays after training: delete it, or
-    choose another path, to train anew.
+    in the data, a checksum of them, and a record of the run: the optimizer and its
+    settings, the shapes of weights and batches, which data they come from and in
+    which order, and the versions. A file that is damaged or of another run is
+    refused by name, before a weight changes; other versions alone are logged. The
+    learning rate, where it is a number, is the file's.
+
+    A file is written beside, flushed to disk, and moved to its place, so that there
+    is a whole one even if the machine stops while writing; the one before is kept as
+    `previous-...` beside it. Weights that are not finite are not written. The file
+    stays after training, and the next `fit` of as many epochs has nothing left to do
+    and says so: delete it, or choose another path, to train anew. Every run needs a
+    path of its own.
 
     Args:
         filepath: path of the file, ending in `.weights.h5`.
         save_freq: `"epoch"`, or an int: batches between two savings.
+        strict: bool, whether a file of another run is refused; else the differences
+            are logged, and training goes on at the file's place.
 
     Raises:
-        TypeError: if `save_freq` is neither.
-        ValueError: if `filepath` ends otherwise or `save_freq` is below 1.
+        TypeError: if `save_freq` is neither, or `strict` is not a boolean.
+        ValueError: if `filepath` ends otherwise or `save_freq` is below 1. From
+            `fit`: if the file is damaged or of another run, or another run writes
+            to the same path.
+        FloatingPointError: from `fit`, before weights that are not finite are
+            written.
+        OSError: from `fit`, if the file cannot be written.
 
     Example:
     ```python
@@ -120,7 +144,10 @@ class TrainingCheckpoint(keras.callbacks.Callback):
     """
 
     def __init__(
-        self, filepath: str | os.PathLike[str], save_freq: int | str = "epoch"
+        self,
+        filepath: str | os.PathLike[str],
+        save_freq: int | str = "epoch",
+        strict: bool = True,
     ) -> None:
         super().__init__()
         if not str(filepath).endswith(".weights.h5"):
@@ -132,18 +159,62 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         self.save_freq = save_freq
         if save_freq != "epoch":
             self.save_freq = check_int("save_freq", save_freq, 1)
+        self.strict = check_bool("strict", strict)
         self._saved_at = 0
+        self._run: dict[str, Any] = {}
+        self._stamp: tuple[int, ...] | None = None
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Loads the file if there is one."""
-        if not self.filepath.exists():
-            return
         model = self.model
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
+        self._run = run_record(model)
+        self._stamp = checkpoint_files.stamp(self.filepath)
+        checkpoint_files.remove_stale(self.filepath)
+        if self._stamp is None:
+            return
+        written = checkpoint_files.read_record(self.filepath)
+        if written is not None:
+            self._check_run(written)
         model.load_weights(self.filepath)
         # As Keras' own callback for this purpose says where to go on.
         model._initial_epoch = model.training_state.epoch
+        if model.training_state.epoch >= (self.params or {}).get("epochs", 1):
+            logger.warning(
+                "The training of %s is finished after %d epochs: nothing is left to "
+                "train. Pass more `epochs` to go on, delete the file or choose another "
+                "path to train anew.",
+                self.filepath,
+                model.training_state.epoch,
+            )
+
+    def _check_run(self, written: dict[str, Any]) -> None:
+        versions = {"versions": self._run["versions"]}
+        found = list(
+            checkpoint_files.differences({"versions": written["versions"]}, versions)
+        )
+        if found:
+            logger.warning(
+                "Training resumes under other versions, perhaps not bit for bit: %s.",
+                "; ".join(found),
+            )
+        found = list(
+            checkpoint_files.differences(
+                {**written, "versions": None}, {**self._run, "versions": None}
+            )
+        )
+        if not found:
+            return
+        if not self.strict:
+            logger.warning("Training resumes as another run: %s.", "; ".join(found))
+            return
+        raise ValueError(
+            f"Expected the run that {self.filepath} is of, to resume it. Received "
+            f"another: {'; '.join(found)}. Start it as it was; delete the file or "
+            "choose another path to train anew; or resume all the same with "
+            "TrainingCheckpoint(..., strict=False)."
+        )
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Counts from where training resumes."""
@@ -161,10 +232,58 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         self._save()
 
     def _save(self) -> None:
-        self.filepath.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.filepath.with_name(f"partial-{self.filepath.name}")
-        self.model.save_weights(partial, overwrite=True)
-        os.replace(partial, self.filepath)
+        found = checkpoint_files.stamp(self.filepath)
+        if found is not None and found != self._stamp:
+            raise ValueError(
+                f"Expected {self.filepath} to be written by this run alone. Received: "
+                "a file that something else wrote since. Give every run a path of its "
+                "own."
+            )
+        checkpoint_files.write_checkpoint(self.model, self.filepath, self._run)
+        self._stamp = checkpoint_files.stamp(self.filepath)
+
+
+def run_record(model: Any) -> dict[str, Any]:
+    """What a run is: all that must be the same for training to resume.
+
+    Args:
+        model: compiled `EBFTModel` within `fit`.
+
+    Returns:
+        nested dict that JSON can hold.
+    """
+    return {
+        "versions": {
+            "keras_ebft": __version__,
+            "keras": keras.__version__,
+            "keras_hub": keras_hub.__version__,
+            "backend": backend_name(),
+        },
+        "weights": {
+            f"{index} {variable.name}": [*variable.shape, variable.dtype]
+            for index, variable in enumerate(model.weights)
+        },
+        "adapters": [
+            [layer.lora_rank, layer.lora_alpha]
+            for layer in adapters.adapted_layers(model.causal_lm.backbone)
+        ],
+        "optimizer": _settings(model.get_compile_config()["optimizer"]),
+        "data": model.training_state.data,
+    }
+
+
+def _settings(config: Any) -> Any:
+    """An optimizer's configuration without names and numbers that training changes."""
+    left_out = ("name", "build_config", "shared_object_id", "learning_rate")
+    if not isinstance(config, dict):
+        return config
+    kept = {
+        key: _settings(value)
+        for key, value in config.items()
+        if key not in left_out or (key == "learning_rate" and isinstance(value, dict))
+    }
+    # Tuples and other numbers as they come out of a file.
+    return json.loads(json.dumps(kept, default=float))
 
 
 def _count_adapters(names: Iterable[str]) -> int:

@@ -35,6 +35,34 @@ class Perplexity(keras.metrics.Mean):
         return ops.exp(super().result())
 
 
+class SkippedUpdates(keras.metrics.Metric):
+    """Updates that were not finite and did not happen, since the epoch began.
+
+    Their number in a row is counted across epochs.
+    """
+
+    def __init__(self, name: str = "skipped_updates") -> None:
+        super().__init__(name=name)
+        self.total, self.in_a_row = (
+            self.add_variable((), initializer="zeros", dtype="int32", name=name)
+            for name in ("total", "in_a_row")
+        )
+
+    def update_state(self, updated: Tensor) -> None:
+        """Counts one step; `updated`, a bool scalar: whether it had an update."""
+        skipped = 1 - ops.cast(updated, "int32")
+        self.total.assign(self.total + skipped)
+        self.in_a_row.assign((self.in_a_row + 1) * skipped)
+
+    def result(self) -> Tensor:
+        """How many there were, int32 scalar."""
+        return ops.copy(self.total)
+
+    def reset_state(self) -> None:
+        """Begins an epoch."""
+        self.total.assign(0)
+
+
 def make_trackers(names: Iterable[str]) -> dict[str, keras.metrics.Metric]:
     """One Keras metric per measured quantity.
 

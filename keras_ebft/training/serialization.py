@@ -2,12 +2,37 @@
 
 import keras
 
+from keras_ebft.backend.updates import check_finite
 from keras_ebft.networks import adapters
 from keras_ebft.objectives.objective import WEIGHTS
 
 
-class Serialization:
+class Serialization(keras.Model):
     """Configuration and state of an `EBFTModel`, as Keras' saving asks for them."""
+
+    def save(self, filepath, *args, **kwargs):
+        """Saves the whole model, as `keras.Model.save` does.
+
+        Raises:
+            FloatingPointError: if a weight is not finite; nothing is written.
+        """
+        check_finite(self.written_variables(), filepath)
+        super().save(filepath, *args, **kwargs)
+
+    def save_weights(self, filepath, *args, **kwargs):
+        """Saves the weights, as `keras.Model.save_weights` does.
+
+        Raises:
+            FloatingPointError: if a weight is not finite; nothing is written.
+        """
+        check_finite(self.written_variables(), filepath)
+        super().save_weights(filepath, *args, **kwargs)
+
+    def written_variables(self):
+        """Weights and the optimizer's variables, a list of `keras.Variable`."""
+        metrics = {id(variable) for variable in self.metrics_variables}
+        own = [variable for variable in self.variables if id(variable) not in metrics]
+        return [*own, *(self.optimizer.variables if self.compiled else ())]
 
     def _saved_variables(self):
         """What Keras does not save, or not apart from other weights."""

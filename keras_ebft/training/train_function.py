@@ -1,22 +1,33 @@
 """What `EBFTModel` puts around the train function that Keras makes."""
 
+import logging
+
+from keras_ebft.backend.held_state import hand_back
 from keras_ebft.backend.process_memory import return_freed_memory
+
+logger = logging.getLogger("keras_ebft")
+
+# What a train step reports beside its logs: updates in a row that were not finite.
+IN_A_ROW = "skipped_in_a_row"
 
 
 class TrainFunction:
     """A train function that can pass over batches that were trained on before.
 
-    After its first call, which compiles it, memory that compiling took goes back to
-    the system.
+    It stops training where updates are not finite time after time. After its first
+    call, which compiles it, memory that compiling took goes back to the system.
 
     Args:
-        train_function: the train function that a Keras trainer made.
-        steps_per_execution: int, batches per call.
+        model: `EBFTModel`.
+        most_skipped: int, updates in a row that may be skipped, or `None`.
     """
 
-    def __init__(self, train_function, steps_per_execution):
-        self.train_function = train_function
-        self.steps_per_execution = steps_per_execution
+    def __init__(self, model, most_skipped):
+        self.model = model
+        self.train_function = model.train_function
+        self.steps_per_execution = model.steps_per_execution
+        self.most_skipped = most_skipped
+        self.has_warned = False
         self.batches_to_pass = 0
         self.logs = {}
         self.compiled = False
@@ -40,4 +51,25 @@ class TrainFunction:
         if not self.compiled:
             return_freed_memory()
             self.compiled = True
+        logs, state = returned if state_and_data[1:] else (returned, ())
+        self._check_skipped(int(logs.pop(IN_A_ROW)), state)
         return returned
+
+    def _check_skipped(self, in_a_row, state):
+        if in_a_row and not self.has_warned:
+            logger.warning(
+                "An update was not finite and was skipped: weights and optimizer are "
+                "as they were before it. The metric `skipped_updates` counts them."
+            )
+            self.has_warned = True
+        if self.most_skipped is None or in_a_row <= self.most_skipped:
+            return
+        hand_back(self.model, state)
+        self.model.forget_skipped_updates()
+        raise FloatingPointError(
+            f"Expected at most {self.most_skipped} updates in a row that are not "
+            f"finite. Received: {in_a_row}. The model holds the weights and the "
+            "optimizer it had before them. Lower the learning rate, clip gradients "
+            "(`global_clipnorm`), look at the documents and the reward of these "
+            "batches, or allow more with compile(max_skipped_updates=...)."
+        )

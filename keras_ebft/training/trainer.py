@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import keras
+from keras import ops
 
+from keras_ebft.backend.held_state import holding_state
 from keras_ebft.backend.runtime import resolve_jit_compile
+from keras_ebft.backend.updates import update_if_finite
 from keras_ebft.kernels import watch_choices
 from keras_ebft.training.batches import (
     TokenBatches,
@@ -14,10 +17,12 @@ from keras_ebft.training.batches import (
     token_batches,
 )
 from keras_ebft.training.callbacks import CurrentWeights, DataPosition, KernelLog
+from keras_ebft.training.metrics import SkippedUpdates
 from keras_ebft.training.optimizers import policy_optimizer_config, with_critic
 from keras_ebft.training.progress import PROGRESS, ShortProgress
-from keras_ebft.training.train_function import TrainFunction
-from keras_ebft.validation import check_choice
+from keras_ebft.training.train_function import IN_A_ROW, TrainFunction
+from keras_ebft.typing import Tensor
+from keras_ebft.validation import check_choice, check_int
 
 # What `fit` and `evaluate` take; within `fit`, Keras hands them on as one object.
 Callbacks: TypeAlias = (
@@ -32,11 +37,12 @@ class DocumentTrainer(keras.Model):
     """A Keras model whose data are documents, without targets.
 
     A subclass has `causal_lm`, `seed`, an `_evaluation_seed` that starts at
-    `_evaluation_start`, `critic`, `_check_rows`, `_runs_python` and a
-    `training_state`.
+    `_evaluation_start`, `critic`, `_check_rows`, `_runs_python`, a `training_state`
+    and the metric `_skipped_updates`.
     """
 
     train_function: Any
+    _skipped_updates: SkippedUpdates
 
     def compile(
         self,
@@ -46,6 +52,7 @@ class DocumentTrainer(keras.Model):
         jit_compile: bool | str = "auto",
         steps_per_execution: int = 1,
         auto_scale_loss: bool = True,
+        max_skipped_updates: int | None = 20,
         **unsupported: Any,
     ) -> None:
         """Configures training.
@@ -59,11 +66,17 @@ class DocumentTrainer(keras.Model):
                 CPU); eager on PyTorch.
             steps_per_execution: int, steps per compiled call (not on PyTorch).
             auto_scale_loss: bool, scale the loss under `mixed_float16`.
+            max_skipped_updates: int, how many updates in a row may be skipped
+                because they are not finite, before training ends with a
+                `FloatingPointError`; `None` for any number. Weights and optimizer
+                stay as they were before each; `skipped_updates` counts them.
             **unsupported: losses and metrics of other models, refused.
 
         Raises:
-            ValueError: for losses or metrics, which EBFT brings itself, or XLA
-                where the reward runs Python that it cannot call.
+            TypeError: if `max_skipped_updates` is not an integer.
+            ValueError: for losses or metrics, which EBFT brings itself, a negative
+                `max_skipped_updates`, or XLA where the reward runs Python that it
+                cannot call.
         """
         given = sorted(name for name, value in unsupported.items() if value)
         if given:
@@ -76,6 +89,9 @@ class DocumentTrainer(keras.Model):
             optimizer = keras.optimizers.AdamW(
                 1e-6, beta_2=0.95, weight_decay=0.0, global_clipnorm=1.0
             )
+        if max_skipped_updates is not None:
+            check_int("max_skipped_updates", max_skipped_updates, 0)
+        self._max_skipped_updates = max_skipped_updates
         if run_eagerly and jit_compile == "auto":
             jit_compile = False
         super().compile(
@@ -99,9 +115,34 @@ class DocumentTrainer(keras.Model):
             self.optimizer.build(self.trainable_variables)
         super().make_train_function(force)
         if not isinstance(self.train_function, TrainFunction):
-            self.train_function = TrainFunction(
-                self.train_function, self.steps_per_execution
-            )
+            self.train_function = TrainFunction(self, self._max_skipped_updates)
+
+    def _make_function(self, step_function: Any, **options: Any) -> Any:
+        return holding_state(
+            self,
+            step_function,
+            super()._make_function,
+            runs_python=self._runs_python,
+            **options,
+        )
+
+    def _update(self, state: list[Any], batch: Any) -> Any:
+        """Keras' train step on a batch; an update that is not finite is skipped."""
+
+        def record(updated: Tensor) -> dict[str, Any]:
+            self._skipped_updates.update_state(updated)
+            # A copy: on PyTorch the variable's own tensor changes in place.
+            in_a_row = ops.copy(self._skipped_updates.in_a_row)
+            return {**self.get_metrics_result(), IN_A_ROW: in_a_row}
+
+        def step(*state: Any) -> Any:
+            return super(DocumentTrainer, self).train_step(*state, (batch,))
+
+        return update_if_finite(self, step, state, record)
+
+    def forget_skipped_updates(self) -> None:
+        """Counts updates in a row that are not finite anew."""
+        self._skipped_updates.in_a_row.assign(0)
 
     def _training_optimizer(
         self, optimizer: keras.optimizers.Optimizer
@@ -116,6 +157,8 @@ class DocumentTrainer(keras.Model):
     def get_compile_config(self) -> dict[str, Any]:
         """What `compile` was called with, for saving."""
         config = super().get_compile_config()
+        if config:
+            config["max_skipped_updates"] = self._max_skipped_updates
         if config and self.critic is not None:
             config["optimizer"] = policy_optimizer_config(self.optimizer)
         return config

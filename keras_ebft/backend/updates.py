@@ -1,0 +1,162 @@
+"""Updates that are not finite are none: everything stays as it was before them."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_ebft.backend.runtime import no_gradient
+from keras_ebft.typing import Tensor
+
+
+def update_if_finite(
+    model: keras.Model,
+    step: Callable[..., Any],
+    state: list[Any],
+    record: Callable[[Tensor], dict[str, Tensor]],
+) -> Any:
+    """A train step whose update happens whole or not at all.
+
+    Finite must be what the update leads to, weights and optimizer, and not only the
+    gradient: a large learning rate or a square overflows later. A step without
+    update counts in no metric, but for what `record` does.
+
+    Args:
+        model: `keras.Model` with a built optimizer.
+        step: Keras' train step, function of `state`'s parts.
+        state: list; on JAX the values of all variables, elsewhere empty.
+        record: function of a bool scalar, whether there was an update; called where
+            it may assign the variables of metrics; returns the logs.
+
+    Returns:
+        What `step` returns.
+    """
+    if state:
+        return _update_in_state(model, step, state, record)
+    optimizer = model.optimizer
+    with no_gradient():
+        metrics = [ops.copy(variable) for variable in model.metrics_variables]
+        iterations = ops.copy(optimizer.iterations)
+    with _replaced(optimizer, "apply", _apply_if_finite(optimizer)):
+        step()
+    # Loss scaling, too, leaves the number as it is where it skips an update.
+    updated = ops.not_equal(optimizer.iterations, iterations)
+    with no_gradient():
+        for variable, before in zip(model.metrics_variables, metrics):
+            variable.assign(ops.where(updated, variable, before))
+        return record(updated)
+
+
+def _update_in_state(
+    model: keras.Model,
+    step: Callable[..., Any],
+    state: list[Any],
+    record: Callable[[Tensor], dict[str, Tensor]],
+) -> Any:
+    *_, optimizer_variables, metrics = state[0]
+    optimizer = model.optimizer
+    with _replaced(optimizer, "stateless_apply", _stateless_apply_if_finite(optimizer)):
+        _, (*new, new_metrics) = step(*state)
+    count = next(
+        index
+        for index, variable in enumerate(optimizer.variables)
+        if variable is optimizer.iterations
+    )
+    updated = ops.not_equal(new[-1][count], optimizer_variables[count])
+    chosen = [ops.where(updated, *both) for both in zip(new_metrics, metrics)]
+    mapping = list(zip(model.metrics_variables, chosen))
+    with keras.StatelessScope(state_mapping=mapping) as scope:
+        logs = record(updated)
+    new_metrics = [scope.get_current_value(v) for v in model.metrics_variables]
+    return logs, (*new, new_metrics)
+
+
+def _stateless_apply_if_finite(
+    optimizer: keras.optimizers.Optimizer,
+) -> Callable[..., Any]:
+    apply = optimizer.stateless_apply
+
+    def apply_if_finite(
+        optimizer_variables: list[Tensor],
+        grads: list[Tensor],
+        trainable_variables: list[Tensor],
+    ) -> Any:
+        # Computed twice: chosen from at the end, old and new values would be in
+        # memory at once.
+        new = apply(optimizer_variables, grads, trainable_variables)
+        return ops.cond(
+            _all_finite([value for part in new for value in part]),
+            lambda: tuple(apply(optimizer_variables, grads, trainable_variables)),
+            lambda: (list(trainable_variables), list(optimizer_variables)),
+        )
+
+    return apply_if_finite
+
+
+def _apply_if_finite(optimizer: keras.optimizers.Optimizer) -> Callable[..., None]:
+    apply = optimizer.apply
+
+    def apply_if_finite(
+        grads: Sequence[Tensor], trainable_variables: Any = None
+    ) -> None:
+        if trainable_variables is None:
+            trainable_variables = optimizer._trainable_variables
+        changed = [*trainable_variables, *optimizer.variables]
+        before = [ops.copy(variable) for variable in changed]
+
+        def undo() -> None:
+            for variable, value in zip(changed, before):
+                variable.assign(value)
+
+        try:
+            apply(grads, trainable_variables)
+        except BaseException:
+            # An interruption by the user, for example, between two weights.
+            undo()
+            raise
+        ops.cond(_all_finite(changed), lambda: None, undo)
+
+    return apply_if_finite
+
+
+@contextlib.contextmanager
+def _replaced(
+    optimizer: keras.optimizers.Optimizer, name: str, method: Callable[..., Any]
+) -> Iterator[None]:
+    """Context in which an optimizer has another method."""
+    # Past the trackers of Keras, which would keep it.
+    object.__setattr__(optimizer, name, method)
+    try:
+        yield
+    finally:
+        object.__delattr__(optimizer, name)
+
+
+def check_finite(variables: Sequence[keras.Variable], path: Any) -> None:
+    """Raises a `FloatingPointError` unless what is to be written is finite.
+
+    Args:
+        variables: list of Keras variables.
+        path: where they are to be written, for the message.
+    """
+    if bool(_all_finite(variables)):
+        return
+    for variable in variables:
+        if not bool(_all_finite([variable])):
+            raise FloatingPointError(
+                f"Expected finite values to write to {path}. Received: NaN or "
+                f"infinity in '{variable.path}', so nothing was written. Go back to "
+                "the last file, and train with a lower learning rate."
+            )
+
+
+def _all_finite(values: Sequence[Any]) -> Tensor:
+    floats = [
+        ops.convert_to_tensor(value)
+        for value in values
+        if "float" in keras.backend.standardize_dtype(value.dtype)
+    ]
+    found = [ops.all(ops.isfinite(value)) for value in floats]
+    return ops.all(ops.stack(found)) if found else ops.convert_to_tensor(True)
