@@ -74,3 +74,11 @@ def test_other_words_are_refused_before_training(model):
         model.fit(X, progress="long")
     with pytest.raises(ValueError, match=r"progress.*short.*full.*long"):
         model.evaluate(X, progress="long")
+
+
+def test_skipped_updates_show_once_there_are_some(capsys):
+    model = keras_ebft.EBFTModel.sft(llama(num_layers=1), seed=0)
+    model.compile(keras.optimizers.SGD(float("nan")))
+    with pytest.raises(FloatingPointError):
+        model.fit(X, batch_size=1, epochs=99, verbose=1)
+    assert shown(capsys.readouterr().out)[0] == {"ce_loss", "skipped_updates"}

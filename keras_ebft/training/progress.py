@@ -5,7 +5,9 @@ from typing import Any
 import keras
 
 # Of this library's own metrics; what others log is shown.
-SHOWN = ("feature_matching_loss", "reward", "ce_loss", "skipped_updates")
+SHOWN = ("feature_matching_loss", "reward", "ce_loss")
+# Shown once they are not 0.
+ALARMS = ("skipped_updates",)
 PROGRESS = ("short", "full")
 
 
@@ -33,9 +35,11 @@ class ShortProgress(keras.callbacks.ProgbarLogger):
         super().on_test_end(self._short(logs))
 
     def _short(self, logs: Any) -> dict[str, Any]:
-        own = {metric.name for metric in self.model.metrics} - set(SHOWN)
+        logs = logs or {}
+        hidden = {metric.name for metric in self.model.metrics} - set(SHOWN)
+        hidden -= {name for name in ALARMS if float(logs.get(name, 0.0))}
         return {
             name: value
-            for name, value in (logs or {}).items()
-            if name.removeprefix("val_") not in own
+            for name, value in logs.items()
+            if name.removeprefix("val_") not in hidden
         }
