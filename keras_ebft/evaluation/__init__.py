@@ -11,6 +11,11 @@ from keras_ebft.evaluation.code_checks import (
 from keras_ebft.evaluation.feature_matching import FeatureMatching
 from keras_ebft.evaluation.generation import TextGenerator
 from keras_ebft.evaluation.likelihood import cross_entropy
+from keras_ebft.evaluation.paired import (
+    Change,
+    PairedFeatureMatching,
+    paired_change,
+)
 from keras_ebft.evaluation.sandbox import (
     PROTECTIONS,
     CheckResult,
@@ -22,9 +27,11 @@ from keras_ebft.evaluation.text_metrics import bleu, chrf, comet, exact_match
 __all__ = [
     "PROTECTIONS",
     "AuditResult",
+    "Change",
     "CheckResult",
     "CodeProblem",
     "FeatureMatching",
+    "PairedFeatureMatching",
     "RewardAudit",
     "RunResult",
     "Sandbox",
@@ -37,5 +44,6 @@ __all__ = [
     "exact_match",
     "function_body",
     "mean_pass_at_k",
+    "paired_change",
     "pass_at_k",
 ]

@@ -118,6 +118,32 @@ class FeatureMatching:
         return measured | {name: float(values[name]) for name in DOCUMENT_MEASURES}
 
 
+def measuring_model(
+    model: EBFTModel | keras_hub.models.CausalLM, num_samples: int, seed: int
+) -> EBFTModel:
+    """A model on the same weights that only measures, with a still feature network.
+
+    Args:
+        model: `EBFTModel` or `keras_hub.models.CausalLM`, as for `FeatureMatching`.
+        num_samples: int, rollouts per block.
+        seed: int.
+
+    Returns:
+        `EBFTModel`.
+    """
+    network, reward, sampler = _parts(model)
+    config = {**sampler.get_config(), "num_samples": num_samples}
+    measuring = EBFTModel(
+        causal_lm_of(model),
+        BlockSampler.from_config(config),
+        network,
+        reward,
+        seed=seed,
+    )
+    measuring.compile(jit_compile=_jit_compile(model))
+    return measuring
+
+
 def _measuring(reward: Reward, num_samples: int) -> Reward:
     """The reward, with the unbiased estimate of the loss where there is one."""
     if isinstance(reward, FeatureMatchingReward) and num_samples > 1:
