@@ -202,6 +202,7 @@ class DocumentTrainer(keras.Model):
                 else is wrong with them; the message says what to do.
         """
         refuse_targets(y=y, **kwargs)
+        _refuse_orbax(_as_list(callbacks))
         if validation_split and validation_data is None:
             x, validation_data = split_rows(x, self.causal_lm, validation_split)
         if validation_data is not None:
@@ -267,6 +268,17 @@ class DocumentTrainer(keras.Model):
             batch_size=batch_size,
             shuffle=shuffle,
             seed=self.seed,
+        )
+
+
+def _refuse_orbax(callbacks: Sequence[keras.callbacks.Callback]) -> None:
+    orbax = keras.callbacks.OrbaxCheckpoint
+    if any(isinstance(callback, orbax) for callback in callbacks):
+        raise ValueError(
+            "Expected a callback that asks the model what to save. Received: an "
+            "OrbaxCheckpoint, which keeps variables alone, without the place in the "
+            "data. Use keras_ebft.TrainingCheckpoint to resume, or "
+            "keras.callbacks.ModelCheckpoint to keep models."
         )
 
 
