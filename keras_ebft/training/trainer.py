@@ -200,6 +200,7 @@ class DocumentTrainer(keras.Model):
             TypeError: for token ids that are not integers.
             ValueError: for documents too short to hold a block, and whatever
                 else is wrong with them; the message says what to do.
+            FloatingPointError: after too many updates in a row that are not finite.
         """
         refuse_targets(y=y, **kwargs)
         _refuse_orbax(_as_list(callbacks))
