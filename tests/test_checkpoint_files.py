@@ -254,3 +254,35 @@ def test_weights_that_are_not_finite_are_not_written(path, tmp_path):
         with pytest.raises(FloatingPointError, match=name):
             write(tmp_path / name)
     assert files(tmp_path) == found
+
+
+@pytest.mark.parametrize("adapters", [None, 2])
+def test_weights_in_several_files_are_the_same(adapters, tmp_path):
+    model = build(adapters=adapters)
+    model.train_on_batch(documents(2, LENGTH))
+    path = tmp_path / "model.weights.json"
+    model.save_weights(path, max_shard_size=4e-6)
+    assert len(files(tmp_path)) > 3
+    loaded = build(adapters=adapters)
+    loaded.optimizer.build(loaded.trainable_variables)
+    loaded.load_weights(path)
+    values = [
+        [
+            to_numpy(variable)
+            for variable in (*one.written_variables(), *one._saved_variables().values())
+        ]
+        for one in (model, loaded)
+    ]
+    assert same(*values)
+
+
+class Orbax(keras.callbacks.OrbaxCheckpoint):
+    """Made without the package it is for."""
+
+    def __init__(self):
+        keras.callbacks.Callback.__init__(self)
+
+
+def test_orbax_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"OrbaxCheckpoint.*TrainingCheckpoint"):
+        fit(build(), tmp_path / NAME, callbacks=[Orbax()])

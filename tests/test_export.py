@@ -5,8 +5,10 @@ import keras_hub
 import numpy as np
 import pytest
 from helpers import documents, family, to_numpy
+from text_models import text_model
 
 import keras_ebft
+from keras_ebft import networks
 from keras_ebft.networks import adapters
 
 X = documents(2, 12)
@@ -29,16 +31,19 @@ def logits(causal_lm):
     return to_numpy(causal_lm(x, training=False))
 
 
+# Settings that the Hugging Face layout can express.
+CHANGES = {
+    "GPT2": {"intermediate_dim": 64},
+    "Gemma": {"use_sliding_window_attention": False},
+    # KerasHub does not read that a window is used.
+    "Qwen": {"use_sliding_window_attention": False},
+    "Gemma3": {"use_post_ffw_norm": True, "use_post_attention_norm": True},
+}
+
+
 def exportable(name):
     """A model of the settings that the Hugging Face layout can express."""
-    changes = {
-        "GPT2": {"intermediate_dim": 64},
-        "Gemma": {"use_sliding_window_attention": False},
-        # KerasHub does not read that a window is used.
-        "Qwen": {"use_sliding_window_attention": False},
-        "Gemma3": {"use_post_ffw_norm": True, "use_post_attention_norm": True},
-    }
-    causal_lm = family(name, **changes.get(name, {}))
+    causal_lm = family(name, **CHANGES.get(name, {}))
     # KerasHub reads Mistral's weights as float16.
     weights = causal_lm.get_weights()
     causal_lm.set_weights([w.astype("float16").astype(w.dtype) for w in weights])
@@ -114,6 +119,71 @@ def test_transformers_reads_an_exported_model(name, adapted, tmp_path):
     # KerasHub's epsilon in Qwen 3's normalised queries cannot be said in the layout.
     tolerance = 1e-3 if name == "Qwen3" else 2e-5
     np.testing.assert_allclose(found, logits(causal_lm), atol=tolerance)
+
+
+def swap_tokens(backbone, one, other):
+    """Makes a model say one token where it said another."""
+    embedding = backbone.token_embedding
+    weights = [(embedding.embeddings, 0)]
+    if not embedding.tie_weights:
+        weights.append((embedding.reverse_embeddings, 1))
+    for weight, axis in weights:
+        values = np.moveaxis(to_numpy(weight), axis, 0)
+        values[[one, other]] = values[[other, one]]
+        weight.assign(np.moveaxis(values, 0, axis))
+
+
+def continued(causal_lm, token_ids, length):
+    """Token ids that a model goes on with, greedily, up to and with an end token."""
+    found = list(token_ids)
+    while len(found) < length:
+        x = {"token_ids": np.array([found]), "padding_mask": np.ones((1, len(found)))}
+        found.append(int(to_numpy(causal_lm(x, training=False))[0, -1].argmax()))
+        if found[-1] in networks.end_token_ids(causal_lm):
+            break
+    return found[len(token_ids) :]
+
+
+GENERATED = [
+    name if name in ("Llama", "Llama3") else pytest.param(name, marks=pytest.mark.slow)
+    for name in EXPORTED
+    # The tokenizer of Gemma 2 is Gemma's.
+    if name != "Gemma2"
+]
+
+
+@pytest.mark.on_torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", GENERATED)
+def test_transformers_continues_a_text_as_the_model_does(name, tmp_path):
+    """It begins with the same token, goes on with the same, and stops at the same."""
+    transformers = pytest.importorskip("transformers", reason="pip install .[test]")
+    text, length = "abab ab", 20
+    causal_lm = text_model(name, **CHANGES.get(name, {}))
+    x = causal_lm.preprocessor.generate_preprocess([text], sequence_length=length)
+    prompt = to_numpy(x["token_ids"])[0][to_numpy(x["padding_mask"])[0].astype(bool)]
+    prompt = [int(token) for token in prompt]
+    # The first new token that was not there before becomes the end.
+    end = networks.end_token_ids(causal_lm)[-1]
+    said = continued(causal_lm, prompt, length)
+    new = [token for token in said[1:] if token not in [*prompt, said[0]]]
+    if new and end not in prompt:
+        swap_tokens(causal_lm.backbone, new[0], end)
+    expected = continued(causal_lm, prompt, length)
+    # GPT-2's prompts begin with the end token, and one model only repeats itself.
+    assert expected[-1] == end or name in ("GPT2", "Gemma")
+    keras_ebft.export_to_hugging_face(causal_lm, tmp_path / "exported")
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    inputs = tokenizer(text, return_tensors="pt")
+    assert inputs["input_ids"][0].tolist() == prompt
+    found = model.generate(
+        inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_length=length,
+    )[0, len(prompt) :].tolist()
+    assert found == expected
 
 
 def test_a_folder_with_a_tokenizer_is_a_whole_preset(tmp_path, byte_lm, caplog):

@@ -234,13 +234,14 @@ def test_gradient_accumulation_updates_every_second_step():
         now = model.causal_lm.get_weights()
         moved.append(any((a != b).any() for a, b in zip(start, now)))
 
-    model.fit(
+    history = model.fit(
         documents(4, LENGTH),
         batch_size=2,
         verbose=0,
         callbacks=[keras.callbacks.LambdaCallback(on_train_batch_end=record)],
-    )
+    ).history
     assert moved == [False, True]
+    assert history["skipped_updates"] == [0]
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras refuses it on PyTorch")

@@ -74,7 +74,7 @@ GEMMA_MARKERS = (
 )
 
 
-def text_model(name):
+def text_model(name, **changes):
     """A tiny randomised `CausalLM` that reads strings of up to `LENGTH` tokens."""
     tokenizer = make_tokenizer(name)
     size = tokenizer.vocabulary_size()
@@ -86,7 +86,7 @@ def text_model(name):
         # KerasHub's compiled `generate` asks a symbolic tensor for its truth where
         # there are windows and no fused attention.
         sizes["use_sliding_window_attention"] = False
-    causal_lm = family(name, **sizes)
+    causal_lm = family(name, **{**sizes, **changes})
     preprocessor_class = getattr(keras_hub.models, f"{name}CausalLMPreprocessor")
     preprocessor = preprocessor_class(tokenizer, sequence_length=LENGTH)
     return type(causal_lm)(backbone=causal_lm.backbone, preprocessor=preprocessor)
@@ -121,6 +121,8 @@ def make_tokenizer(name):
         eos_piece=end,
         bos_piece=start,
         user_defined_symbols=list(GEMMA_MARKERS),
+        # As in the families' own.
+        add_dummy_prefix=not name.startswith("Gemma"),
         minloglevel=2,
     )
     return tokenizer_class(proto=file.getvalue(), **options)

@@ -38,11 +38,11 @@ def update_if_finite(
     optimizer = model.optimizer
     with no_gradient():
         metrics = [ops.copy(variable) for variable in model.metrics_variables]
-        iterations = ops.copy(optimizer.iterations)
+        calls = ops.copy(_calls(optimizer))
     with _replaced(optimizer, "apply", _apply_if_finite(optimizer)):
         step()
     # Loss scaling, too, leaves the number as it is where it skips an update.
-    updated = ops.not_equal(optimizer.iterations, iterations)
+    updated = ops.not_equal(_calls(optimizer), calls)
     with no_gradient():
         for variable, before in zip(model.metrics_variables, metrics):
             variable.assign(ops.where(updated, variable, before))
@@ -62,7 +62,7 @@ def _update_in_state(
     count = next(
         index
         for index, variable in enumerate(optimizer.variables)
-        if variable is optimizer.iterations
+        if variable is _calls(optimizer)
     )
     updated = ops.not_equal(new[-1][count], optimizer_variables[count])
     chosen = [ops.where(updated, *both) for both in zip(new_metrics, metrics)]
@@ -71,6 +71,11 @@ def _update_in_state(
         logs = record(updated)
     new_metrics = [scope.get_current_value(v) for v in model.metrics_variables]
     return logs, (*new, new_metrics)
+
+
+def _calls(optimizer: keras.optimizers.Optimizer) -> keras.Variable:
+    """How many gradients were taken; `iterations` leaves out accumulated ones."""
+    return getattr(optimizer, "inner_optimizer", optimizer)._iterations
 
 
 def _stateless_apply_if_finite(

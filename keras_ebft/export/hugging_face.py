@@ -14,8 +14,9 @@ from typing import Any
 import keras_hub
 
 from keras_ebft.backend.updates import check_finite
+from keras_ebft.export.generation import write_generation, writer_of
 from keras_ebft.export.layouts import layout_of
-from keras_ebft.networks import adapters, check_supported
+from keras_ebft.networks import adapters, check_supported, family_of
 from keras_ebft.networks import export_tokenizer as write_tokenizer
 
 logger = logging.getLogger("keras_ebft")
@@ -26,9 +27,11 @@ def export_to_hugging_face(
 ) -> None:
     """Writes a causal language model as a Hugging Face checkpoint.
 
-    The folder holds `config.json`, `model.safetensors` and, where KerasHub can
-    write it, the tokenizer; elsewhere a warning is logged, and the files of the
-    checkpoint that training began with serve. Adapters are merged into the
+    The folder holds `config.json`, `model.safetensors`, and of a model with a
+    preprocessor `generation_config.json` and the tokenizer: `transformers` begins
+    and ends a text with the tokens it begins and ends with here. A tokenizer that
+    has no such layout is logged, and the files of the checkpoint that training
+    began with serve. Adapters are merged into the
     exported weights; the model itself keeps them apart. The files are moved to the
     folder when all are written. Needs `pip install "keras_ebft[export]"`.
 
@@ -66,7 +69,8 @@ def export_to_hugging_face(
             else:
                 _write(folder, *layout.write(backbone))
         if causal_lm.preprocessor is not None:
-            _export_tokenizer(causal_lm.preprocessor.tokenizer, folder)
+            _export_tokenizer(causal_lm.preprocessor.tokenizer, backbone, folder)
+            write_generation(causal_lm, folder)
 
 
 def _check_packages() -> None:
@@ -107,9 +111,16 @@ def _write(path: Path, config: dict[str, Any], weights: dict[str, Any]) -> None:
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
 
 
-def _export_tokenizer(tokenizer: keras_hub.tokenizers.Tokenizer, path: Path) -> None:
+def _export_tokenizer(
+    tokenizer: keras_hub.tokenizers.Tokenizer,
+    backbone: keras_hub.models.Backbone,
+    path: Path,
+) -> None:
+    own = writer_of(tokenizer, family_of(backbone).layout)
     if hasattr(tokenizer, "write_hugging_face"):
         tokenizer.write_hugging_face(path)
+    elif own is not None:
+        own(tokenizer, path)
     elif not write_tokenizer(tokenizer, path):
         logger.warning(
             "The tokenizer was not exported: KerasHub %s has no Hugging Face layout "

@@ -204,9 +204,11 @@ class DocumentTrainer(keras.Model):
             TypeError: for token ids that are not integers.
             ValueError: for documents too short to hold a block, and whatever
                 else is wrong with them; the message says what to do.
+            FloatingPointError: after too many updates in a row that are not finite.
         """
         refuse_targets(y=y, **kwargs)
         bar = _progress_bar(progress, callbacks, kwargs)
+        _refuse_orbax(_as_list(callbacks))
         if validation_split and validation_data is None:
             x, validation_data = split_rows(x, self.causal_lm, validation_split)
         if validation_data is not None:
@@ -288,6 +290,17 @@ def _progress_bar(
     if progress == "full" or options.get("verbose") == 0 or given:
         return []
     return [ShortProgress()]
+
+
+def _refuse_orbax(callbacks: Sequence[keras.callbacks.Callback]) -> None:
+    orbax = keras.callbacks.OrbaxCheckpoint
+    if any(isinstance(callback, orbax) for callback in callbacks):
+        raise ValueError(
+            "Expected a callback that asks the model what to save. Received: an "
+            "OrbaxCheckpoint, which keeps variables alone, without the place in the "
+            "data. Use keras_ebft.TrainingCheckpoint to resume, or "
+            "keras.callbacks.ModelCheckpoint to keep models."
+        )
 
 
 def _as_list(callbacks: Callbacks) -> list[keras.callbacks.Callback]:
