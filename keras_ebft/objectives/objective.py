@@ -13,7 +13,7 @@ from keras_ebft.functional.losses import (
     probability_ratio,
     token_weights,
 )
-from keras_ebft.functional.masking import masked_mean
+from keras_ebft.functional.masking import masked_mean, only_where
 from keras_ebft.objectives.critic import Critic
 from keras_ebft.records import DocumentScores, Experience, LossTerms, RolloutScores
 from keras_ebft.typing import Tensor, Weight
@@ -150,7 +150,9 @@ class Objective:
         )
         if self.needs_reference:
             estimate = kl_estimate(
-                scores.log_prob, frozen.reference_log_prob, self.kl_estimator
+                only_where(counted, scores.log_prob),
+                only_where(counted, frozen.reference_log_prob),
+                self.kl_estimator,
             )
             terms = terms._replace(kl=masked_mean(estimate, counted))
         return terms
