@@ -7,6 +7,7 @@ import keras_hub
 import numpy as np
 from keras import ops
 
+from keras_ebft.backend.distribution import refuse_silent_distribution
 from keras_ebft.backend.runtime import after, no_gradient, run_in_state
 from keras_ebft.data.row_batches import Rows
 from keras_ebft.features import FeatureNetwork
@@ -135,6 +136,7 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         seed: int | None = None,
         **kwargs: Any,
     ) -> None:
+        refuse_silent_distribution()
         check_supported(causal_lm)
         adapters.freeze_base(causal_lm.backbone)
         # Not the global policy: the backbone's own decides on loss scaling.
@@ -395,6 +397,11 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
     @property
     def _runs_python(self) -> bool:
         return self.objective.needs_rollouts and self.reward.runs_python
+
+    def _live_blocks(self, rows: Rows) -> np.ndarray | None:
+        if not self.objective.needs_rollouts:
+            return None
+        return self.sampler.live_blocks(rows, bool(self._step.stop_token_ids))
 
     def _check_rows(self, rows: Rows) -> None:
         if self.objective.needs_rollouts:
