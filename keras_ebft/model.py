@@ -353,7 +353,14 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         if training and experience is None:
             self._follow_policy()
         seed = self._training_seed if training else self._evaluation_seed
-        return self._step(documents, seed, experience)
+        outputs = self._step(documents, seed, experience)
+        # Evaluation weighs as the last training step did.
+        steps = self._training_steps
+        weighed_at = steps + 0 if training else ops.maximum(steps - 1, 0)
+        weighted = self.objective.weighted(outputs.terms, weighed_at)
+        if self.losses:
+            weighted["regularization"] = sum(self.losses)
+        return outputs._replace(weighted=weighted)
 
     def compute_loss(
         self,
@@ -364,13 +371,9 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         training: bool = True,
     ) -> Tensor:
         """The weighted loss of what `call` returned; a float32 scalar."""
-        steps = self._training_steps
-        # Evaluation weighs as the last training step did.
-        weighed_at = steps + 0 if training else ops.maximum(steps - 1, 0)
-        loss = self.objective.loss(y_pred.terms, weighed_at)
         if training:
-            steps.assign(steps + 1)
-        return sum(self.losses, start=loss)
+            self._training_steps.assign(self._training_steps + 1)
+        return sum(y_pred.weighted.values())
 
     def compute_metrics(
         self, x: Any, y: Any, y_pred: StepOutputs, sample_weight: Any = None
@@ -382,6 +385,9 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
                 measured |= metrics.measure_rollouts(y_pred)
             for name, (value, weight) in measured.items():
                 self._trackers[name].update_state(value, sample_weight=weight)
+            weights = metrics.term_weights(y_pred)
+            for term, value in (y_pred.weighted or {}).items():
+                self._loss_tracker.add(term, value, weights[term])
         return self.get_metrics_result()
 
     def _measured_names(self) -> tuple[str, ...]:

@@ -41,15 +41,33 @@ def token_weights(token_mask: Tensor, starts: Tensor | None = None) -> Tensor:
     [0.25, 0.25, 0.0, 0.5]
     """
     token_mask = ops.convert_to_tensor(token_mask)
-    of_block = ops.sum(token_mask, axis=-1)
+    of_block, of_sequence = _tokens_of_sequences(token_mask, starts)
+    sequences = ops.sum(of_block / of_sequence)
+    return token_mask / of_sequence[..., None] / ops.maximum(sequences, 1.0)
+
+
+def count_sequences(token_mask: Tensor, starts: Tensor | None = None) -> Tensor:
+    """How many rollout sequences have a token that counts, float32 scalar.
+
+    Args:
+        token_mask: as of `token_weights`.
+        starts: as of `token_weights`.
+    """
+    of_block, of_sequence = _tokens_of_sequences(token_mask, starts)
+    return ops.sum(of_block / of_sequence)
+
+
+def _tokens_of_sequences(
+    token_mask: Tensor, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Counted tokens of each block, and of its sequence but 1 at least."""
+    of_block = ops.sum(ops.convert_to_tensor(token_mask), axis=-1)
     if starts is None:
         of_sequence = ops.sum(of_block, axis=-1, keepdims=True)
     else:
         same = ops.cast(starts[:, :, None] == starts[:, None, :], "float32")
         of_sequence = ops.matmul(of_block, same)
-    of_sequence = ops.maximum(of_sequence, 1.0)
-    sequences = ops.sum(of_block / of_sequence)
-    return token_mask / of_sequence[..., None] / ops.maximum(sequences, 1.0)
+    return of_block, ops.maximum(of_sequence, 1.0)
 
 
 def probability_ratio(

@@ -114,6 +114,8 @@ class TokenBatches(DataAdapter):
         self.keras_adapter = None
         if isinstance(source, keras.utils.PyDataset):
             self.keras_adapter = PyDatasetAdapter(source)
+        # Whether passes follow one another without an end.
+        self.endless = False
         self._unread = None
         self._batches_to_skip = 0
         self._epoch = 0
@@ -161,15 +163,53 @@ class TokenBatches(DataAdapter):
         return filled
 
     def get_numpy_iterator(self):
-        """One epoch of batches of arrays."""
-        if self.keras_adapter is not None:
-            source = self.keras_adapter.get_numpy_iterator()
-        else:
-            source = self._unread or self.source
-            self._unread = None
+        """One epoch of batches of arrays; all that follow too, if it is endless."""
         start, self._batches_to_skip = self._batches_to_skip, 0
-        for batch in itertools.islice(source, start, None):
+        if self.endless:
+            yield from self._passes(start)
+            return
+        for batch in itertools.islice(self._one_pass(), start, None):
             yield self._counted(batch)
+
+    def _one_pass(self):
+        if self.keras_adapter is not None:
+            return self.keras_adapter.get_numpy_iterator()
+        source, self._unread = self._unread or self.source, None
+        return source
+
+    def _passes(self, start):
+        """Whole passes over the data, however many of them make up an epoch.
+
+        An order holds for a pass: one that changed within it would show some
+        documents twice and others never.
+        """
+        done, start = divmod(start, self.batches_per_pass or start + 1)
+        self._epoch += done
+        empty = False
+        while not empty:
+            self._begin_pass()
+            empty = True
+            for batch in self._one_pass():
+                empty = False
+                if start:
+                    start -= 1
+                else:
+                    yield self._counted(batch)
+            self._end_pass()
+            self._epoch += 1
+            if hasattr(self.source, "__next__"):
+                # It is used up.
+                return
+
+    def _begin_pass(self):
+        if hasattr(self.source, "begin_epoch"):
+            self.source.begin_epoch(self._epoch)
+        if self.keras_adapter is not None:
+            self.keras_adapter.on_epoch_begin()
+
+    def _end_pass(self):
+        if self.keras_adapter is not None:
+            self.keras_adapter.on_epoch_end()
 
     def _counted(self, batch):
         if self.report.complete:
@@ -192,7 +232,12 @@ class TokenBatches(DataAdapter):
 
     @property
     def num_batches(self):
-        """Batches per epoch, `None` where the source does not know."""
+        """Batches per epoch, `None` where there is no end or the source is unsure."""
+        return None if self.endless else self.batches_per_pass
+
+    @property
+    def batches_per_pass(self):
+        """Batches of all the data, `None` where the source does not know."""
         if self.keras_adapter is not None:
             return self.keras_adapter.num_batches
         cardinality = getattr(self.source, "cardinality", None)
@@ -217,29 +262,22 @@ class TokenBatches(DataAdapter):
         return None
 
     def begin_epoch(self, epoch):
-        """Notes which epoch comes next, an int; without this it is the first."""
+        """Notes the number of the pass that comes next; without this it is 0."""
         self._epoch = epoch
 
     def skip(self, batches):
-        """Leaves out the first `batches` batches of the next reading.
-
-        Where the source is read again after its last batch, only the rest counts.
-        """
-        if self.num_batches:
-            batches %= self.num_batches
+        """Leaves out the first `batches` batches of the next reading."""
         self._batches_to_skip = batches
 
     def on_epoch_begin(self):
         """Tells a source that asks for it which epoch begins."""
-        if hasattr(self.source, "begin_epoch"):
-            self.source.begin_epoch(self._epoch)
-        if self.keras_adapter is not None:
-            self.keras_adapter.on_epoch_begin()
+        if not self.endless:
+            self._begin_pass()
 
     def on_epoch_end(self):
         """Tells a `PyDataset` that an epoch has ended."""
-        if self.keras_adapter is not None:
-            self.keras_adapter.on_epoch_end()
+        if not self.endless:
+            self._end_pass()
 
 
 def token_batches(x, reader, batch_size, shuffle, seed, report=None):

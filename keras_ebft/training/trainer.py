@@ -5,6 +5,9 @@ from typing import Any, TypeAlias
 
 import keras
 
+# What Keras' own `compile` uses to set a metric that is listed elsewhere.
+from keras.src.utils.tracking import DotNotTrackScope
+
 from keras_ebft.backend.distribution import (
     check_batch_divides,
     refuse_silent_distribution,
@@ -12,6 +15,7 @@ from keras_ebft.backend.distribution import (
 from keras_ebft.backend.runtime import resolve_jit_compile
 from keras_ebft.data.row_batches import Rows
 from keras_ebft.kernels import watch_choices
+from keras_ebft.objectives.objective import TERMS
 from keras_ebft.training.batches import (
     Reader,
     TokenBatches,
@@ -21,8 +25,13 @@ from keras_ebft.training.batches import (
 )
 from keras_ebft.training.callbacks import CurrentWeights, DataPosition, KernelLog
 from keras_ebft.training.data_report import DataLog, DataReport
+from keras_ebft.training.metrics import LossMean
+from keras_ebft.training.monitors import settle_monitors
 from keras_ebft.training.optimizers import policy_optimizer_config, with_critic
 from keras_ebft.training.train_function import TrainFunction
+
+# Terms of the loss that no weight belongs to.
+OTHER_TERMS = ("critic_loss", "regularization")
 
 # What `fit` and `evaluate` take; within `fit`, Keras hands them on as one object.
 Callbacks: TypeAlias = (
@@ -90,6 +99,9 @@ class DocumentTrainer(keras.Model):
             steps_per_execution=steps_per_execution,
             auto_scale_loss=auto_scale_loss,
         )
+        with DotNotTrackScope():
+            # Where Keras keeps its own, which `metrics` lists.
+            self._loss_tracker = LossMean((*TERMS.values(), *OTHER_TERMS))
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles as the saved model was, with an optimizer of its own."""
@@ -145,8 +157,9 @@ class DocumentTrainer(keras.Model):
                 `[N, T]`; dict with `token_ids` and optionally `padding_mask`,
                 `segment_ids`, `answer_mask`, `anchors`; `PackedRows`; `PackedStream`;
                 or a `tf.data.Dataset`, `PyDataset`, torch `DataLoader` or
-                generator that yields batches of these. A `begin_epoch(epoch)` of
-                its own is called before every epoch.
+                generator that yields batches of these. A `begin_epoch(number)` of
+                its own is called before every pass over the data, which is an
+                epoch unless `steps_per_epoch` says otherwise.
             y: must be `None`; documents are their own targets.
             batch_size: int, documents per step for data in memory (default 16).
             callbacks: `keras.callbacks.Callback`, a list of them, or `None`.
@@ -154,7 +167,8 @@ class DocumentTrainer(keras.Model):
             validation_split: float in [0, 1), share of in-memory documents, taken
                 from the end, to validate on.
             validation_batch_size: int, by default `batch_size`.
-            shuffle: bool, reorder in-memory documents every epoch.
+            shuffle: bool, reorder in-memory documents every pass; the seed and how
+                many passes there were, in all calls of `fit`, decide the order.
             **kwargs: further arguments of `keras.Model.fit`.
 
         Returns:
@@ -163,9 +177,11 @@ class DocumentTrainer(keras.Model):
         Raises:
             TypeError: for token ids that are not integers.
             ValueError: for documents too short to hold a block, and whatever
-                else is wrong with them; the message says what to do.
+                else is wrong with them; for a callback that watches a loss which
+                is noise. The message says what to do.
         """
         refuse_targets(y=y, **kwargs)
+        settle_monitors(_as_list(callbacks), self)
         report = DataReport()
         if validation_split and validation_data is None:
             whole = DataReport()
@@ -177,11 +193,12 @@ class DocumentTrainer(keras.Model):
             validation_data = self._batches(
                 _without_targets(validation_data), validation_batch_size or batch_size
             )
-        train = self._batches(x, batch_size, shuffle, report)
+        steps = kwargs.get("steps_per_epoch")
+        train = self._batches(x, batch_size, shuffle, report, endless=bool(steps))
         # Keras would keep the epoch that an earlier `fit` resumed at.
         self._initial_epoch = None
         position = DataPosition(
-            self.training_state, train, kwargs.get("steps_per_epoch")
+            self.training_state, train, steps, kwargs.get("initial_epoch") or 0
         )
         with watch_choices() as choices:
             own = [position, DataLog(report), KernelLog(choices), CurrentWeights()]
@@ -288,9 +305,12 @@ class DocumentTrainer(keras.Model):
         batch_size: int | None,
         shuffle: bool = False,
         report: DataReport | None = None,
+        endless: bool = False,
     ) -> TokenBatches:
         refuse_silent_distribution()
-        return token_batches(x, self._reader, batch_size, shuffle, self.seed, report)
+        batches = token_batches(x, self._reader, batch_size, shuffle, self.seed, report)
+        batches.endless = batches.endless or endless
+        return batches
 
 
 def _without_targets(validation_data: Any) -> Any:
