@@ -39,6 +39,7 @@ from keras_ebft.training.serialization import Serialization
 from keras_ebft.training.trainer import DocumentTrainer
 from keras_ebft.typing import Tensor, Weight
 from keras_ebft.validation import (
+    MOST_INT,
     check_choice,
     check_instance,
     check_int,
@@ -243,7 +244,8 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         """Random generators, the count of steps, and the running means."""
         if seed is None:
             seed = int(np.random.randint(2**31 - 3))
-        self.seed = check_int("seed", seed, 0)
+        # Two generators more count on from it.
+        self.seed = check_int("seed", seed, 0, MOST_INT - 2)
         self._training_seed = keras.random.SeedGenerator(self.seed)
         self._evaluation_seed = keras.random.SeedGenerator(self.seed + 1)
         self._inspection_seed = keras.random.SeedGenerator(self.seed + 2)

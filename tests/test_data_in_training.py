@@ -277,6 +277,8 @@ def test_feature_matching_at_several_lengths(model):
 def test_feature_matching_refuses(model):
     with pytest.raises(ValueError, match="at least one"):
         FeatureMatching(model, rollout_lengths=())
+    with pytest.raises(TypeError, match=r"tuple of ints.*rollout_lengths=8"):
+        FeatureMatching(model, rollout_lengths=8)
     with pytest.raises(ValueError, match="rollout_lengths=0"):
         FeatureMatching(model, rollout_lengths=(0,))
     with pytest.raises(ValueError, match="num_samples=0"):

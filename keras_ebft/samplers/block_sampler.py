@@ -27,6 +27,7 @@ from keras_ebft.validation import (
     check_int,
     check_number,
     check_stop_token_ids,
+    check_temperature,
 )
 
 ANCHORS = ("stride", "random", "answer_start")
@@ -54,7 +55,7 @@ class BlockSampler(Configurable):
         context_length: int, tokens of its own document that a block sees at
             least.
         num_samples: int, independent rollouts per block (n).
-        temperature: float, not negative; 0 takes the likeliest token.
+        temperature: float, from 1e-4 to 1e4; 0 takes the likeliest token.
         top_p: float in (0, 1]; tokens outside the nucleus of this mass are not
             drawn.
         top_k: int or `None`; tokens outside the k likeliest are not drawn.
@@ -99,7 +100,7 @@ class BlockSampler(Configurable):
         self.stride = check_int("stride", stride, 1)
         self.context_length = check_int("context_length", context_length, 1)
         self.num_samples = check_int("num_samples", num_samples, 1)
-        self.temperature = check_number("temperature", temperature, 0.0)
+        self.temperature = check_temperature(temperature)
         self.top_p = check_number("top_p", top_p, 0.0, 1.0, exclusive=True)
         self.top_k = None if top_k is None else check_int("top_k", top_k, 1)
         self.anchors = check_choice("anchors", anchors, ANCHORS)

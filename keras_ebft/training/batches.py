@@ -329,7 +329,7 @@ def split_rows(x, reader, validation_split, report=None):
     Raises:
         ValueError: for a stream, or a share that leaves one side empty.
     """
-    check_number("validation_split", validation_split, 0.0)
+    check_number("validation_split", validation_split, 0.0, 1.0)
     if _is_stream(x):
         raise ValueError(
             "Expected documents in memory with `validation_split`. Received: a "
