@@ -51,8 +51,8 @@ class RewardSum(Reward):
         if not isinstance(weights, (list, tuple)):
             raise TypeError(
                 "Expected `weights` to be a list, one for each of the rewards. "
-                f"Received: weights={weights!r} (of type {type(weights).__name__}). Pass for "
-                f"example weights={[1.0] * len(rewards)}."
+                f"Received: weights={weights!r} (of type {type(weights).__name__}). "
+                f"Pass for example weights={[1.0] * len(rewards)}."
             )
         if len(weights) != len(rewards):
             raise ValueError(
