@@ -2,6 +2,7 @@
 
 import io
 import logging
+import tracemalloc
 import types
 
 import helpers
@@ -242,6 +243,17 @@ def test_texts_are_kept_as_they_are(byte_lm):
     """Not as an array, whose strings have no trailing NUL and all one width."""
     rows = to_token_rows(["ab\0\0", b"ab"], byte_lm)
     assert rows["padding_mask"].sum(axis=1).tolist() == [1 + 1 + 2 + 1, 1 + 1 + 1]
+
+
+def test_one_long_text_does_not_widen_all_others(byte_lm):
+    """As an array of strings they would take 301 times 400 kB."""
+    texts = ["ab"] * 300 + ["c" * 100_000]
+    tracemalloc.start()
+    rows = to_token_rows(texts, byte_lm)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert rows["token_ids"].shape == (301, 24)
+    assert peak < 60e6
 
 
 def test_markers_are_not_doubled(byte_lm):
