@@ -9,14 +9,13 @@ import numpy as np
 from keras import ops
 
 from keras_ebft.backend.runtime import compiled, no_gradient
-from keras_ebft.data.row_batches import Rows
 from keras_ebft.layout.documents import Documents, read_documents
 from keras_ebft.layout.draws import draw_numbers
 from keras_ebft.objectives.objective import Objective
 from keras_ebft.records import LossTerms
 from keras_ebft.samplers import BlockSampler
 from keras_ebft.step import EBFTStep
-from keras_ebft.training.token_rows import to_token_rows
+from keras_ebft.training.batches import Reader
 from keras_ebft.typing import Tensor
 
 # Tensors by name.
@@ -37,7 +36,7 @@ class Inspection:
     causal_lm: keras_hub.models.CausalLM
     sampler: BlockSampler
     objective: Objective
-    _check_rows: Callable[[Rows], None]
+    _reader: Reader
     _compiled: dict[str, Callable[..., Any]]
     _inspection_seed: keras.random.SeedGenerator
     _training_steps: keras.Variable
@@ -141,8 +140,7 @@ class Inspection:
             )
 
     def _in_memory(self, x: Any) -> Documents:
-        rows = to_token_rows(x, self.causal_lm)
-        self._check_rows(rows)
+        rows = self._reader.read(x)
         return read_documents(
             {name: ops.convert_to_tensor(value) for name, value in rows.items()}
         )

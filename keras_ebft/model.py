@@ -7,6 +7,7 @@ import keras_hub
 import numpy as np
 from keras import ops
 
+from keras_ebft.backend.distribution import refuse_silent_distribution
 from keras_ebft.backend.runtime import after, no_gradient, run_in_state
 from keras_ebft.data.row_batches import Rows
 from keras_ebft.features import FeatureNetwork
@@ -39,6 +40,7 @@ from keras_ebft.training.serialization import Serialization
 from keras_ebft.training.trainer import DocumentTrainer
 from keras_ebft.typing import Tensor, Weight
 from keras_ebft.validation import (
+    MOST_INT,
     check_choice,
     check_instance,
     check_int,
@@ -136,6 +138,7 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         seed: int | None = None,
         **kwargs: Any,
     ) -> None:
+        refuse_silent_distribution()
         check_supported(causal_lm)
         complete_config(causal_lm.backbone)
         adapters.freeze_base(causal_lm.backbone)
@@ -243,7 +246,8 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         """Random generators, the count of steps, and the running means."""
         if seed is None:
             seed = int(np.random.randint(2**31 - 3))
-        self.seed = check_int("seed", seed, 0)
+        # Two generators more count on from it.
+        self.seed = check_int("seed", seed, 0, MOST_INT - 2)
         self._training_seed = keras.random.SeedGenerator(self.seed)
         self._evaluation_seed = keras.random.SeedGenerator(self.seed + 1)
         self._inspection_seed = keras.random.SeedGenerator(self.seed + 2)
@@ -360,7 +364,14 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         if training and experience is None:
             self._follow_policy()
         seed = self._training_seed if training else self._evaluation_seed
-        return self._step(documents, seed, experience)
+        outputs = self._step(documents, seed, experience)
+        # Evaluation weighs as the last training step did.
+        steps = self._training_steps
+        weighed_at = steps + 0 if training else ops.maximum(steps - 1, 0)
+        weighted = self.objective.weighted(outputs.terms, weighed_at)
+        if self.losses:
+            weighted["regularization"] = sum(self.losses)
+        return outputs._replace(weighted=weighted)
 
     def compute_loss(
         self,
@@ -371,13 +382,9 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         training: bool = True,
     ) -> Tensor:
         """The weighted loss of what `call` returned; a float32 scalar."""
-        steps = self._training_steps
-        # Evaluation weighs as the last training step did.
-        weighed_at = steps + 0 if training else ops.maximum(steps - 1, 0)
-        loss = self.objective.loss(y_pred.terms, weighed_at)
         if training:
-            steps.assign(steps + 1)
-        return sum(self.losses, start=loss)
+            self._training_steps.assign(self._training_steps + 1)
+        return sum(y_pred.weighted.values())
 
     def compute_metrics(
         self, x: Any, y: Any, y_pred: StepOutputs, sample_weight: Any = None
@@ -389,6 +396,9 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
                 measured |= metrics.measure_rollouts(y_pred)
             for name, (value, weight) in measured.items():
                 self._trackers[name].update_state(value, sample_weight=weight)
+            weights = metrics.term_weights(y_pred)
+            for term, value in (y_pred.weighted or {}).items():
+                self._loss_tracker.add(term, value, weights[term])
         return self.get_metrics_result()
 
     def _measured_names(self) -> tuple[str, ...]:
@@ -404,6 +414,11 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
     @property
     def _runs_python(self) -> bool:
         return self.objective.needs_rollouts and self.reward.runs_python
+
+    def _live_blocks(self, rows: Rows) -> np.ndarray | None:
+        if not self.objective.needs_rollouts:
+            return None
+        return self.sampler.live_blocks(rows, bool(self._step.stop_token_ids))
 
     def _check_rows(self, rows: Rows) -> None:
         if self.objective.needs_rollouts:

@@ -65,9 +65,7 @@ def _of_sampling(sampler, advantage):
         setting = f"temperature={sampler.temperature:g}, top_k={sampler.top_k}"
         if sampler.num_samples > 1 and advantage != "reinforce":
             outcome = "is 0: the policy loss has no gradient"
-            if advantage == "group_norm":
-                outcome = "is rounding alone, divided by a millionth"
-            elif sampler.num_samples == 2:
+            if advantage == "rloo" and sampler.num_samples == 2:
                 outcome = "is minus the diversity and pushes them all down"
             yield (
                 logging.WARNING,

@@ -161,9 +161,12 @@ class StepOutputs(NamedTuple):
         document_scores: `DocumentScores`.
         experience: `Experience`; `None` where documents alone are learned from.
         scores: `RolloutScores`; `None` with it.
+        weighted: dict of float32 scalars, the terms as the loss weighs them, and
+            what its layers add (`regularization`); the loss is their sum.
     """
 
     terms: LossTerms
     document_scores: DocumentScores
     experience: Experience | None = None
     scores: RolloutScores | None = None
+    weighted: dict[str, Tensor] | None = None

@@ -10,13 +10,18 @@ from typing import Any
 import keras
 import numpy as np
 
+# What an int32 holds, as sizes and seeds have to fit.
+MOST_INT = 2**31 - 1
+# Weights beyond overflow float32 together with what they weigh.
+MOST_WEIGHT = 1e6
 
-def check_int(name: str, value: Any, minimum: int) -> int:
-    """Returns `value` as an `int` of at least `minimum`.
+
+def check_int(name: str, value: Any, minimum: int, maximum: int = MOST_INT) -> int:
+    """Returns `value` as an `int` of at least `minimum` and at most `maximum`.
 
     Raises:
         TypeError: if `value` is not an integer (booleans are not).
-        ValueError: if `value` is below `minimum`.
+        ValueError: if `value` is below `minimum` or above `maximum`.
     """
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Integral):
         raise TypeError(
@@ -28,6 +33,11 @@ def check_int(name: str, value: Any, minimum: int) -> int:
         raise ValueError(
             f"Expected `{name}` to be at least {minimum}. "
             f"Received: {name}={value}. Pass a larger value."
+        )
+    if int(value) > maximum:
+        raise ValueError(
+            f"Expected `{name}` to be at most {maximum}. "
+            f"Received: {name}={value}. Pass a smaller value."
         )
     return int(value)
 
@@ -89,7 +99,10 @@ def check_number(
             f"Expected `{name}` to be a number. Received: {name}={value!r} "
             f"(of type {type(value).__name__}). Pass a float."
         )
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = np.inf
     too_small = number <= minimum if exclusive else number < minimum
     if not np.isfinite(number) or too_small or number > maximum:
         bound = f"greater than {minimum}" if exclusive else f"at least {minimum}"
@@ -109,7 +122,7 @@ def check_stop_token_ids(value: Any) -> tuple[int, ...] | str | None:
         TypeError: if `value` is neither, nor a list or tuple of ints.
         ValueError: if a token id is negative.
     """
-    if value is None or value == "auto":
+    if value is None or (isinstance(value, str) and value == "auto"):
         return value
     if not isinstance(value, (list, tuple)):
         raise TypeError(
@@ -125,25 +138,46 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
     Raises:
         ValueError: if it is not; the message lists the choices.
     """
-    if value not in choices:
+    choices = list(choices)
+    # An array would be compared element by element.
+    if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
         raise ValueError(
-            f"Expected `{name}` to be one of {list(choices)}. "
+            f"Expected `{name}` to be one of {choices}. "
             f"Received: {name}={value!r}. Pick a name from that list."
         )
     return value
 
 
 def check_weight(name: str, value: Any) -> Any:
-    """Returns a weight of the loss: a float that is not negative, or a schedule.
+    """Returns a weight of the loss: a float from 0 to 1e6, or a schedule.
 
     Raises:
         TypeError: if `value` is neither a number nor a
             `keras.optimizers.schedules.LearningRateSchedule`.
-        ValueError: if it is negative or not finite.
+        ValueError: if it is negative, greater or not finite.
     """
     if isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
         return value
-    return check_number(name, value, 0.0)
+    return check_number(name, value, 0.0, MOST_WEIGHT)
+
+
+def check_temperature(value: Any) -> float:
+    """Returns a temperature: 0, for the likeliest token, or from 1e-4 to 1e4.
+
+    Logits divided by less, or log-probabilities of logits divided by more, are not
+    what float32 can tell apart.
+
+    Raises:
+        TypeError: if `value` is not a number.
+        ValueError: if it is anything else.
+    """
+    number = check_number("temperature", value, 0.0, 1e4)
+    if 0.0 < number < 1e-4:
+        raise ValueError(
+            "Expected `temperature` to be 0 or at least 0.0001. Received: "
+            f"temperature={value}. Pass 0 for the likeliest token."
+        )
+    return number
 
 
 def check_clip_range(value: Any) -> tuple[float, float] | None:
@@ -162,7 +196,7 @@ def check_clip_range(value: Any) -> tuple[float, float] | None:
             f"clip_range={value!r}. Pass for example clip_range=0.2."
         )
     low = check_number("clip_range", pair[0], 0.0, 1.0)
-    return low, check_number("clip_range", pair[1], 0.0)
+    return low, check_number("clip_range", pair[1], 0.0, MOST_WEIGHT)
 
 
 def check_some_weight(**weights: Any) -> None:

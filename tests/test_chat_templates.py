@@ -29,16 +29,16 @@ MESSAGES = [
     {"role": "user", "content": " 1 + 1? "},
     {"role": "assistant", "content": "2"},
 ]
-TEXT = "\n<user>1 + 1?</user>\n<assistant>2</assistant>"
+TEXT = "\n<user>1 + 1?</user>\n<assistant>2</assistant></s>"
 
 
-def test_messages_become_text_without_the_tokens_that_preprocessors_add():
+def test_messages_become_text_without_the_start_token_that_preprocessors_add():
     template = ChatTemplate(SOURCE, **TOKENS)
     assert template(MESSAGES) == TEXT
     assert template.prompt(MESSAGES[:1]) == "\n<user>1 + 1?</user>\n<assistant>"
     assert template.pair(MESSAGES) == (
         "\n<user>1 + 1?</user>\n<assistant>",
-        "2</assistant>",
+        "2</assistant></s>",
     )
 
 
@@ -69,7 +69,7 @@ def test_pairs_become_rows_with_answers():
     pair = ChatTemplate(SOURCE, **TOKENS).pair(MESSAGES)
     rows = pack([pair], tokenize, length=64, special_tokens=False).load().arrays
     answer = rows["token_ids"][0][rows["answer_mask"][0].astype(bool)]
-    assert bytes(answer.astype("uint8")) == b"2</assistant>"
+    assert bytes(answer.astype("uint8")) == b"2</assistant></s>"
 
 
 @pytest.mark.parametrize(
@@ -103,6 +103,69 @@ def test_templates_are_checked_and_run_in_a_sandbox():
         reaching_out(MESSAGES)
 
 
+def test_the_end_of_a_turn_stays_where_the_tokenizers_end_token_is_another(byte_lm):
+    tokenizer = byte_lm.preprocessor.tokenizer
+    turn = tokenizer.token_to_id("<|eot_id|>")
+    assert turn != tokenizer.end_token_id
+    for eos, ends in (
+        ("<|eot_id|>", [turn, tokenizer.end_token_id]),
+        (tokenizer.end_token, [tokenizer.token_to_id(">"), tokenizer.end_token_id]),
+    ):
+        template = ChatTemplate(SOURCE, bos_token=tokenizer.start_token, eos_token=eos)
+        byte_lm.preprocessor.sequence_length = 64
+        rows = to_token_rows([template.pair(MESSAGES)], byte_lm)
+        byte_lm.preprocessor.sequence_length = 24
+        assert rows["token_ids"][0, -2:].tolist() == ends
+        assert rows["answer_mask"][0, -2:].all()
+
+
+TOO_MUCH = (
+    "{{ 'a' * 10**10 }}",
+    "{{ 10**10 * 'a' }}",
+    "{{ ([1] * 10**10) | length }}",
+    "{{ 10**(10**10) }}",
+    "{{ '%10000000000d' % 1 }}",
+    "{{ '%*d' % (10**10, 1) }}",
+    "{{ '%10000000000d' | format(1) }}",
+    "{{ '{:10000000000}'.format(1) }}",
+    "{{ 'a'.ljust(10**10) }}",
+    "{{ 'a' | center(10**10) }}",
+    "{{ '\\n' | indent(10**10) }}",
+    "{{ 'a\\tb'.expandtabs(10**10) }}",
+    "{{ [1] | batch(10**10, 1) | list }}",
+    "{{ [1] | slice(10**10) | list }}",
+    "{{ lipsum(n=10**7) }}",
+    "{% for i in range(9999) %}{% for j in range(9999) %}aaaaaaaa{% endfor %}"
+    "{% endfor %}",
+    "{% set s = namespace(x='aa') %}{% for i in range(40) %}{% set s.x = s.x + s.x %}"
+    "{% endfor %}",
+    "{% set s = namespace(x='aa') %}{% for i in range(40) %}{% set s.x = s.x ~ s.x %}"
+    "{% endfor %}",
+    "{% set s = namespace(x='aa') %}{% for i in range(40) %}"
+    "{% set s.x = s.x | replace('a', 'aa') %}{% endfor %}",
+    "{% set s = namespace(x='aa') %}{% for i in range(40) %}"
+    "{% set s.x = [s.x, s.x] | join %}{% endfor %}",
+    "{% set s = namespace(x='aa') %}{% for i in range(40) %}"
+    "{% set s.x = s.x.join([s.x, s.x]) %}{% endfor %}",
+)
+
+
+@pytest.mark.parametrize("source", TOO_MUCH)
+def test_a_template_cannot_take_all_memory(source):
+    with pytest.raises(ValueError, match="most"):
+        ChatTemplate(source)(MESSAGES)
+
+
+def test_what_templates_do_with_short_texts_is_left_alone():
+    source = (
+        "{{ 'ab' * 2 }}{{ 'a' ~ 1 ~ 'b' }}{{ '%3d' % 7 }}{{ '{:>3}'.format('x') }}"
+        "{{ ['a', 'b'] | join('-') }}{{ 'a\nb' | indent(2) }}{{ 2 ** 3 }}{{ 7 % 4 }}"
+        "{{ 'x'.replace('x', 'y') }}{{ [1] + [2] }}{{ 'q' | center(3) }}"
+    )
+    expected = "ababa1b  7  xa-ba\n  b83y[1, 2] q "
+    assert ChatTemplate(source)(MESSAGES) == expected
+
+
 def test_the_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ImportError, match=r"keras_ebft\[chat\]"):
@@ -132,7 +195,7 @@ def test_texts_are_those_of_transformers(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     template = ChatTemplate.from_preset(tmp_path)
     expected = tokenizer.apply_chat_template(MESSAGES, tokenize=False)
-    assert f"<s>{template(MESSAGES)}</s>" == expected
+    assert f"<s>{template(MESSAGES)}" == expected
     expected = tokenizer.apply_chat_template(
         MESSAGES[:1], tokenize=False, add_generation_prompt=True
     )

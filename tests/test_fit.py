@@ -166,8 +166,7 @@ def test_every_kind_of_stream_gives_the_same_batches(fitted):
 def adapter(model, x, batch_size=None, shuffle=False):
     return token_batches(
         x,
-        model.causal_lm,
-        model.sampler.check_rows,
+        model._reader,
         batch_size=batch_size,
         shuffle=shuffle,
         seed=0,
@@ -189,7 +188,7 @@ def test_every_backend_gets_its_own_kind_of_batch(fitted):
     assert dataset.element_spec["token_ids"].shape == (2, LENGTH)
     for source in (dataset, batches.get_torch_dataloader(), batches.get_jax_iterator()):
         assert len(list(source)) == 2
-    assert token_batches(batches, None, None, None, False, 0) is batches
+    assert token_batches(batches, None, None, False, 0) is batches
 
 
 def test_shuffling_follows_the_seed(fitted):

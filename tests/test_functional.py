@@ -3,6 +3,7 @@ import itertools
 import numpy as np
 import pytest
 from helpers import to_numpy
+from keras import ops
 
 from keras_ebft import FeatureMatchingReward, functional
 from keras_ebft.functional.inner_products import feature_inner_products, whiten
@@ -154,6 +155,32 @@ def test_leave_one_out_with_few_samples():
     compare(two, column(1 - 10 - 3, 3 - 10 - 1))
     one = functional.advantages(column(1.5), column(0))
     compare(one, column(1.5))
+
+
+@pytest.mark.parametrize("whitening", ["rollout", "feature", None])
+@pytest.mark.parametrize("samples", [2, 4])
+def test_group_norm_of_the_same_rollouts_is_zero(whitening, samples):
+    """Their rewards differ by rounding, which is not to be divided by itself."""
+    random = np.random.default_rng(samples)
+    generated = random.normal(size=(1, 1, 5, 2, 16)).repeat(samples, axis=1)
+    generated *= 1 + 1e-7 * random.normal(size=generated.shape)
+    target = random.normal(size=(1, 5, 2, 16))
+    judged = FeatureMatchingReward(whitening=whitening).judge(
+        ops.convert_to_tensor(generated, "float32"),
+        ops.convert_to_tensor(target, "float32"),
+        None,
+        "group_norm",
+    )
+    assert not to_numpy(judged["advantage"]).any()
+
+
+def test_group_norm_does_not_ask_how_large_rewards_are():
+    for scale in (1.0, 1e6):
+        found = functional.advantages(
+            scale * column(1.0, 1.001), column(0, 0), estimator="group_norm"
+        )
+        expected = column(-(0.5**0.5), 0.5**0.5)
+        np.testing.assert_allclose(to_numpy(found), expected, rtol=5e-3)
 
 
 def test_group_norm_of_equal_rewards_is_zero():

@@ -40,7 +40,8 @@ def test_documents_of_one_row_are_sequences_of_their_own():
 def test_ratio_of_tokens_and_of_rollouts():
     compare(functional.probability_ratio(LOG_PROB, None, MASK), np.ones((1, 1, 2, 2)))
     ratio = functional.probability_ratio(LOG_PROB, OLD, MASK)
-    compare(ratio, [[[[2.0, 1.0], [0.25, 2.0]]]])
+    # What does not count is not looked at.
+    compare(ratio, [[[[2.0, 1.0], [1.0, 2.0]]]])
     ratio = functional.probability_ratio(LOG_PROB, OLD, MASK, "sequence")
     # The second rollout counts its last token only.
     compare(ratio, [[[[2.0**0.5, 2.0**0.5], [2.0, 2.0]]]])
@@ -60,7 +61,7 @@ def test_gradient_of_the_ratio(kind):
         [log_prob],
     )
     expected = {
-        "token": weight,
+        "token": weight * MASK,
         "sequence": np.array([[[[2.0, 2.0], [0.0, 9.0]]]]),
     }[kind]
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
@@ -90,6 +91,61 @@ def test_kl_estimates_are_clipped():
     far = np.float32([-30.0, 30.0])
     compare(functional.kl_estimate(far, 0 * far, "k1"), [-10.0, 10.0])
     compare(functional.kl_estimate(far, 0 * far, "k2"), [10.0, 10.0])
+
+
+# What a masked token may say: nothing of it reaches a gradient.
+MASKED = [-1e4, -np.inf, np.inf, np.nan]
+
+
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+@pytest.mark.parametrize("masked", MASKED)
+def test_masked_tokens_reach_no_gradient_of_the_policy_loss(kind, masked):
+    advantage = np.array([[[2.0, -1.0]]], dtype="float32")
+
+    def gradient(value, old_value):
+        values, old = LOG_PROB.copy(), OLD.copy()
+        values[0, 0, 1, 0], old[0, 0, 1, 0] = value, old_value
+        log_prob = Variable(values)
+
+        def loss():
+            ratio = functional.probability_ratio(log_prob.value, old, MASK, kind)
+            return functional.policy_loss(ratio, advantage, MASK / 3, (0.2, 0.2))
+
+        return gradients(loss, [log_prob])[0]
+
+    expected = gradient(-1.0, -1.0)
+    assert np.isfinite(expected).all() and expected.any()
+    np.testing.assert_array_equal(gradient(masked, -1.0), expected)
+    np.testing.assert_array_equal(gradient(-1.0, masked), expected)
+
+
+@pytest.mark.parametrize("clip_range", [None, (0.2, 0.2)])
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_ratios_that_overflow_have_a_finite_loss_and_gradient(clip_range, sign):
+    log_prob = Variable(np.zeros((1, 1, 1, 2), "float32"))
+    old = np.array([[[[-200.0, 0.0]]]], dtype="float32")
+    ones = np.ones((1, 1, 1, 2), "float32")
+
+    def loss():
+        ratio = functional.probability_ratio(log_prob.value, old, ones)
+        advantage = np.full((1, 1, 1), sign, "float32")
+        return functional.policy_loss(ratio, advantage, ones / 2, clip_range)
+
+    assert np.isfinite(to_numpy(loss()))
+    (gradient,) = gradients(loss, [log_prob])
+    compare(gradient, [[[[0.0, -sign / 2]]]])
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_clipped_kl_estimates_have_no_gradient(estimator):
+    log_prob = Variable(np.float32([-300.0, -1.0, -2.0]))
+    reference = np.float32([-1.0, -300.0, -1.0])
+    (gradient,) = gradients(
+        lambda: ops.sum(functional.kl_estimate(log_prob.value, reference, estimator)),
+        [log_prob],
+    )
+    slope = {"k1": 1.0, "k2": -1.0, "k3": 1.0 - np.e}[estimator]
+    compare(gradient, [0.0, 0.0, slope])
 
 
 @pytest.mark.parametrize(

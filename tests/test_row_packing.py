@@ -328,3 +328,9 @@ def test_bad_state():
         stream.set_state({"row": 1})
     with pytest.raises(ValueError, match="documents=-1"):
         stream.set_state({"documents": -1, "rows": 0})
+
+
+@pytest.mark.parametrize("tokenizer", [5, "llama", [1]])
+def test_what_cannot_tokenize_is_refused(tokenizer):
+    with pytest.raises(TypeError, match=r"function from a list.*tokenizer="):
+        pack(["ab"], tokenizer, 8)

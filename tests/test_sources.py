@@ -8,6 +8,7 @@ import struct
 import sys
 
 import datasets
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
@@ -340,6 +341,35 @@ def test_records_with_nothing_in_a_column_are_counted():
     assert (rows.report.documents, rows.report.empty_documents) == (3, 2)
     nested = [{"translation": {"en": None}}]
     assert list(from_records(nested, text="{translation[en]}")) == [""]
+
+
+@pytest.mark.parametrize(
+    ("record", "text"),
+    [
+        ({"a": {"b": None}}, "{a[b]}"),
+        ({"a": None}, "{a[b]}"),
+        ({"a": None}, "{a!s}"),
+        ({"a": None}, "{a!r:>5}"),
+        ({"a": float("nan")}, "{a}"),
+        ({"a": np.float32("nan")}, "{a:.2f}"),
+        ({"a": {"b": float("nan")}}, "{a[b]!s}"),
+    ],
+)
+def test_whatever_is_missing_makes_an_empty_document(record, text):
+    assert list(from_records([record], text=f"x {text}")) == [""]
+    pair = from_records([record], prompt="x", answer=text)
+    assert list(pair) == [("", "")]
+
+
+def test_missing_values_of_pandas():
+    pandas = pytest.importorskip("pandas")
+    for value in (pandas.NA, pandas.NaT):
+        assert list(from_records([{"a": value}], text="{a}")) == [""]
+
+
+def test_a_path_that_leads_nowhere_is_named():
+    with pytest.raises(ValueError, match=r"a\[b\].*columns \['a'\]"):
+        list(from_records([{"a": "text"}], text="{a[b]}"))
 
 
 def test_records_that_are_not_utf8():

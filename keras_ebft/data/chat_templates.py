@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 TEMPLATE_FILE = "chat_template.jinja"
 SETTINGS_FILE = "tokenizer_config.json"
+MOST_INDENT = 16
 TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 Messages: TypeAlias = list[dict[str, Any]]
@@ -17,9 +18,10 @@ class ChatTemplate:
 
     Templates are written in Jinja and come with the folder of an instruction-tuned
     model in the Hugging Face layout; presets in KerasHub's own layout have none.
-    They run in Jinja's sandbox. The start token at the very beginning and the end
-    token at the very end are left out, because KerasHub's preprocessors and
-    `keras_ebft.data.pack` add them.
+    They run in Jinja's sandbox, and what they make is limited. The start token at the
+    very beginning is left out, because KerasHub's preprocessors add it. The token that
+    ends an answer stays, because a tokenizer's own end token may be another; where it
+    is the same, `fit` and `keras_ebft.data.pack` do not add it twice.
 
     Args:
         template: str, Jinja source.
@@ -85,7 +87,7 @@ class ChatTemplate:
         Raises:
             ValueError: for anything else, or messages the template refuses.
         """
-        return self._without_end(self._render(messages))
+        return self._render(messages)
 
     def prompt(self, messages: Messages) -> str:
         """Messages as text that an answer can follow, for `generate`."""
@@ -120,36 +122,33 @@ class ChatTemplate:
         _check_messages(messages)
         import jinja2
 
+        from keras_ebft.data.limited_templates import TooMuchError, joined
+
         tokens = {"bos_token": "", "eos_token": "", **self.tokens}
+        parts = self._template.generate(
+            messages=messages, add_generation_prompt=add_generation_prompt, **tokens
+        )
         try:
-            text = self._template.render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                **tokens,
-            )
-        except jinja2.TemplateError as error:
+            text = joined(parts)
+        except (jinja2.TemplateError, TooMuchError) as error:
             raise ValueError(
                 f"Expected messages that the template knows. Received: "
                 f"{_shorten(messages)}; the template says: {error}."
             ) from error
         return text.removeprefix(tokens["bos_token"])
 
-    def _without_end(self, text: str) -> str:
-        return text.removesuffix(self.tokens.get("eos_token", ""))
-
 
 def _compile(template: str) -> Any:
     try:
         import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        from keras_ebft.data.limited_templates import make_environment
     except ImportError as error:
         raise ImportError(
             "Expected the package jinja2, which chat templates are written for. "
             'Install it: pip install "keras_ebft[chat]".'
         ) from error
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
+    environment = make_environment()
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -162,6 +161,7 @@ def _compile(template: str) -> Any:
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:
+    indent = None if indent is None else min(indent, MOST_INDENT)
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 

@@ -1,12 +1,16 @@
 """Documents of any accepted form as token ids, with the place their answer begins."""
 
 import itertools
+import math
 
+import keras_hub
 import numpy as np
 
 # Long enough to amortise a tokenizer's call, small enough to keep memory flat.
 TEXTS_PER_CALL = 256
 CHARACTERS_PER_CALL = 1_000_000
+# One of them is a token that SentencePiece merges with nothing that follows.
+BORDERS = ("\n", "|", ")", ".", ":", "x", "e", "a")
 
 
 class DocumentTokenizer:
@@ -14,22 +18,36 @@ class DocumentTokenizer:
 
     A document is a string (or UTF-8 bytes), a pair `(prompt, answer)` of strings,
     an int array of token ids, or a pair of int arrays. Both halves of a pair are
-    tokenized on their own, so that no token straddles the border.
+    tokenized on their own, so that no token straddles the border, and say together
+    what the two strings do.
 
     Args:
         tokenizer: `keras_hub` tokenizer, or a function from a list of strings to
             a list of lists of token ids; `None` if all documents are token ids.
         special_tokens: bool, whether the tokenizer's start token goes before and
-            its end token after each document, where it has them. The end token
-            belongs to the answer.
+            its end token after each document, where it has them and they are not
+            there already. The end token belongs to the answer.
+        markers: `(before, after)`, tuples of token ids, in place of the tokenizer's.
+
+    Raises:
+        TypeError: if `tokenizer` cannot be called.
     """
 
-    def __init__(self, tokenizer, special_tokens):
+    def __init__(self, tokenizer, special_tokens, markers=None):
+        if tokenizer is not None and not callable(tokenizer):
+            raise TypeError(
+                "Expected `tokenizer` to be a keras_hub tokenizer, a function from a "
+                "list of strings to a list of lists of token ids, or None. Received: "
+                f"tokenizer={tokenizer!r} (of type {type(tokenizer).__name__})."
+            )
         self.tokenizer = tokenizer
         self._before, self._after = (), ()
-        if special_tokens:
+        if markers is not None:
+            self._before, self._after = markers
+        elif special_tokens:
             self._before = _token(tokenizer, "start_token_id")
             self._after = _token(tokenizer, "end_token_id")
+        self._borders = _borders(tokenizer)
 
     def __call__(self, documents):
         """Yields `(token_ids, answer_start)`, `None` for a document without tokens.
@@ -43,17 +61,34 @@ class DocumentTokenizer:
                 tokenizer.
         """
         parts_of_each = (
-            _parts(document, index) for index, document in enumerate(documents)
+            self._without_markers(_parts(document, index))
+            for index, document in enumerate(documents)
         )
         for parts in _groups(parts_of_each):
-            texts = [p for pair in parts for p in pair if isinstance(p, str)]
-            tokens = iter(self._tokenize(texts) if texts else ())
+            beginnings = iter(self._tokenize([p[0] for p in parts if _is_text(p[0])]))
+            rest = [p[1] for p in parts if len(p) == 2 and _is_text(p[1])]
+            continuations = iter(self._continue(rest))
             for pair in parts:
-                yield self._join(
-                    [next(tokens) if isinstance(p, str) else p for p in pair]
-                )
+                found = [next(beginnings) if _is_text(pair[0]) else pair[0]]
+                if len(pair) == 2:
+                    is_text = _is_text(pair[1])
+                    found.append(next(continuations) if is_text else pair[1])
+                yield self._join(found)
+
+    def _without_markers(self, parts):
+        """Texts without markers that are written out, which are added as tokens."""
+        parts = list(parts)
+        start = getattr(self.tokenizer, "start_token", None)
+        end = getattr(self.tokenizer, "end_token", None)
+        if self._before and start and _is_text(parts[0]):
+            parts[0] = parts[0].removeprefix(start)
+        if self._after and end and _is_text(parts[-1]):
+            parts[-1] = parts[-1].removesuffix(end)
+        return parts
 
     def _tokenize(self, texts):
+        if not texts:
+            return []
         if self.tokenizer is None:
             raise ValueError(
                 "Expected token ids, because `tokenizer` is None. Received: a "
@@ -63,20 +98,62 @@ class DocumentTokenizer:
         tokens = tokens.to_list() if hasattr(tokens, "to_list") else tokens
         return [np.asarray(ids, dtype="int32") for ids in tokens]
 
+    def _continue(self, texts):
+        """Tokens of texts that go on where another ends.
+
+        SentencePiece puts a blank before every text. Behind a border that is a token
+        of its own it does not, and the border is taken away again.
+        """
+        found = self._tokenize(texts)
+        left = [index for index, text in enumerate(texts) if text]
+        for border, ids in self._borders:
+            if not left:
+                break
+            longer = self._tokenize([border + texts[index] for index in left])
+            mended = [tokens[: len(ids)].tolist() == ids for tokens in longer]
+            for index, tokens, fits in zip(left, longer, mended):
+                if fits:
+                    found[index] = tokens[len(ids) :]
+            left = [index for index, fits in zip(left, mended) if not fits]
+        return found
+
     def _join(self, parts):
         *prompt, answer = parts
         # An answer without tokens leaves nothing to learn.
         if not len(answer):
             return None
-        start = len(self._before) + len(prompt[0]) if prompt else 0
-        if prompt or self._before or self._after:
-            answer = np.concatenate([self._before, *prompt, answer, self._after])
-        return answer.astype("int32", copy=False), start
+        whole = np.concatenate([*prompt, answer])
+        before = () if _begins(whole, self._before) else self._before
+        after = () if _begins(answer[::-1], self._after[::-1]) else self._after
+        start = len(before) + len(prompt[0]) if prompt else 0
+        if before or after:
+            whole = np.concatenate([before, whole, after])
+        return whole.astype("int32", copy=False), start
 
 
 def _token(tokenizer, name):
     token = getattr(tokenizer, name, None)
     return () if token is None else (token,)
+
+
+def _begins(ids, marker):
+    return bool(marker) and tuple(ids[: len(marker)]) == tuple(marker)
+
+
+def _borders(tokenizer):
+    """`(text, its token ids)` of the borders that a tokenizer needs and can write."""
+    if not isinstance(tokenizer, keras_hub.tokenizers.SentencePieceTokenizer):
+        return []
+    found = []
+    for border in BORDERS:
+        ids = [int(token) for token in tokenizer([border])[0]]
+        if ids and tokenizer.detokenize(ids) == border:
+            found.append((border, ids))
+    return found
+
+
+def _is_text(part):
+    return isinstance(part, str)
 
 
 def _groups(parts_of_each):
@@ -105,7 +182,8 @@ def _parts(document, index):
 
 def _part(part, index):
     if isinstance(part, str):
-        return part
+        # Also of a subclass, such as NumPy's, without what it adds.
+        return str(part)
     if isinstance(part, bytes):
         try:
             return part.decode("utf-8")
@@ -114,15 +192,33 @@ def _part(part, index):
                 f"Expected documents in UTF-8. Received: document {index}, {error}. "
                 "Convert it, or leave it out."
             ) from error
-    ids = np.asarray(part)
-    if ids.ndim != 1 or (ids.dtype.kind not in "iu" and ids.size):
+    ids = _vector(part)
+    if ids is None or (ids.dtype.kind not in "iu" and ids.size):
         raise TypeError(
-            "Expected a document to be a string, a pair (prompt, answer), or a "
-            f"vector of token ids. Received: document {index}, {type(part).__name__} "
-            f"of shape {ids.shape} and dtype {ids.dtype}. Use "
-            "keras_ebft.data.from_records for records with named columns."
+            "Expected a document to be strings or token ids: a string, a pair "
+            "(prompt, answer), or a vector of ints. Received: document "
+            f"{index}, {' '.join(repr(part).split())[:60]} (of type "
+            f"{type(part).__name__}). Leave out what is missing; "
+            "keras_ebft.data.from_records reads records with named columns, "
+            "keras_ebft.data.ChatTemplate messages."
         )
     return ids
+
+
+def _vector(part):
+    """A vector, `None` of what is none."""
+    try:
+        ids = np.asarray(part)
+    except ValueError:
+        return None
+    return ids if ids.ndim == 1 else None
+
+
+def is_missing(value):
+    """Whether a value of a table says that there is none: `None`, NaN, pandas' NA."""
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return True
+    return isinstance(value, (float, np.floating)) and math.isnan(value)
 
 
 def every_nth(documents, index, count, done):

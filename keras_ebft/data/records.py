@@ -1,8 +1,11 @@
 """Records with named columns as documents."""
 
 import string
-from collections.abc import Iterable, Iterator, Sequence
+from _string import formatter_field_name_split
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+from keras_ebft.data.documents import is_missing
 
 
 def from_records(
@@ -16,7 +19,8 @@ def from_records(
     Args:
         records: sequence or iterable of dicts, such as a `datasets.Dataset` or a
             `tfds` data source. Bytes are read as UTF-8. A record whose wanted
-            column is `None` becomes an empty document, which `pack` counts.
+            column is `None`, NaN or pandas' `NA`, or lies within one that is,
+            becomes an empty document, which `pack` counts.
         text: template of a text, such as `"{text}"`. Column names stand in
             braces, as for `str.format`; `"{translation[en]}"` looks into a column.
         prompt: template of a prompt; together with `answer`, in place of `text`.
@@ -81,27 +85,35 @@ class RecordSequence(RecordDocuments):
 
 
 class _NothingThereError(Exception):
-    """A column holds `None`."""
+    """A column holds nothing."""
 
 
 class _Template(string.Formatter):
     """Templates as for `str.format`, without writing "None" into a document."""
 
-    def format_field(self, value: Any, format_spec: str) -> Any:
-        """The text of one column."""
-        if value is None:
+    def get_field(
+        self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, int | str]:
+        """The value of one column, before it is converted to text."""
+        first, path = formatter_field_name_split(field_name)
+        value = self.get_value(first, args, kwargs)
+        for is_attribute, name in path:
+            if is_missing(value):
+                raise _NothingThereError
+            value = getattr(value, name) if is_attribute else value[name]
+        if is_missing(value):
             raise _NothingThereError
-        return super().format_field(value, format_spec)
+        return value, first
 
 
 def _fill(template: str, record: Any) -> str | None:
-    """The filled template, `None` if a column it names holds `None`."""
+    """The filled template, `None` if a column it names holds nothing."""
     record = _decoded(record)
     try:
         return _Template().vformat(template, (), record)
     except _NothingThereError:
         return None
-    except (KeyError, IndexError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         wanted = [name for _, name, _, _ in string.Formatter().parse(template) if name]
         raise ValueError(
             f"Expected records with {', '.join(wanted)}. Received: columns "

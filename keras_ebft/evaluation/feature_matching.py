@@ -44,7 +44,7 @@ class FeatureMatching:
         seed: int, decides the rollouts, the same in every call.
 
     Raises:
-        TypeError: for another kind of model.
+        TypeError: for another kind of model, or lengths that are no tuple of ints.
         ValueError: if there is no length, or one is below 1.
 
     Example:
@@ -61,6 +61,12 @@ class FeatureMatching:
         num_samples: int | None = None,
         seed: int = 0,
     ) -> None:
+        if not isinstance(rollout_lengths, (list, tuple)):
+            raise TypeError(
+                "Expected `rollout_lengths` to be a tuple of ints. Received: "
+                f"rollout_lengths={rollout_lengths!r} (of type "
+                f"{type(rollout_lengths).__name__}). Pass for example (8,)."
+            )
         if not rollout_lengths:
             raise ValueError(
                 "Expected at least one of `rollout_lengths`. Received: "

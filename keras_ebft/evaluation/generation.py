@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_ebft.evaluation.models import causal_lm_of
 from keras_ebft.model import EBFTModel
-from keras_ebft.validation import check_int, check_number
+from keras_ebft.validation import check_int, check_temperature
 
 
 class TextGenerator:
@@ -52,7 +52,7 @@ class TextGenerator:
             )
         self.max_length = check_int("max_length", max_length, 2)
         self.num_samples = check_int("num_samples", num_samples, 1)
-        self.temperature = check_number("temperature", temperature, 0.0)
+        self.temperature = check_temperature(temperature)
         self.batch_size = check_int("batch_size", batch_size, 1)
         self.seed = check_int("seed", seed, 0)
         if self.temperature == 0.0 and self.num_samples > 1:

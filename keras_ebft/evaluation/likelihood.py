@@ -24,16 +24,14 @@ def cross_entropy(
 
     Args:
         model: `EBFTModel` or `keras_hub.models.CausalLM`.
-        x: documents in memory: strings, int array `[N, T]`, or a dict with
-            `token_ids` and optionally `padding_mask`, `segment_ids` (packed
-            documents are read one by one) and `answer_mask`, such as
-            `PackedRows.arrays`.
+        x: documents in memory, of any form `fit` accepts; packed ones are read one
+            by one.
         batch_size: int, documents per forward pass. A pass holds
             `batch_size * T * vocabulary` float32 logits.
 
     Returns:
         dict of floats: `cross_entropy` (nats per token), `perplexity` and `tokens`
-        (how many were predicted); with an `answer_mask` also
+        (how many were predicted); of pairs or with an `answer_mask` also
         `answer_cross_entropy`, `answer_perplexity` and `answer_tokens`.
 
     Raises:
@@ -47,8 +45,9 @@ def cross_entropy(
     """
     causal_lm = causal_lm_of(model)
     batch_size = check_int("batch_size", batch_size, 1)
-    has_answers = isinstance(x, dict) and "answer_mask" in x
-    rows = _documents(x, causal_lm)
+    rows = to_token_rows(x, causal_lm)
+    has_answers = "answer_mask" in rows
+    rows = single_documents(rows)
     masks = {"": rows["padding_mask"][:, 1:]}
     if has_answers:
         masks["answer_"] = rows["answer_mask"][:, 1:]
@@ -59,15 +58,6 @@ def cross_entropy(
     for prefix, mask in masks.items():
         measured |= _mean(prefix, log_prob, mask)
     return measured
-
-
-def _documents(x: Any, causal_lm: keras_hub.models.CausalLM) -> Rows:
-    if not isinstance(x, dict) or "token_ids" not in x:
-        # Checks and tokenizes.
-        return single_documents(to_token_rows(x, causal_lm))
-    rows = single_documents(x)
-    plain = {name: rows[name] for name in ("token_ids", "padding_mask")}
-    return {**rows, **to_token_rows(plain, causal_lm)}
 
 
 def _log_prob(

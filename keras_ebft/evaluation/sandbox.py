@@ -11,6 +11,8 @@ from typing import Any
 from keras_ebft.evaluation.sandbox_processes import Confinement, run_together
 from keras_ebft.validation import check_choice, check_int, check_number
 
+# As limits of the system are counted.
+MOST_BYTES = 2**62
 PROTECTIONS = ("limits", "network", "filesystem", "processes", "user")
 
 
@@ -112,12 +114,12 @@ class Sandbox:
         )
         self.limits = {
             "cpu_seconds": check_int("cpu_seconds", cpu_seconds, 1),
-            "memory_bytes": check_int("memory_bytes", memory_bytes, 2**25),
+            "memory_bytes": check_int("memory_bytes", memory_bytes, 2**25, MOST_BYTES),
             "processes": check_int("processes", processes, 1),
-            "disk_bytes": check_int("disk_bytes", disk_bytes, 4096),
+            "disk_bytes": check_int("disk_bytes", disk_bytes, 4096, MOST_BYTES),
             "open_files": check_int("open_files", open_files, 8),
         }
-        self.output_bytes = check_int("output_bytes", output_bytes, 1)
+        self.output_bytes = check_int("output_bytes", output_bytes, 1, MOST_BYTES)
         self.require = tuple(
             check_choice("require", name, PROTECTIONS) for name in require
         )

@@ -294,8 +294,9 @@ def _is_backbone(network: Any) -> bool:
 
 
 def _normalise(vectors: Tensor) -> Tensor:
-    norm = ops.sqrt(ops.sum(ops.square(vectors), axis=-1, keepdims=True))
-    return vectors / ops.maximum(norm, NORM_EPSILON)
+    square = ops.sum(ops.square(vectors), axis=-1, keepdims=True)
+    # Before the root, whose derivative at 0 is infinite.
+    return vectors / ops.sqrt(ops.maximum(square, NORM_EPSILON**2))
 
 
 def _check_network(network: Any) -> Any:

@@ -7,13 +7,16 @@ arXiv:2603.12248, except where another is named.
 
 from keras import ops
 
-from keras_ebft.functional.masking import masked_mean, weighted_sum
+from keras_ebft.functional.masking import masked_mean, only_where, weighted_sum
 from keras_ebft.typing import Tensor
 from keras_ebft.validation import check_choice
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 POLICY_LOSSES = ("token", "sequence")
 KL_BOUND = 10.0
+# Ratios above exp(20) count as exp(20): no step is worth more, and float32 ends at
+# exp(88), from where on the gradient would be that of infinity.
+LOG_RATIO_BOUND = 20.0
 
 
 def token_weights(token_mask: Tensor, starts: Tensor | None = None) -> Tensor:
@@ -38,15 +41,33 @@ def token_weights(token_mask: Tensor, starts: Tensor | None = None) -> Tensor:
     [0.25, 0.25, 0.0, 0.5]
     """
     token_mask = ops.convert_to_tensor(token_mask)
-    of_block = ops.sum(token_mask, axis=-1)
+    of_block, of_sequence = _tokens_of_sequences(token_mask, starts)
+    sequences = ops.sum(of_block / of_sequence)
+    return token_mask / of_sequence[..., None] / ops.maximum(sequences, 1.0)
+
+
+def count_sequences(token_mask: Tensor, starts: Tensor | None = None) -> Tensor:
+    """How many rollout sequences have a token that counts, float32 scalar.
+
+    Args:
+        token_mask: as of `token_weights`.
+        starts: as of `token_weights`.
+    """
+    of_block, of_sequence = _tokens_of_sequences(token_mask, starts)
+    return ops.sum(of_block / of_sequence)
+
+
+def _tokens_of_sequences(
+    token_mask: Tensor, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Counted tokens of each block, and of its sequence but 1 at least."""
+    of_block = ops.sum(ops.convert_to_tensor(token_mask), axis=-1)
     if starts is None:
         of_sequence = ops.sum(of_block, axis=-1, keepdims=True)
     else:
         same = ops.cast(starts[:, :, None] == starts[:, None, :], "float32")
         of_sequence = ops.matmul(of_block, same)
-    of_sequence = ops.maximum(of_sequence, 1.0)
-    sequences = ops.sum(of_block / of_sequence)
-    return token_mask / of_sequence[..., None] / ops.maximum(sequences, 1.0)
+    return of_block, ops.maximum(of_sequence, 1.0)
 
 
 def probability_ratio(
@@ -60,6 +81,9 @@ def probability_ratio(
     - `"token"`: `exp(logp - logp_old)` of each token;
     - `"sequence"`: `exp(mean_t (logp_t - logp_old_t))` over the counted tokens of
       a rollout, the same for all of them (GSPO, arXiv:2507.18071).
+
+    At most `exp(20)`, where the gradient is 0, and 1 for tokens that do not count,
+    whatever their log-probabilities are.
 
     Args:
         log_prob: float32 tensor `[B, n, K, G]`, with gradient.
@@ -77,11 +101,12 @@ def probability_ratio(
     check_choice("policy_loss", kind, POLICY_LOSSES)
     log_prob = ops.convert_to_tensor(log_prob)
     old = log_prob if old_log_prob is None else ops.convert_to_tensor(old_log_prob)
-    difference = log_prob - ops.stop_gradient(old)
+    # Before the exponential: behind it, 0 times infinity would reach the gradient.
+    difference = only_where(token_mask, log_prob - ops.stop_gradient(old))
     if kind == "sequence":
         mean = masked_mean(difference, token_mask, axis=-1)
         difference = ops.broadcast_to(mean[..., None], difference.shape)
-    return ops.exp(difference)
+    return ops.exp(ops.minimum(difference, LOG_RATIO_BOUND))
 
 
 def policy_loss(
@@ -111,7 +136,8 @@ def policy_loss(
     advantage = ops.stop_gradient(ops.convert_to_tensor(advantage))
     if len(advantage.shape) < len(ratio.shape):
         advantage = advantage[..., None]
-    gain = ratio * advantage
+    ratio = only_where(weights, ratio)
+    gain = ratio * only_where(weights, advantage)
     if clip_range is not None:
         low, high = clip_range
         gain = ops.minimum(gain, ops.clip(ratio, 1.0 - low, 1.0 + high) * advantage)
@@ -147,6 +173,8 @@ def kl_estimate(
     """
     check_choice("kl_estimator", estimator, KL_ESTIMATORS)
     difference = ops.cast(log_prob, "float32") - ops.cast(ref_log_prob, "float32")
+    # Every estimate beyond is clipped, and the exponential stays finite.
+    difference = ops.clip(difference, -2.0 * KL_BOUND, 2.0 * KL_BOUND)
     if estimator == "k1":
         estimate = difference
     elif estimator == "k2":

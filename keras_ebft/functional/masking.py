@@ -5,6 +5,24 @@ from keras import ops
 from keras_ebft.typing import Tensor
 
 
+def only_where(mask: Tensor, values: Tensor) -> Tensor:
+    """Values where a mask is above 0, and 0 elsewhere.
+
+    Neither the result nor its gradient depends on what is replaced: to be called
+    before anything whose derivative may be infinite.
+
+    Args:
+        mask: float tensor that broadcasts to `values`.
+        values: float tensor, or one that broadcasts to `mask`.
+
+    Returns:
+        tensor of the dtype of `values`.
+    """
+    values = ops.convert_to_tensor(values)
+    counts = ops.convert_to_tensor(mask) > 0
+    return ops.where(counts, values, ops.zeros_like(values))
+
+
 def masked_mean(
     values: Tensor, mask: Tensor, axis: int | tuple[int, ...] | None = None
 ) -> Tensor:
@@ -23,7 +41,7 @@ def masked_mean(
     """
     values = ops.convert_to_tensor(values)
     mask = ops.broadcast_to(ops.convert_to_tensor(mask), values.shape)
-    kept = ops.where(mask > 0, values, ops.zeros_like(values))
+    kept = only_where(mask, values)
     count = ops.sum(mask, axis=axis)
     return ops.sum(kept, axis=axis) / ops.maximum(count, 1.0)
 
@@ -38,5 +56,4 @@ def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
     Returns:
         float32 scalar.
     """
-    counted = ops.where(weights > 0, values, ops.zeros_like(values))
-    return ops.sum(weights * counted)
+    return ops.sum(weights * only_where(weights, values))

@@ -50,8 +50,9 @@ def unit_length(features: Tensor) -> Tensor:
         float32 tensor of that shape; 0 where all of a window's features are 0.
     """
     features = ops.cast(features, "float32")
-    norm = ops.sqrt(ops.sum(ops.square(features), axis=(-2, -1), keepdims=True))
-    return features / ops.maximum(norm, NORM_EPSILON)
+    square = ops.sum(ops.square(features), axis=(-2, -1), keepdims=True)
+    # Before the root, whose derivative at 0 is infinite.
+    return features / ops.sqrt(ops.maximum(square, NORM_EPSILON**2))
 
 
 def _last(tokens: Tensor, counted: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The blocks of a batch: where they stand and which of their tokens count."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -141,6 +142,56 @@ def make_blocks(
         exists,
         counts,
     )
+
+
+def live_places(
+    rows: Mapping[str, np.ndarray],
+    rollout_length: int,
+    *,
+    context_length: int = 1,
+    short_windows: bool = False,
+    answer_only: bool = False,
+) -> np.ndarray:
+    """Where a block would live, as `make_blocks` decides it, counted on the host.
+
+    Args:
+        rows: dict of arrays `[B, T]`: `padding_mask` and optionally `segment_ids`,
+            `answer_mask`.
+        rollout_length: int, G.
+        context_length: int, tokens of its own document a block must see.
+        short_windows: bool.
+        answer_only: bool.
+
+    Returns:
+        bool array `[B, T]`, one place for every anchor from 0.
+    """
+    mask = np.asarray(rows["padding_mask"])
+    batch, length = mask.shape
+    place = np.arange(length)
+    segments = rows.get("segment_ids", np.zeros_like(mask, "int32"))
+    begins = np.ones((batch, length), bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    starts = np.maximum.accumulate(np.where(begins, place, 0), axis=1)
+    # Where the document of each token ends, or its real part.
+    last = np.where(begins, place, length)[:, ::-1]
+    after = np.minimum.accumulate(last, axis=1)[:, ::-1]
+    ends = np.full((batch, length), length)
+    ends[:, :-1] = after[:, 1:]
+    ends = np.minimum(ends, mask.sum(axis=1, keepdims=True))
+    # A block belongs to the document of the token before it.
+    starts, ends = (np.roll(values, 1, axis=1) for values in (starts, ends))
+    until = np.minimum(place + rollout_length, ends)
+    exist = until - place
+    counts = mask & np.asarray(rows.get("answer_mask", mask))
+    if answer_only:
+        lives = (exist >= 1) & counts
+    else:
+        lives = exist >= (1 if short_windows else rollout_length)
+        before = np.concatenate([np.zeros((batch, 1), int), counts.cumsum(1)], axis=1)
+        held = np.take_along_axis(before, np.maximum(until, 0), axis=1)
+        lives &= held > before[:, :-1]
+    seen = place - starts
+    return lives & (place >= max(context_length, 1)) & (seen >= context_length)
 
 
 def answer_starts(documents: Documents) -> Tensor:

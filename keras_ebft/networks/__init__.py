@@ -32,7 +32,12 @@ from keras_ebft.networks.quantization import dtype_policy_name
 from keras_ebft.networks.rematerialisation import resolve_rematerialize
 from keras_ebft.networks.routed_network import RoutedNetwork
 from keras_ebft.networks.row_network import RowNetwork
-from keras_ebft.networks.texts import export_tokenizer, preprocess_texts, to_numpy
+from keras_ebft.networks.texts import (
+    detokenize,
+    export_tokenizer,
+    text_markers,
+    to_numpy,
+)
 from keras_ebft.networks.whole_configs import complete_config
 
 __all__ = [
@@ -45,6 +50,7 @@ __all__ = [
     "check_supported",
     "complete_config",
     "copied_variables",
+    "detokenize",
     "dtype_policy_name",
     "end_token_ids",
     "export_tokenizer",
@@ -55,9 +61,9 @@ __all__ = [
     "maximum_length",
     "num_layers",
     "output_head",
-    "preprocess_texts",
     "resolve_rematerialize",
     "routed_backbone",
+    "text_markers",
     "to_numpy",
     "tokenizer",
     "vocabulary_size",

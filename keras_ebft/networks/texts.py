@@ -4,25 +4,44 @@ import numpy as np
 
 from keras_ebft.networks.families import family_of_preprocessor
 
+# Shows what a preprocessor puts around a text, and how long a row that takes.
+PROBE = "a"
+PROBE_LENGTH = 16
 
-def preprocess_texts(preprocessor, texts):
-    """Token ids of texts, with the start and end token a preprocessor adds.
+
+def text_markers(preprocessor):
+    """The tokens that a preprocessor puts before and after a text.
 
     Args:
         preprocessor: `keras_hub.models.CausalLMPreprocessor`.
-        texts: list of strings.
 
     Returns:
-        `(token_ids, mask)`: int array and bool array `[N, sequence_length]`, real
-        tokens on the left.
+        `(before, after)`, tuples of ints.
+
+    Raises:
+        ValueError: for a preprocessor that does more than that.
     """
+    token_ids, mask = _preprocess(preprocessor, [PROBE], PROBE_LENGTH)
+    whole = token_ids[0][mask[0]].tolist()
+    text = to_numpy(preprocessor.tokenizer([PROBE])[0]).tolist()
+    for start in range(len(whole) - len(text) + 1):
+        if whole[start : start + len(text)] == text:
+            return tuple(whole[:start]), tuple(whole[start + len(text) :])
+    raise ValueError(
+        "Expected a preprocessor that tokenizes a text and puts markers before and "
+        f"after it. Received: a {type(preprocessor).__name__} that makes {whole} of "
+        f"{PROBE!r}, whose tokens are {text}. Pass token ids: "
+        "{'token_ids': ..., 'padding_mask': ...}."
+    )
+
+
+def _preprocess(preprocessor, texts, length):
+    """Token ids and mask `[N, length]` of texts, real tokens on the left."""
     x, family = texts, family_of_preprocessor(preprocessor)
     if family is not None and family.prompts_apart:
         x = {"prompts": [""] * len(texts), "responses": texts}
     # The preprocessor splits T tokens into T-1 inputs and T-1 shifted labels.
-    inputs, labels, weights = preprocessor(
-        x, sequence_length=preprocessor.sequence_length - 1
-    )
+    inputs, labels, weights = preprocessor(x, sequence_length=length - 1)
     token_ids = _joined(inputs["token_ids"], labels)
     mask = _joined(inputs["padding_mask"], weights).astype(bool)
     # RWKV-7's pads on the left.
@@ -43,6 +62,23 @@ def to_numpy(value):
     if hasattr(value, "detach"):
         value = value.detach().cpu()
     return np.asarray(value)
+
+
+def detokenize(tokenizer, token_ids):
+    """The text of token ids; those that a tokenizer does not know say nothing.
+
+    A backbone may have more of them, where its embedding is padded.
+
+    Args:
+        tokenizer: KerasHub tokenizer.
+        token_ids: list of ints.
+
+    Returns:
+        str.
+    """
+    size = tokenizer.vocabulary_size()
+    known = [token for token in token_ids if 0 <= token < size]
+    return tokenizer.detokenize(known) if known else ""
 
 
 def export_tokenizer(tokenizer, path):

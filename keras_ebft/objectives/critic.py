@@ -54,7 +54,7 @@ class Critic(Configurable):
         self.selection = check_choice("selection", selection, SELECTIONS)
         if optimizer is None:
             optimizer = keras.optimizers.AdamW(9e-6, beta_2=0.95, weight_decay=0.0)
-        self.optimizer = keras.optimizers.get(optimizer)
+        self.optimizer = _optimizer(optimizer)
         self.train_features = check_bool("train_features", train_features)
 
     def terms(
@@ -148,6 +148,24 @@ def critic_accuracy(
         generated_logit <= 0, "float32"
     )
     return masked_mean(right / 2.0, mask)
+
+
+def _optimizer(identifier: Any) -> keras.optimizers.Optimizer:
+    """The Keras optimizer that is meant.
+
+    Raises:
+        TypeError: if it is neither an optimizer, a name nor a configuration.
+        ValueError: for a name or configuration that Keras does not know.
+    """
+    known = isinstance(identifier, (str, keras.optimizers.Optimizer))
+    if not known and not (isinstance(identifier, dict) and "class_name" in identifier):
+        raise TypeError(
+            "Expected `optimizer` to be a Keras optimizer, its name, or what "
+            f"keras.saving.serialize_keras_object made of one. Received: optimizer="
+            f"{identifier!r} (of type {type(identifier).__name__}). Pass for example "
+            "keras.optimizers.AdamW(9e-6)."
+        )
+    return keras.optimizers.get(identifier)
 
 
 class CriticHead(keras.layers.Layer):

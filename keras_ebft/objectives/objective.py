@@ -13,7 +13,7 @@ from keras_ebft.functional.losses import (
     probability_ratio,
     token_weights,
 )
-from keras_ebft.functional.masking import masked_mean
+from keras_ebft.functional.masking import masked_mean, only_where
 from keras_ebft.objectives.critic import Critic
 from keras_ebft.records import DocumentScores, Experience, LossTerms, RolloutScores
 from keras_ebft.typing import Tensor, Weight
@@ -150,7 +150,9 @@ class Objective:
         )
         if self.needs_reference:
             estimate = kl_estimate(
-                scores.log_prob, frozen.reference_log_prob, self.kl_estimator
+                only_where(counted, scores.log_prob),
+                only_where(counted, frozen.reference_log_prob),
+                self.kl_estimator,
             )
             terms = terms._replace(kl=masked_mean(estimate, counted))
         return terms
@@ -167,15 +169,29 @@ class Objective:
         Returns:
             float32 scalar.
         """
-        loss = 0.0 if terms.critic_loss is None else terms.critic_loss
+        return sum(self.weighted(terms, step).values(), start=0.0)
+
+    def weighted(self, terms: LossTerms, step: Tensor) -> dict[str, Tensor]:
+        """What is summed up to the loss, by name of the term.
+
+        Args:
+            terms: `LossTerms`.
+            step: int32 scalar tensor, training steps so far, for schedules.
+
+        Returns:
+            dict of float32 scalars.
+        """
+        found = {}
+        if terms.critic_loss is not None:
+            found["critic_loss"] = terms.critic_loss
         for name, term in TERMS.items():
             weight = getattr(self, name)
             if is_zero(weight):
                 continue
             value = weight if isinstance(weight, float) else weight(step)
             sign = -1.0 if term == "entropy" else 1.0
-            loss = loss + sign * ops.cast(value, "float32") * getattr(terms, term)
-        return loss
+            found[term] = sign * ops.cast(value, "float32") * getattr(terms, term)
+        return found
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments as a dict that JSON can hold."""

@@ -57,7 +57,7 @@ class CharacteristicFunctionReward(FeatureMatchingReward):
     ) -> None:
         super().__init__(alignment_weight, diversity_weight, whitening, normalize)
         self.num_frequencies = check_int("num_frequencies", num_frequencies, 1)
-        self.bandwidth = check_number("bandwidth", bandwidth, 0.0, exclusive=True)
+        self.bandwidth = check_number("bandwidth", bandwidth, 1e-6, 1e6)
         self.seed = check_int("seed", seed, 0)
 
     def __call__(

@@ -13,6 +13,7 @@ from keras_ebft.records import Rollouts
 from keras_ebft.rewards.reward import Reward
 from keras_ebft.typing import Tensor
 from keras_ebft.validation import (
+    MOST_WEIGHT,
     check_choice,
     check_number,
     check_some_weight,
@@ -30,8 +31,8 @@ class FeatureMatchingReward(Reward):
     by itself.
 
     Args:
-        alignment_weight: float, not negative.
-        diversity_weight: float, not negative.
+        alignment_weight: float, from 0 to 1e6.
+        diversity_weight: float, from 0 to 1e6.
         whitening: `"rollout"` (as the authors' code), `"feature"` (as the
             paper's appendix) or `None`. Eigenvalues below 1e-6 of the largest
             count as zero.
@@ -66,8 +67,12 @@ class FeatureMatchingReward(Reward):
         whitening: str | None = "rollout",
         normalize: str = "auto",
     ) -> None:
-        self.alignment_weight = check_number("alignment_weight", alignment_weight, 0.0)
-        self.diversity_weight = check_number("diversity_weight", diversity_weight, 0.0)
+        self.alignment_weight = check_number(
+            "alignment_weight", alignment_weight, 0.0, MOST_WEIGHT
+        )
+        self.diversity_weight = check_number(
+            "diversity_weight", diversity_weight, 0.0, MOST_WEIGHT
+        )
         check_some_weight(
             alignment_weight=self.alignment_weight,
             diversity_weight=self.diversity_weight,

@@ -9,7 +9,12 @@ import keras_hub
 from keras_ebft.records import Rollouts
 from keras_ebft.rewards.reward import Reward
 from keras_ebft.typing import Tensor
-from keras_ebft.validation import check_instance, check_number, check_some_weight
+from keras_ebft.validation import (
+    MOST_WEIGHT,
+    check_instance,
+    check_number,
+    check_some_weight,
+)
 
 
 @keras.saving.register_keras_serializable("keras_ebft")
@@ -42,13 +47,21 @@ class RewardSum(Reward):
             )
         remedy = "Pass keras_ebft.FeatureMatchingReward(), for example."
         self.rewards = [check_instance("rewards", r, Reward, remedy) for r in rewards]
-        weights = [1.0] * len(rewards) if weights is None else list(weights)
+        weights = [1.0] * len(rewards) if weights is None else weights
+        if not isinstance(weights, (list, tuple)):
+            raise TypeError(
+                "Expected `weights` to be a list, one for each of the rewards. "
+                f"Received: weights={weights!r} (of type {type(weights).__name__}). "
+                f"Pass for example weights={[1.0] * len(rewards)}."
+            )
         if len(weights) != len(rewards):
             raise ValueError(
                 f"Expected one weight for each of {len(rewards)} rewards. Received: "
                 f"{len(weights)} weights."
             )
-        self.weights = [check_number("weights", weight, 0.0) for weight in weights]
+        self.weights = [
+            check_number("weights", weight, 0.0, MOST_WEIGHT) for weight in weights
+        ]
         check_some_weight(**{f"weights[{i}]": w for i, w in enumerate(self.weights)})
         self.needs_features = any(r.needs_features for r in self.rewards)
         self.runs_python = any(r.runs_python for r in self.rewards)

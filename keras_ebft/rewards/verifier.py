@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_ebft.backend.runtime import call_python
-from keras_ebft.networks import marker_token_ids, tokenizer
+from keras_ebft.networks import detokenize, marker_token_ids, tokenizer
 from keras_ebft.rewards.reward import Reward
 from keras_ebft.typing import Tensor
 from keras_ebft.validation import check_bool
@@ -167,7 +167,7 @@ class VerifierReward(Reward):
         if not self.decode:
             return tokens
         tokens = [token for token in tokens if token not in self._markers]
-        return self._tokenizer.detokenize(tokens) if tokens else ""
+        return detokenize(self._tokenizer, tokens)
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments as a dict that JSON can hold."""

@@ -10,7 +10,13 @@ from keras import ops
 from keras_ebft.configurable import Configurable
 from keras_ebft.data.row_batches import Rows
 from keras_ebft.kernels import linear_sample
-from keras_ebft.layout.blocks import Blocks, answer_starts, choose_anchors, make_blocks
+from keras_ebft.layout.blocks import (
+    Blocks,
+    answer_starts,
+    choose_anchors,
+    live_places,
+    make_blocks,
+)
 from keras_ebft.layout.documents import Documents, take_tokens
 from keras_ebft.layout.geometry import BlockGeometry
 from keras_ebft.networks import OutputHead, RoutedNetwork, RowNetwork
@@ -21,6 +27,7 @@ from keras_ebft.validation import (
     check_int,
     check_number,
     check_stop_token_ids,
+    check_temperature,
 )
 
 ANCHORS = ("stride", "random", "answer_start")
@@ -48,7 +55,7 @@ class BlockSampler(Configurable):
         context_length: int, tokens of its own document that a block sees at
             least.
         num_samples: int, independent rollouts per block (n).
-        temperature: float, not negative; 0 takes the likeliest token.
+        temperature: float, from 1e-4 to 1e4; 0 takes the likeliest token.
         top_p: float in (0, 1]; tokens outside the nucleus of this mass are not
             drawn.
         top_k: int or `None`; tokens outside the k likeliest are not drawn.
@@ -93,7 +100,7 @@ class BlockSampler(Configurable):
         self.stride = check_int("stride", stride, 1)
         self.context_length = check_int("context_length", context_length, 1)
         self.num_samples = check_int("num_samples", num_samples, 1)
-        self.temperature = check_number("temperature", temperature, 0.0)
+        self.temperature = check_temperature(temperature)
         self.top_p = check_number("top_p", top_p, 0.0, 1.0, exclusive=True)
         self.top_k = None if top_k is None else check_int("top_k", top_k, 1)
         self.anchors = check_choice("anchors", anchors, ANCHORS)
@@ -192,13 +199,38 @@ class BlockSampler(Configurable):
         Returns:
             `Blocks`.
         """
-        options: dict[str, Any] = {"short_windows": stops}
-        if documents.anchors is None:
-            if self.anchors == "answer_start":
-                options = {"short_windows": True, "answer_only": True}
-            else:
-                options["context_length"] = self.context_length
+        options = self._options(documents.anchors is not None, stops)
         return make_blocks(documents, anchors, self.rollout_length, **options)
+
+    def live_blocks(self, rows: Rows, stops: bool = False) -> np.ndarray:
+        """How many blocks of each row live, without asking a backend.
+
+        Args:
+            rows: dict of arrays as `fit` takes them, `[B, T]`.
+            stops: bool, whether rollouts can end early.
+
+        Returns:
+            int array `[B]`.
+        """
+        given = rows.get("anchors")
+        options = self._options(given is not None, stops)
+        lives = live_places(rows, self.rollout_length, **options)
+        if given is not None:
+            lives = np.take_along_axis(lives, np.maximum(given, 0), axis=1)
+            return (lives & (given > 0)).sum(axis=1)
+        if self.anchors == "stride":
+            return lives[:, self.geometry(lives.shape[1]).anchors].sum(axis=1)
+        if self.anchors == "answer_start":
+            lives &= _begins_answer(rows)
+        return np.minimum(lives.sum(axis=1), cast(int, self.num_anchors))
+
+    def _options(self, anchors_given: bool, stops: bool) -> dict[str, Any]:
+        """What `make_blocks` is told."""
+        if anchors_given:
+            return {"short_windows": stops}
+        if self.anchors == "answer_start":
+            return {"short_windows": True, "answer_only": True}
+        return {"short_windows": stops, "context_length": self.context_length}
 
     def _random_anchors(
         self, documents: Documents, uniform: Tensor, stops: bool
@@ -209,8 +241,11 @@ class BlockSampler(Configurable):
 
     def _answer_anchors(self, documents: Documents) -> Tensor:
         earliest = np.arange(documents.token_ids.shape[1], 0, -1, dtype="float32")
-        count = cast(int, self.num_anchors)
-        return choose_anchors(answer_starts(documents), earliest, count)
+        everywhere = np.arange(documents.token_ids.shape[1], dtype="int32")
+        # A piece of a cut answer begins with an answer that has no prompt.
+        fits = self.blocks_at(documents, everywhere).live
+        allowed = ops.logical_and(answer_starts(documents), fits)
+        return choose_anchors(allowed, earliest, cast(int, self.num_anchors))
 
     def __call__(
         self,
@@ -284,6 +319,16 @@ class BlockSampler(Configurable):
             "num_anchors": self.num_anchors,
             "stop_token_ids": self.stop_token_ids,
         }
+
+
+def _begins_answer(rows: Rows) -> np.ndarray:
+    """Where an answer goes on from a token of the same document that is none."""
+    answers = rows["answer_mask"] & rows["padding_mask"]
+    segments = rows.get("segment_ids", np.zeros(answers.shape, "int32"))
+    begins = np.ones(answers.shape, bool)
+    same = segments[:, 1:] == segments[:, :-1]
+    begins[:, 1:] = ~(answers[:, :-1] & same)
+    return answers & begins
 
 
 def _check_num_anchors(num_anchors: int | None, anchors: str) -> int | None:

@@ -2,6 +2,7 @@
 
 import itertools
 import zlib
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -13,8 +14,15 @@ from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 from keras.src.trainers.data_adapters.data_adapter_utils import get_torch_dataloader
 from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
 
+from keras_ebft.backend.distribution import (
+    check_batch_divides,
+    refuse_silent_distribution,
+)
 from keras_ebft.backend.runtime import tensorflow_dataset
+from keras_ebft.data import PackedRows, PackedStream
 from keras_ebft.data.row_batches import RowBatches
+from keras_ebft.training.data_report import DataReport
+from keras_ebft.training.texts import is_sequence
 from keras_ebft.training.token_rows import (
     DTYPES,
     FILLING,
@@ -25,6 +33,60 @@ from keras_ebft.training.token_rows import (
 from keras_ebft.validation import check_number
 
 DEFAULT_BATCH_SIZE = 16
+# Rows whose blocks are counted at a time.
+ROWS_PER_COUNT = 1024
+
+
+class Reader(NamedTuple):
+    """The door for data of one model: every way in goes through it.
+
+    Attributes:
+        causal_lm: the `CausalLM` the documents are for.
+        check_rows: function of a dict of rows, raises if they cannot be used.
+        live_blocks: function of a dict of rows, int array `[N]` of their live
+            blocks, or `None` where a model has none.
+    """
+
+    causal_lm: Any
+    check_rows: Any
+    live_blocks: Any
+
+    def read(self, x, report=None, trim=True, check=True):
+        """Documents in memory as checked rows.
+
+        Args:
+            x: what `to_token_rows` reads.
+            report: `DataReport` that counts them, or `None`.
+            trim: bool, see `to_token_rows`.
+            check: bool, whether the rows must hold what the sampler asks for; a
+                later batch may be shorter than the first, and is filled up.
+
+        Returns:
+            dict of arrays.
+
+        Raises:
+            TypeError, ValueError: for documents that cannot be used.
+        """
+        refuse_silent_distribution()
+        rows = to_token_rows(x, self.causal_lm, trim, report)
+        if not len(rows["token_ids"]):
+            raise ValueError(
+                "Expected at least one document. Received: none. Check the data."
+            )
+        if check:
+            self.check_rows(rows)
+        return rows
+
+    def count_all(self, rows, report):
+        """Counts the blocks of rows, and raises a `ValueError` if nothing counts."""
+        for start in range(0, len(rows["token_ids"]), ROWS_PER_COUNT):
+            part = {
+                name: values[start : start + ROWS_PER_COUNT]
+                for name, values in rows.items()
+            }
+            report.count_blocks(part, self.live_blocks(part))
+        report.complete = True
+        report.check_counts()
 
 
 class TokenBatches(DataAdapter):
@@ -38,30 +100,33 @@ class TokenBatches(DataAdapter):
         source: `PyDataset` or iterable of batches of anything
             `to_token_rows` reads, or of tuples `(batch,)`. Its `begin_epoch(epoch)`,
             where it has one, is called before every epoch, with 0 to evaluate.
-        causal_lm: the model the batches are for.
-        check_rows: function of a dict of rows, raises if they cannot be used.
+        reader: `Reader` of the model the batches are for.
+        report: `DataReport` that counts what is read until it is complete.
 
     Raises:
-        ValueError: if there is no batch, if a batch is larger than the first or
-            brings targets.
+        ValueError: if there is no batch, if a batch is larger than the first, brings
+            targets, or cannot be shared out between the devices.
     """
 
-    def __init__(self, source, causal_lm, check_rows):
-        self.causal_lm = causal_lm
+    def __init__(self, source, reader, report):
+        self.reader = reader
+        self.report = report
         self.source = source
         self.keras_adapter = None
         if isinstance(source, keras.utils.PyDataset):
             self.keras_adapter = PyDatasetAdapter(source)
+        # Whether passes follow one another without an end.
+        self.endless = False
         self._unread = None
         self._batches_to_skip = 0
         self._epoch = 0
         if hasattr(source, "begin_epoch"):
-            # An earlier `fit` left it at its last epoch.
+            # An earlier `fit` left it at its last pass.
             source.begin_epoch(0)
-        first = self._read(self._first())
+        first = self._read(self._first(), check=True)
         self._checksum = checksum_of(source, first)
-        check_rows(first)
         self.shape = first["token_ids"].shape
+        check_batch_divides(self.shape[0])
         self.signature = {
             name: (values.shape, values.dtype) for name, values in first.items()
         }
@@ -80,7 +145,7 @@ class TokenBatches(DataAdapter):
             f"{type(self.source).__name__}. Check the data set."
         )
 
-    def _read(self, batch):
+    def _read(self, batch, report=None, check=False):
         if isinstance(batch, tuple):
             if any(part is not None for part in batch[1:]):
                 raise ValueError(
@@ -89,7 +154,8 @@ class TokenBatches(DataAdapter):
                     "Yield the documents alone."
                 )
             batch = batch[0]
-        return to_token_rows(batch, self.causal_lm, trim=False)
+        _refuse_collated(batch, self.source)
+        return self.reader.read(batch, report, trim=False, check=check)
 
     def _fill(self, rows):
         check_same_keys(rows, self.signature)
@@ -102,15 +168,60 @@ class TokenBatches(DataAdapter):
         return filled
 
     def get_numpy_iterator(self):
-        """One epoch of batches of arrays."""
-        if self.keras_adapter is not None:
-            source = self.keras_adapter.get_numpy_iterator()
-        else:
-            source = self._unread or self.source
-            self._unread = None
+        """One epoch of batches of arrays; all that follow too, if it is endless."""
         start, self._batches_to_skip = self._batches_to_skip, 0
-        for batch in itertools.islice(source, start, None):
-            yield self._fill(self._read(batch))
+        if self.endless:
+            yield from self._passes(start)
+            return
+        for batch in itertools.islice(self._one_pass(), start, None):
+            yield self._counted(batch)
+
+    def _one_pass(self):
+        if self.keras_adapter is not None:
+            return self.keras_adapter.get_numpy_iterator()
+        source, self._unread = self._unread or self.source, None
+        return source
+
+    def _passes(self, start):
+        """Whole passes over the data, however many of them make up an epoch.
+
+        An order holds for a pass: one that changed within it would show some
+        documents twice and others never.
+        """
+        done, start = divmod(start, self.batches_per_pass or start + 1)
+        self._epoch += done
+        empty = False
+        while not empty:
+            self._begin_pass()
+            empty = True
+            for batch in self._one_pass():
+                empty = False
+                if start:
+                    start -= 1
+                else:
+                    yield self._counted(batch)
+            self._end_pass()
+            self._epoch += 1
+            if hasattr(self.source, "__next__"):
+                # It is used up.
+                return
+
+    def _begin_pass(self):
+        if hasattr(self.source, "begin_epoch"):
+            self.source.begin_epoch(self._epoch)
+        if self.keras_adapter is not None:
+            self.keras_adapter.on_epoch_begin()
+
+    def _end_pass(self):
+        if self.keras_adapter is not None:
+            self.keras_adapter.on_epoch_end()
+
+    def _counted(self, batch):
+        if self.report.complete:
+            return self._fill(self._read(batch))
+        filled = self._fill(self._read(batch, self.report))
+        self.report.count_blocks(filled, self.reader.live_blocks(filled))
+        return filled
 
     def get_jax_iterator(self):
         """One epoch of batches of arrays, which JAX takes as they are."""
@@ -126,7 +237,12 @@ class TokenBatches(DataAdapter):
 
     @property
     def num_batches(self):
-        """Batches per epoch, `None` where the source does not know."""
+        """Batches per epoch, `None` where there is no end or the source is unsure."""
+        return None if self.endless else self.batches_per_pass
+
+    @property
+    def batches_per_pass(self):
+        """Batches of all the data, `None` where the source does not know."""
         if self.keras_adapter is not None:
             return self.keras_adapter.num_batches
         cardinality = getattr(self.source, "cardinality", None)
@@ -164,53 +280,47 @@ class TokenBatches(DataAdapter):
         }
 
     def begin_epoch(self, epoch):
-        """Notes which epoch comes next, an int; without this it is the first."""
+        """Notes the number of the pass that comes next; without this it is 0."""
         self._epoch = epoch
 
     def skip(self, batches):
-        """Leaves out the first `batches` batches of the next reading.
-
-        Where the source is read again after its last batch, only the rest counts.
-        """
-        if self.num_batches:
-            batches %= self.num_batches
+        """Leaves out the first `batches` batches of the next reading."""
         self._batches_to_skip = batches
 
     def on_epoch_begin(self):
         """Tells a source that asks for it which epoch begins."""
-        if hasattr(self.source, "begin_epoch"):
-            self.source.begin_epoch(self._epoch)
-        if self.keras_adapter is not None:
-            self.keras_adapter.on_epoch_begin()
+        if not self.endless:
+            self._begin_pass()
 
     def on_epoch_end(self):
         """Tells a `PyDataset` that an epoch has ended."""
-        if self.keras_adapter is not None:
-            self.keras_adapter.on_epoch_end()
+        if not self.endless:
+            self._end_pass()
 
 
-def token_batches(x, causal_lm, check_rows, batch_size, shuffle, seed):
+def token_batches(x, reader, batch_size, shuffle, seed, report=None):
     """`TokenBatches` of anything `fit` accepts.
 
     Args:
         x: documents in memory or a stream of batches of them.
-        causal_lm: the model the documents are for.
-        check_rows: function of a dict of rows, raises if they cannot be used.
+        reader: `Reader` of the model the documents are for.
         batch_size: int, or `None` for the default; only for data in memory.
         shuffle: bool, for data in memory.
         seed: int, decides the order of shuffled documents.
+        report: `DataReport` to fill, by default one of its own.
 
     Raises:
-        ValueError: if a stream comes with a batch size, or there is no document.
+        ValueError: if a stream comes with a batch size, there is no document, or
+            nothing of documents in memory counts.
     """
     if isinstance(x, TokenBatches):
         return x
-    if not _is_stream(x):
-        rows = to_token_rows(x, causal_lm)
-        if not len(rows["token_ids"]):
-            raise ValueError(
-                "Expected at least one document. Received: none. Check the data."
-            )
+    report = DataReport() if report is None else report
+    if isinstance(x, PackedStream):
+        x = x.batches(batch_size or DEFAULT_BATCH_SIZE)
+    elif not _is_stream(x):
+        rows = reader.read(x, report)
+        reader.count_all(rows, report)
         if batch_size is None:
             batch_size = min(DEFAULT_BATCH_SIZE, len(rows["token_ids"]))
         x = RowBatches(rows, batch_size, shuffle, seed)
@@ -219,7 +329,7 @@ def token_batches(x, causal_lm, check_rows, batch_size, shuffle, seed):
             f"Expected no `batch_size` for a {type(x).__name__}, which yields whole "
             f"batches itself. Received: batch_size={batch_size}. Leave it out."
         )
-    return TokenBatches(x, causal_lm, check_rows)
+    return TokenBatches(x, reader, report)
 
 
 def checksum_of(source, first):
@@ -243,13 +353,14 @@ def checksum_of(source, first):
     return checksum
 
 
-def split_rows(x, causal_lm, validation_split):
+def split_rows(x, reader, validation_split, report=None):
     """Takes the last share of in-memory documents off for validation.
 
     Args:
         x: documents in memory.
-        causal_lm: the model the documents are for.
+        reader: `Reader` of the model the documents are for.
         validation_split: float in (0, 1).
+        report: `DataReport` that counts them, or `None`.
 
     Returns:
         `(training rows, validation rows)`, dicts of arrays.
@@ -257,13 +368,13 @@ def split_rows(x, causal_lm, validation_split):
     Raises:
         ValueError: for a stream, or a share that leaves one side empty.
     """
-    check_number("validation_split", validation_split, 0.0)
+    check_number("validation_split", validation_split, 0.0, 1.0)
     if _is_stream(x):
         raise ValueError(
             "Expected documents in memory with `validation_split`. Received: a "
             f"{type(x).__name__}. Pass `validation_data` instead."
         )
-    rows = to_token_rows(x, causal_lm)
+    rows = reader.read(x, report)
     total = len(rows["token_ids"])
     kept = int(total * (1.0 - validation_split))
     if not 0 < kept < total:
@@ -317,7 +428,22 @@ def refuse_targets(**given):
         )
 
 
+def _refuse_collated(batch, source):
+    """Raises a `ValueError` for pairs that a `DataLoader` has taken apart."""
+    collate = getattr(getattr(source, "collate_fn", None), "__name__", None)
+    apart = isinstance(batch, list) and len(batch) > 1 and isinstance(batch[0], tuple)
+    if collate == "default_collate" and apart:
+        raise ValueError(
+            "Expected batches that are lists of documents. Received: a DataLoader "
+            "that puts all prompts into one tuple and all answers into another. "
+            "Build it with collate_fn=list."
+        )
+
+
 def _is_stream(x):
-    if isinstance(x, (str, bytes, list, tuple, dict)) or hasattr(x, "dtype"):
+    in_memory = (str, bytes, list, tuple, dict, PackedRows)
+    if isinstance(x, in_memory) or hasattr(x, "dtype"):
         return False
-    return isinstance(x, keras.utils.PyDataset) or hasattr(x, "__iter__")
+    if isinstance(x, keras.utils.PyDataset):
+        return True
+    return hasattr(x, "__iter__") and not is_sequence(x)

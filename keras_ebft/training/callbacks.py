@@ -22,12 +22,20 @@ class DataPosition(keras.callbacks.Callback):
         state: `TrainingState`.
         batches: `TokenBatches` that `fit` reads.
         steps_per_epoch: int or `None`, as given to `fit`.
+        initial_epoch: int, as given to `fit`. Where it is 0 the data goes on with an
+            order that it has not had, otherwise with that of the epoch's number.
     """
 
     def __init__(
-        self, state: TrainingState, batches: TokenBatches, steps_per_epoch: int | None
+        self,
+        state: TrainingState,
+        batches: TokenBatches,
+        steps_per_epoch: int | None,
+        initial_epoch: int = 0,
     ) -> None:
         super().__init__()
+        self.initial_epoch = initial_epoch
+        self._began = False
         self.state = state
         self.batches = batches
         self.steps_per_epoch = steps_per_epoch
@@ -40,10 +48,12 @@ class DataPosition(keras.callbacks.Callback):
             "steps_per_epoch": self.steps_per_epoch,
         }
         self.model.train_function.batches_to_pass = 0
+        if not self.initial_epoch:
+            self.state.first_pass = self.state.next_pass
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Tells the data which epoch begins, and passes over what was seen."""
-        self.batches.begin_epoch(epoch)
+        self._number_passes(epoch)
         restored = self.state.loaded_metrics is not None
         if restored and self.state.epoch == epoch:
             self._resume(epoch, self.state.batch)
@@ -58,6 +68,19 @@ class DataPosition(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Counts the epoch as seen."""
         self.state.epoch, self.state.batch = epoch + 1, 0
+
+    def _number_passes(self, epoch: int) -> None:
+        """Decides the orders, so that no two passes over the data have the same."""
+        state, steps, whole = self.state, self.steps_per_epoch, None
+        if steps:
+            whole = self.batches.batches_per_pass
+        passes = -(-(epoch + 1) * steps // whole) if steps and whole else epoch + 1
+        state.next_pass = state.first_pass + passes
+        if not steps:
+            self.batches.begin_epoch(state.first_pass + epoch)
+        elif not self._began:
+            self._began = True
+            self.batches.begin_epoch(state.first_pass)
 
     def _resume(self, epoch: int, batch: int) -> None:
         if self.steps_per_epoch:

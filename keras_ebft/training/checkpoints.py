@@ -53,6 +53,9 @@ class TrainingState(keras.layers.Layer):
         self.batch = 0
         # What tells the data of a `fit` from others, a dict that JSON can hold.
         self.data: dict[str, Any] = {}
+        # Orders of the data follow from numbers of passes, over several `fit`s.
+        self.first_pass = 0
+        self.next_pass = 0
         self.loaded_metrics: list[np.ndarray] | None = None
         self.built = True
 
@@ -60,7 +63,8 @@ class TrainingState(keras.layers.Layer):
         """Writes generators, adapters, running means and the place in the data."""
         for name, variable in self.variables_by_name().items():
             store[name] = variable
-        store["position"] = np.array([self.epoch, self.batch], dtype="int64")
+        passes = [self.first_pass, self.next_pass]
+        store["position"] = np.array([self.epoch, self.batch, *passes], dtype="int64")
         for index, variable in enumerate(self.metric_variables()):
             store[f"metric_{index}"] = variable
 
@@ -87,7 +91,9 @@ class TrainingState(keras.layers.Layer):
             )
         for name, variable in variables.items():
             variable.assign(store[name])
-        self.epoch, self.batch = (int(value) for value in store["position"])
+        # Files of before have no numbers of passes.
+        self.epoch, self.batch, *passes = (int(value) for value in store["position"])
+        self.first_pass, self.next_pass = passes or (0, self.epoch + 1)
         count = len(names) - len(stored) - 1
         self.loaded_metrics = [np.array(store[f"metric_{i}"]) for i in range(count)]
 

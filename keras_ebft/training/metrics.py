@@ -1,17 +1,19 @@
 """What one step measures, and the Keras metrics that average it over steps."""
 
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import keras
 from keras import ops
 
+from keras_ebft.functional.losses import count_sequences
 from keras_ebft.functional.masking import masked_mean
 from keras_ebft.records import Experience, StepOutputs
 from keras_ebft.typing import Tensor
 
 # Rewards closer together than this count as the same.
 SAME_REWARD = 1e-6
+NAN = float("nan")
 REWARD_MEASURES = (
     "alignment",
     "diversity",
@@ -27,7 +29,15 @@ CRITIC_MEASURES = ("critic_loss", "critic_accuracy")
 DOCUMENT_MEASURES = ("ce_loss", "perplexity")
 
 
-class Perplexity(keras.metrics.Mean):
+class Average(keras.metrics.Mean):
+    """A mean that is NaN, and no perfect score, where nothing has been counted."""
+
+    def result(self) -> Tensor:
+        """The mean, float32 scalar."""
+        return ops.where(self.count > 0, super().result(), NAN)
+
+
+class Perplexity(Average):
     """Exponential of the mean cross-entropy over all tokens seen."""
 
     def result(self) -> Tensor:
@@ -63,6 +73,76 @@ class SkippedUpdates(keras.metrics.Metric):
         self.total.assign(0)
 
 
+class Deviation(keras.metrics.Metric):
+    """Standard deviation over all that was seen, whatever the batches were."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name=name)
+        self.count, self.mean, self.squares = (
+            self.add_variable((), initializer="zeros", name=part)
+            for part in ("count", "mean", "squares")
+        )
+
+    def update_state(self, moments: tuple[Tensor, Tensor], sample_weight: Any) -> None:
+        """Adds the mean and the variance of a batch, with their weight.
+
+        The parallel update of Chan, Golub and LeVeque (1983): nothing is cancelled.
+        """
+        mean, variance = moments
+        weight = ops.cast(sample_weight, "float32")
+        share = ops.divide_no_nan(weight, self.count + weight)
+        apart = mean - self.mean
+        between = ops.square(apart) * self.count * share
+        self.squares.assign(self.squares + variance * weight + between)
+        self.mean.assign(self.mean + apart * share)
+        self.count.assign(self.count + weight)
+
+    def result(self) -> Tensor:
+        """The deviation, float32 scalar; NaN where nothing has been counted."""
+        found = ops.sqrt(ops.divide_no_nan(self.squares.value, self.count.value))
+        return ops.where(self.count.value > 0, found, NAN)
+
+
+class LossMean(keras.metrics.Metric):
+    """The loss over all that was seen: the sum of its terms' means.
+
+    Each term is weighed by what it is a mean of (tokens, sequences), so that the
+    value does not depend on how documents were put into batches.
+
+    Args:
+        terms: names of the terms.
+    """
+
+    def __init__(self, terms: Iterable[str]) -> None:
+        super().__init__(name="loss")
+        # Sum and weight of each term.
+        self.sums = {
+            term: [
+                self.add_variable((), initializer="zeros", name=f"{term}_{part}")
+                for part in ("total", "count")
+            ]
+            for term in terms
+        }
+
+    def update_state(self, loss: Tensor, sample_weight: Any = None) -> None:
+        """Nothing: Keras would count rows that fill a batch up as documents."""
+
+    def add(self, term: str, value: Tensor, weight: Tensor | float) -> None:
+        """Adds one step's term, weighted as in the loss."""
+        weight = ops.cast(weight, "float32")
+        for variable, more in zip(self.sums[term], (value * weight, weight)):
+            variable.assign(variable + more)
+
+    def result(self) -> Tensor:
+        """The loss, float32 scalar; NaN where nothing has been counted."""
+        means = [
+            ops.divide_no_nan(total.value, count.value)
+            for total, count in self.sums.values()
+        ]
+        counts = sum(count.value for _, count in self.sums.values())
+        return ops.where(counts > 0, sum(means), NAN)
+
+
 def make_trackers(names: Iterable[str]) -> dict[str, keras.metrics.Metric]:
     """One Keras metric per measured quantity.
 
@@ -72,11 +152,35 @@ def make_trackers(names: Iterable[str]) -> dict[str, keras.metrics.Metric]:
     Returns:
         dict of `keras.metrics.Metric` by name.
     """
-    return {
-        name: Perplexity(name=name)
-        if name == "perplexity"
-        else keras.metrics.Mean(name=name)
-        for name in names
+    special = {"perplexity": Perplexity, "advantage_std": Deviation}
+    return {name: special.get(name, Average)(name=name) for name in names}
+
+
+def term_weights(outputs: StepOutputs) -> dict[str, Tensor]:
+    """What each term of the loss is a mean over, counted in one step.
+
+    Args:
+        outputs: `StepOutputs`.
+
+    Returns:
+        dict of float32 scalars by name of the term.
+    """
+    weights = {
+        "ce_loss": ops.sum(outputs.document_scores.mask),
+        "regularization": ops.ones(()),
+    }
+    if outputs.experience is None:
+        return weights
+    rollouts, judged = outputs.experience.rollouts, outputs.experience.judged
+    counted = ops.cast(rollouts.counted, "float32")
+    tokens = ops.sum(counted)
+    live = ops.sum(ops.max(judged.mask, axis=1))
+    return weights | {
+        "policy_loss": count_sequences(counted, rollouts.blocks.starts),
+        "entropy": tokens,
+        "kl": tokens,
+        "critic_loss": live,
+        "critic_accuracy": live,
     }
 
 
@@ -93,15 +197,17 @@ def measure_documents(outputs: StepOutputs) -> dict[str, tuple[Tensor, Tensor]]:
     return dict.fromkeys(DOCUMENT_MEASURES, weighted)
 
 
-def measure_rollouts(outputs: StepOutputs) -> dict[str, tuple[Tensor, Tensor]]:
+def measure_rollouts(outputs: StepOutputs) -> dict[str, tuple[Any, Tensor]]:
     """What is measured of the rollouts, with its weight in an average over steps.
 
     Args:
         outputs: `StepOutputs` with an `Experience`.
 
     Returns:
-        dict of `(value, weight)` float32 scalars by metric name; weights are
-        counts of live blocks (live tokens, where every token has a reward).
+        dict of `(value, weight)` float32 scalars by metric name (of `advantage_std`
+        the value is mean and variance); weights count what the value is a mean
+        of: live blocks (live tokens, where every token has a reward), rollouts,
+        tokens or sequences.
     """
     judged = cast(Experience, outputs.experience).judged
     # A block (or token) counts if any of its samples does.
@@ -115,7 +221,8 @@ def measure_rollouts(outputs: StepOutputs) -> dict[str, tuple[Tensor, Tensor]]:
 
     reward, advantage = judged.reward, judged.advantage
     spread = ops.max(reward, axis=1) - ops.min(reward, axis=1)
-    centred = advantage - over_samples(advantage)
+    mean = over_samples(advantage)
+    moments = mean, over_samples(ops.square(advantage - mean))
     measured = {name: over_blocks(value) for name, value in judged.measures.items()}
     measured |= {
         "alignment": over_samples(judged.alignment),
@@ -123,10 +230,17 @@ def measure_rollouts(outputs: StepOutputs) -> dict[str, tuple[Tensor, Tensor]]:
         "reward": over_samples(reward),
         "best_alignment": over_blocks(ops.max(judged.alignment, axis=1)),
         "best_reward": over_blocks(ops.max(reward, axis=1)),
-        "advantage_std": ops.sqrt(over_samples(ops.square(centred))),
+        "advantage_std": moments,
         "zero_std_fraction": over_blocks(ops.cast(spread < SAME_REWARD, "float32")),
     }
-    terms = outputs.terms.measured()
-    del terms["ce_loss"]
-    live = ops.sum(block_mask)
-    return {name: (value, live) for name, value in (measured | terms).items()}
+    live, samples = ops.sum(block_mask), ops.sum(judged.mask)
+    of_samples = ("alignment", "diversity", "reward", "advantage_std")
+    weighed: dict[str, tuple[Any, Tensor]] = {
+        name: (value, samples if name in of_samples else live)
+        for name, value in measured.items()
+    }
+    weights = term_weights(outputs)
+    for name, value in outputs.terms.measured().items():
+        if name != "ce_loss":
+            weighed[name] = (value, weights[name])
+    return weighed

@@ -2,12 +2,9 @@
 
 import numpy as np
 
-from keras_ebft.networks import (
-    maximum_length,
-    preprocess_texts,
-    to_numpy,
-    vocabulary_size,
-)
+from keras_ebft.data import PackedRows
+from keras_ebft.networks import maximum_length, to_numpy, vocabulary_size
+from keras_ebft.training.texts import listed, rows_of_documents
 
 # What a row may consist of, and what fills up rows and batches.
 DTYPES = {
@@ -24,47 +21,65 @@ FILLING = {
     "answer_mask": False,
     "anchors": -1,
 }
+# Zeros and ones.
+FLAGS = ("padding_mask", "answer_mask")
+# What int32 holds.
+MOST_SEGMENTS = 2**31 - 1
 
 
-def to_token_rows(x, causal_lm, trim=True):
-    """Documents as token ids and padding mask.
+def to_token_rows(x, causal_lm, trim=True, report=None):
+    """Documents as token ids and padding mask: the one door for data.
 
     Args:
-        x: list or array of strings; an integer array `[N, T]` of token ids; or a
-            dict with `token_ids` and optionally, all `[N, T]`: `padding_mask`,
-            padded on the right (by default everything is real, or what has a
-            segment above 0); `segment_ids`, integers that tell apart the
-            documents packed in a row; `answer_mask`, which tokens are answers;
-            and `anchors` `[N, K]`, where blocks stand, -1 for none.
+        x: list, vector or other sequence of documents as `keras_ebft.data.pack` takes
+            them: strings, pairs `(prompt, answer)` of strings, vectors of token ids
+            or pairs of them; an integer array `[N, T]` of token ids;
+            `keras_ebft.data.PackedRows`; or a dict with `token_ids` and optionally,
+            all `[N, T]`: `padding_mask`, zeros and ones, padded on the right (by
+            default everything is real, or what has a segment above 0);
+            `segment_ids`, integers from 0 that tell apart the documents packed in a
+            row; `answer_mask`, zeros and ones, which tokens are answers; and
+            `anchors` `[N, K]`, where blocks stand, -1 for none.
         causal_lm: the `CausalLM` the documents are for; its preprocessor reads
             strings.
         trim: bool, whether rows of strings end with the longest document rather
             than at the preprocessor's `sequence_length`.
+        report: `DataReport` that counts what is read, or `None`.
 
     Returns:
         dict of `token_ids` int32 `[N, T]`, `padding_mask` bool `[N, T]` and what
-        else was given: `segment_ids` int32, `answer_mask` bool, `anchors` int32.
+        else was given: `segment_ids` int32, `answer_mask` bool (also of pairs),
+        `anchors` int32.
 
     Raises:
-        TypeError: for token ids that are not integers, or messages in place of
-            strings.
+        TypeError: for token ids that are not integers, one document in place of
+            several, or anything that is no document, such as messages.
         ValueError: for a wrong rank, ids outside the vocabulary, a mask that does
-            not fit or has gaps, unknown keys, documents beyond the model's
-            learned positions, or strings without a preprocessor.
+            not fit, has gaps or other values than 0 and 1, segments below 0, unknown
+            keys, documents beyond the model's learned positions, or strings without
+            a preprocessor.
     """
+    lost = None
+    if isinstance(x, PackedRows):
+        x = x.arrays
+    documents = None if isinstance(x, dict) else listed(x)
     if isinstance(x, dict):
         rows = _from_dict(x)
+    elif documents is None:
+        rows = _from_dict({"token_ids": x})
+    elif documents:
+        rows, lost = rows_of_documents(documents, causal_lm, trim)
     else:
-        _check_no_messages(x)
-        values = to_numpy(x)
-        if values.dtype.kind in "OSU":
-            rows = _from_strings(values, causal_lm, trim)
-        else:
-            rows = _from_dict({"token_ids": values})
+        raise ValueError(
+            "Expected at least one document. Received: none. Check the data."
+        )
     _check_token_ids(rows["token_ids"], causal_lm)
     _check_masks(rows)
     _check_anchors(rows)
-    return {name: values.astype(DTYPES[name]) for name, values in rows.items()}
+    rows = {name: values.astype(DTYPES[name]) for name, values in rows.items()}
+    if report is not None:
+        report.count(rows, lost)
+    return rows
 
 
 def check_row_fits(shape, fixed_shape):
@@ -87,14 +102,14 @@ def check_same_keys(rows, expected):
 
 
 def _from_dict(x):
-    unknown = sorted(set(x) - set(DTYPES))
+    unknown = sorted(map(str, set(x) - set(DTYPES)))
     if unknown or "token_ids" not in x:
         raise ValueError(
             "Expected a dict with 'token_ids' and optionally "
             f"{', '.join(repr(name) for name in list(DTYPES)[1:])}. "
-            f"Received: keys {sorted(x)}. Leave other entries out."
+            f"Received: keys {sorted(map(str, x))}. Leave other entries out."
         )
-    rows = {name: to_numpy(x[name]) for name in DTYPES if x.get(name) is not None}
+    rows = {name: _array(name, x[name]) for name in DTYPES if x.get(name) is not None}
     if "padding_mask" not in rows:
         # Segment 0 is what packing leaves empty.
         rows["padding_mask"] = (
@@ -102,45 +117,27 @@ def _from_dict(x):
             if "segment_ids" in rows
             else np.ones(rows["token_ids"].shape, dtype=bool)
         )
-    rows["padding_mask"] = rows["padding_mask"].astype(bool)
     return rows
 
 
-def _from_strings(texts, causal_lm, trim):
-    preprocessor = causal_lm.preprocessor
-    if preprocessor is None:
+def _array(name, values):
+    try:
+        values = to_numpy(values)
+    except ValueError as error:
         raise ValueError(
-            "Expected token ids, because this CausalLM has no preprocessor to read "
-            "strings with. Received: strings. Build the CausalLM with "
-            "`preprocessor=`, or pass {'token_ids': ..., 'padding_mask': ...}."
-        )
-    texts = [_text(text) for text in np.ravel(texts)]
-    token_ids, mask = preprocess_texts(preprocessor, texts)
-    if trim:
-        longest = max(int(mask.sum(axis=1).max()), 1)
-        token_ids, mask = token_ids[:, :longest], mask[:, :longest]
-    return {"token_ids": token_ids, "padding_mask": mask}
-
-
-def _text(text):
-    if isinstance(text, bytes):
-        return text.decode("utf-8")
-    if isinstance(text, str):
-        return str(text)
-    raise TypeError(
-        f"Expected strings. Received: {str(text)[:40]!r} (of type "
-        f"{type(text).__name__}). Turn messages into strings with "
-        "keras_ebft.data.ChatTemplate, and leave out what is missing."
-    )
-
-
-def _check_no_messages(x):
-    """Refuses conversations, which NumPy would make an array of dicts of."""
-    first = x[0] if isinstance(x, (list, tuple)) and x else None
-    if isinstance(first, (list, tuple)) and first and isinstance(first[0], dict):
-        _text(first[0])
-    if isinstance(first, dict):
-        _text(first)
+            f"Expected `{name}` to be an array. Received: rows of unequal lengths. Pad "
+            "them, or pass a list of documents alone."
+        ) from error
+    if name in FLAGS and values.dtype != bool:
+        # Zeros and ones of any kind of number; NaN is neither.
+        if values.dtype.kind not in "iuf" or not np.isin(values, (0, 1)).all():
+            wrong = values[~np.isin(values, (0, 1))]
+            raise ValueError(
+                f"Expected `{name}` of zeros and ones, or booleans. Received: "
+                f"{wrong.ravel()[:1].tolist()} in an array of dtype {values.dtype}."
+            )
+        values = values.astype(bool)
+    return values
 
 
 def _check_token_ids(token_ids, causal_lm):
@@ -178,7 +175,7 @@ def _check_masks(rows):
                 f"Received: {rows[name].shape}."
             )
     if "segment_ids" in rows:
-        _check_integers("segment_ids", rows["segment_ids"])
+        _check_segments(rows["segment_ids"])
     mask = rows["padding_mask"]
     if (mask[:, 1:] & ~mask[:, :-1]).any():
         raise ValueError(
@@ -186,11 +183,17 @@ def _check_masks(rows):
             "then zeros in each row. Received: a row with a zero before a one. Move "
             "the padding to the end."
         )
-    answers = rows.get("answer_mask")
-    if answers is not None and not np.isin(answers, (0, 1)).all():
+
+
+def _check_segments(segment_ids):
+    _check_integers("segment_ids", segment_ids)
+    if segment_ids.size and (
+        segment_ids.min() < 0 or segment_ids.max() > MOST_SEGMENTS
+    ):
         raise ValueError(
-            "Expected `answer_mask` of zeros and ones. Received: values from "
-            f"{answers.min()} to {answers.max()}."
+            f"Expected `segment_ids` from 0, padding, to {MOST_SEGMENTS}. Received: "
+            f"numbers from {segment_ids.min()} to {segment_ids.max()}. Number the "
+            "documents of each row 1, 2, ..."
         )
 
 

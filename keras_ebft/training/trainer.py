@@ -6,23 +6,38 @@ from typing import Any, TypeAlias
 import keras
 from keras import ops
 
+# What Keras' own `compile` uses to set a metric that is listed elsewhere.
+from keras.src.utils.tracking import DotNotTrackScope
+
+from keras_ebft.backend.distribution import (
+    check_batch_divides,
+    refuse_silent_distribution,
+)
 from keras_ebft.backend.held_state import holding_state
 from keras_ebft.backend.runtime import resolve_jit_compile
 from keras_ebft.backend.updates import update_if_finite
+from keras_ebft.data.row_batches import Rows
 from keras_ebft.kernels import watch_choices
+from keras_ebft.objectives.objective import TERMS
 from keras_ebft.training.batches import (
+    Reader,
     TokenBatches,
     refuse_targets,
     split_rows,
     token_batches,
 )
 from keras_ebft.training.callbacks import CurrentWeights, DataPosition, KernelLog
-from keras_ebft.training.metrics import SkippedUpdates
+from keras_ebft.training.data_report import DataLog, DataReport
+from keras_ebft.training.metrics import LossMean, SkippedUpdates
+from keras_ebft.training.monitors import settle_monitors
 from keras_ebft.training.optimizers import policy_optimizer_config, with_critic
 from keras_ebft.training.progress import PROGRESS, ShortProgress
 from keras_ebft.training.train_function import IN_A_ROW, TrainFunction
 from keras_ebft.typing import Tensor
 from keras_ebft.validation import check_choice, check_int
+
+# Terms of the loss that no weight belongs to.
+OTHER_TERMS = ("critic_loss", "regularization")
 
 # What `fit` and `evaluate` take; within `fit`, Keras hands them on as one object.
 Callbacks: TypeAlias = (
@@ -37,8 +52,8 @@ class DocumentTrainer(keras.Model):
     """A Keras model whose data are documents, without targets.
 
     A subclass has `causal_lm`, `seed`, an `_evaluation_seed` that starts at
-    `_evaluation_start`, `critic`, `_check_rows`, `_runs_python`, a `training_state`
-    and the metric `_skipped_updates`.
+    `_evaluation_start`, `critic`, `_check_rows`, `_live_blocks`, `_runs_python` and a
+    `training_state` and the metric `_skipped_updates`.
     """
 
     train_function: Any
@@ -101,6 +116,9 @@ class DocumentTrainer(keras.Model):
             steps_per_execution=steps_per_execution,
             auto_scale_loss=auto_scale_loss,
         )
+        with DotNotTrackScope():
+            # Where Keras keeps its own, which `metrics` lists.
+            self._loss_tracker = LossMean((*TERMS.values(), *OTHER_TERMS))
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles as the saved model was, with an optimizer of its own."""
@@ -180,11 +198,13 @@ class DocumentTrainer(keras.Model):
         """Fine-tunes on documents.
 
         Args:
-            x: list of strings; integer array `[N, T]`; dict with `token_ids` and
-                optionally `padding_mask`, `segment_ids`, `answer_mask`, `anchors`;
+            x: list or column of strings or pairs `(prompt, answer)`; integer array
+                `[N, T]`; dict with `token_ids` and optionally `padding_mask`,
+                `segment_ids`, `answer_mask`, `anchors`; `PackedRows`; `PackedStream`;
                 or a `tf.data.Dataset`, `PyDataset`, torch `DataLoader` or
-                generator that yields batches of these. A `begin_epoch(epoch)` of
-                its own is called before every epoch.
+                generator that yields batches of these. A `begin_epoch(number)` of
+                its own is called before every pass over the data, which is an
+                epoch unless `steps_per_epoch` says otherwise.
             y: must be `None`; documents are their own targets.
             batch_size: int, documents per step for data in memory (default 16).
             callbacks: `keras.callbacks.Callback`, a list of them, or `None`.
@@ -192,7 +212,8 @@ class DocumentTrainer(keras.Model):
             validation_split: float in [0, 1), share of in-memory documents, taken
                 from the end, to validate on.
             validation_batch_size: int, by default `batch_size`.
-            shuffle: bool, reorder in-memory documents every epoch.
+            shuffle: bool, reorder in-memory documents every pass; the seed and how
+                many passes there were, in all calls of `fit`, decide the order.
             progress: `"short"` or `"full"`, which metrics the progress bar shows;
                 `History` and callbacks get all of them.
             **kwargs: further arguments of `keras.Model.fit`, such as `verbose`.
@@ -203,26 +224,34 @@ class DocumentTrainer(keras.Model):
         Raises:
             TypeError: for token ids that are not integers.
             ValueError: for documents too short to hold a block, and whatever
-                else is wrong with them; the message says what to do.
+                else is wrong with them; for a callback that watches a loss which
+                is noise. The message says what to do.
             FloatingPointError: after too many updates in a row that are not finite.
         """
         refuse_targets(y=y, **kwargs)
         bar = _progress_bar(progress, callbacks, kwargs)
         _refuse_orbax(_as_list(callbacks))
+        settle_monitors(_as_list(callbacks), self)
+        report = DataReport()
         if validation_split and validation_data is None:
-            x, validation_data = split_rows(x, self.causal_lm, validation_split)
+            whole = DataReport()
+            x, validation_data = split_rows(x, self._reader, validation_split, whole)
+            # Rows do not say any more what they lost.
+            report.cut_documents = whole.cut_documents
+            report.dropped_tokens = whole.dropped_tokens
         if validation_data is not None:
             validation_data = self._batches(
-                validation_data, validation_batch_size or batch_size
+                _without_targets(validation_data), validation_batch_size or batch_size
             )
-        train = self._batches(x, batch_size, shuffle)
+        steps = kwargs.get("steps_per_epoch")
+        train = self._batches(x, batch_size, shuffle, report, endless=bool(steps))
         # Keras would keep the epoch that an earlier `fit` resumed at.
         self._initial_epoch = None
         position = DataPosition(
-            self.training_state, train, kwargs.get("steps_per_epoch")
+            self.training_state, train, steps, kwargs.get("initial_epoch") or 0
         )
         with watch_choices() as choices:
-            own = [position, KernelLog(choices), CurrentWeights()]
+            own = [position, DataLog(report), KernelLog(choices), CurrentWeights()]
             return super().fit(
                 train,
                 validation_data=validation_data,
@@ -267,17 +296,95 @@ class DocumentTrainer(keras.Model):
             self._batches(x, batch_size), callbacks=callbacks, **kwargs
         )
 
-    def _batches(
-        self, x: Any, batch_size: int | None, shuffle: bool = False
-    ) -> TokenBatches:
-        return token_batches(
-            x,
-            self.causal_lm,
-            check_rows=self._check_rows,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            seed=self.seed,
+    def train_on_batch(
+        self,
+        x: Any,
+        y: None = None,
+        sample_weight: None = None,
+        class_weight: None = None,
+        return_dict: bool = False,
+    ) -> Any:
+        """Trains on one batch of documents.
+
+        Args:
+            x: documents in memory, of any form `fit` accepts.
+            y: must be `None`, like `sample_weight` and `class_weight`.
+            sample_weight: must be `None`.
+            class_weight: must be `None`.
+            return_dict: bool, whether metrics come as a dict.
+
+        Returns:
+            list of metric values, or a dict.
+
+        Raises:
+            TypeError, ValueError: as `fit`.
+        """
+        refuse_targets(y=y, sample_weight=sample_weight, class_weight=class_weight)
+        return super().train_on_batch(self._one_batch(x), return_dict=return_dict)
+
+    def test_on_batch(
+        self,
+        x: Any,
+        y: None = None,
+        sample_weight: None = None,
+        return_dict: bool = False,
+    ) -> Any:
+        """Measures on one batch of documents; arguments as of `train_on_batch`."""
+        refuse_targets(y=y, sample_weight=sample_weight)
+        return super().test_on_batch(self._one_batch(x), return_dict=return_dict)
+
+    def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Raises a `ValueError`: there is no one prediction for a document."""
+        raise ValueError(
+            "Expected a question that this model answers. Received: predict(). Use "
+            "causal_lm.generate(prompts) for texts, or rollout, score, features and "
+            "rewards of this model for what training sees."
         )
+
+    predict_on_batch = predict
+
+    @property
+    def _reader(self) -> Reader:
+        return Reader(self.causal_lm, self._check_rows, self._live_blocks)
+
+    def _one_batch(self, x: Any) -> Rows:
+        rows = self._reader.read(x)
+        check_batch_divides(len(rows["token_ids"]))
+        return rows
+
+    def _batches(
+        self,
+        x: Any,
+        batch_size: int | None,
+        shuffle: bool = False,
+        report: DataReport | None = None,
+        endless: bool = False,
+    ) -> TokenBatches:
+        refuse_silent_distribution()
+        batches = token_batches(x, self._reader, batch_size, shuffle, self.seed, report)
+        batches.endless = batches.endless or endless
+        return batches
+
+
+def _without_targets(validation_data: Any) -> Any:
+    """Validation documents out of what Keras' users write, `(x, None)`.
+
+    Raises:
+        ValueError: for `(x, y)` of arrays or other collections; a tuple of two texts
+            is two documents.
+    """
+    if not isinstance(validation_data, tuple) or not 2 <= len(validation_data) <= 3:
+        return validation_data
+    x, *others = validation_data
+    if all(other is None for other in others):
+        return x
+    if all(isinstance(part, (str, bytes)) for part in validation_data):
+        return validation_data
+    raise ValueError(
+        "Expected documents alone as `validation_data`: EBFT has no targets or sample "
+        f"weights. Received: a tuple of {len(validation_data)}. Pass the documents, "
+        "and pairs of prompt and answer as a list of tuples."
+    )
 
 
 def _progress_bar(

@@ -11,7 +11,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from keras_ebft.functional.feature_matching import COSINE_EPSILON, GROUP_NORM_EPSILON
+from keras_ebft.functional.feature_matching import (
+    COSINE_EPSILON,
+    GROUP_NORM_EPSILON,
+    SAME_REWARDS,
+)
 from keras_ebft.functional.inner_products import EIGENVALUE_CUTOFF
 
 
@@ -141,7 +145,10 @@ def judge(totals, ones, options):
         mean = jnp.sum(reward, axis=0) * (1.0 / samples)
         centred = ones * (reward - mean)
         variance = jnp.sum(centred * centred, axis=0) * (1.0 / max(samples - 1, 1))
-        advantage = centred / (jnp.sqrt(variance) + GROUP_NORM_EPSILON)
+        deviation = jnp.sqrt(variance)
+        scale = jnp.max(jnp.abs(one) + jnp.abs(two), axis=0)
+        differ = deviation > SAME_REWARDS * scale
+        advantage = jnp.where(differ, centred / (deviation + GROUP_NORM_EPSILON), 0.0)
     return alignment, diversity, reward, advantage
 
 

@@ -4,7 +4,11 @@ from typing import NamedTuple
 
 import torch
 
-from keras_ebft.functional.feature_matching import COSINE_EPSILON, GROUP_NORM_EPSILON
+from keras_ebft.functional.feature_matching import (
+    COSINE_EPSILON,
+    GROUP_NORM_EPSILON,
+    SAME_REWARDS,
+)
 from keras_ebft.functional.inner_products import EIGENVALUE_CUTOFF
 from keras_ebft.kernels.feature_reward.jacobi import padded_size, sweeps_for
 from keras_ebft.kernels.feature_reward.torch_triton_kernels import reward_blocks
@@ -30,6 +34,7 @@ class Tiles(NamedTuple):
             "CUTOFF": EIGENVALUE_CUTOFF,
             "COSINE_EPSILON": COSINE_EPSILON,
             "GROUP_NORM_EPSILON": GROUP_NORM_EPSILON,
+            "SAME_REWARDS": SAME_REWARDS,
         }
 
 

@@ -102,6 +102,7 @@ def reward_blocks(
     SWEEPS: tl.constexpr, WHITENING: tl.constexpr, ESTIMATOR: tl.constexpr,
     CUTOFF: tl.constexpr, COSINE_EPSILON: tl.constexpr,
     GROUP_NORM_EPSILON: tl.constexpr,
+    SAME_REWARDS: tl.constexpr,
 ):  # fmt: skip
     """Everything of one block. Programs: `(documents * blocks,)`.
 
@@ -184,7 +185,10 @@ def reward_blocks(
     elif ESTIMATOR == "group_norm":
         centred = tl.where(exists, reward - tl.sum(reward, axis=0) / SAMPLES, 0.0)
         variance = tl.sum(centred * centred, axis=0) / max(SAMPLES - 1, 1)
-        advantage = centred / (tl.sqrt(variance) + GROUP_NORM_EPSILON)
+        deviation = tl.sqrt(variance)
+        scale = tl.max(tl.abs(one) + tl.abs(two), axis=0)
+        differ = deviation > SAME_REWARDS * scale
+        advantage = tl.where(differ, centred / (deviation + GROUP_NORM_EPSILON), 0.0)
 
     place = (document * SAMPLES + index) * num_blocks + block
     tl.store(alignment_out + place, alignment, mask=exists)
