@@ -22,7 +22,9 @@ def build(causal_lm, **sampler):
         **{"rollout_length": 2, "stride": 4, "context_length": 4, **sampler}
     )
     network = keras_ebft.FeatureNetwork(layers=(1,))
-    return keras_ebft.EBFTModel(causal_lm, sampler, network, seed=0)
+    # What is measured knows no whitening.
+    reward = keras_ebft.FeatureMatchingReward(whitening=None)
+    return keras_ebft.EBFTModel(causal_lm, sampler, network, reward, seed=0)
 
 
 def nudge(causal_lm, scale):
@@ -47,7 +49,7 @@ def test_expectations_over_every_draw_are_those_of_the_other_distribution():
     assert mean == pytest.approx(expected[0], abs=1e-12)
     assert pairs == pytest.approx(expected @ expected, abs=1e-12)
     # What it would be without weights is another number.
-    assert abs(expected @ expected - drawn @ vectors @ vectors.T @ drawn) > 0.5
+    assert abs(expected @ expected - drawn @ vectors @ vectors.T @ drawn) > 0.3
 
 
 def test_by_hand():
@@ -78,15 +80,15 @@ def test_where_nothing_changed_it_is_the_plain_measure():
 
 
 def test_a_change_is_that_of_new_rollouts_with_less_noise():
-    """Against 800 rollouts of its own per block, where 200 are weighed."""
+    """Against 800 rollouts of its own per block, where 400 are weighed."""
     causal_lm = llama()
     model = build(causal_lm)
     exact = FeatureMatching(model, rollout_lengths=(2,), num_samples=800)
-    measure = PairedFeatureMatching(model, X, num_samples=200, batch_size=6)
+    measure = PairedFeatureMatching(model, X, num_samples=400, batch_size=6)
     before, plain = measure(), exact(X)
     nudge(causal_lm, 0.02)
     after, moved = measure(), exact(X)
-    assert 0.8 < measure.effective_samples < 1.0
+    assert 0.6 < measure.effective_samples < 1.0
     for name, plain_name in (
         ("feature_matching_loss", "unbiased_feature_matching_loss@2"),
         ("alignment", "alignment@2"),
@@ -125,7 +127,7 @@ def test_masks():
     mask[0, 12:] = False
     mask[1, 4:] = False
     segments = np.where(np.arange(18) < 9, 1, 2) * np.ones((6, 1), "int32")
-    answers = np.arange(18) >= 6
+    answers = np.arange(18) >= 5
     x = {
         "token_ids": X,
         "padding_mask": mask,
