@@ -93,6 +93,7 @@ def test_random_anchors_are_places_where_a_block_fits():
     assert seen[1] == {2, 3, 4}
 
 
+@pytest.mark.slow_compiled
 def test_random_anchors_differ_from_step_to_step_and_follow_the_seed(causal_lm):
     model = build(causal_lm, anchors="random", num_anchors=3)
     x = documents(2, 20)
@@ -151,6 +152,7 @@ def test_answer_anchors_need_answers(causal_lm):
         build(causal_lm, anchors="random", num_anchors=20).rollout(documents(1, 16))
 
 
+@pytest.mark.slow_compiled
 def test_learned_positions_bound_rows_and_rollouts_together():
     causal_lm = family("GPT2")  # 40 positions
     x = {"token_ids": documents(1, 36), "answer_mask": np.ones((1, 36))}
@@ -190,6 +192,7 @@ def test_tokens_up_to_the_first_stop_count():
     assert to_numpy(before_stop(tokens, ())).all()
 
 
+@pytest.mark.slow_compiled
 def test_what_follows_a_stop_token_changes_nothing(causal_lm):
     """Prompt to completion: rewards, losses and pooled features of one rollout."""
     model = build(

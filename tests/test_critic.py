@@ -75,6 +75,7 @@ def policy():
     return causal_lm, causal_lm.get_weights()
 
 
+@pytest.mark.slow_compiled
 def test_a_probe_learns_and_leaves_the_policy_alone(policy):
     alone = train(*policy, None, epochs=6)[0].causal_lm.get_weights()
     critic = keras_ebft.Critic("all", keras.optimizers.Adam(0.1))
@@ -115,6 +116,7 @@ def test_features_learn_with_the_critic(policy):
     assert same.get_config() == critic.get_config()
 
 
+@pytest.mark.slow_compiled
 @pytest.mark.parametrize(
     "own_scale", [False, pytest.param(True, marks=pytest.mark.slow)]
 )

@@ -84,6 +84,7 @@ def test_every_form_of_packed_rows_measures_the_same(model):
         assert values == pytest.approx(measured["arrays"], rel=1e-5), name
 
 
+@pytest.mark.slow_compiled
 @UNKNOWN_LENGTH
 def test_fit_on_a_stream_reads_it_anew_every_epoch(model):
     stream = packed()

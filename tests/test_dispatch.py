@@ -259,6 +259,7 @@ def test_a_distribution_is_an_option_of_every_call(path, monkeypatch):
     assert run() == "plain"
 
 
+@pytest.mark.slow_compiled
 def test_fit_logs_once_which_implementations_run(caplog):
     sampler = keras_ebft.BlockSampler(
         rollout_length=2, stride=4, context_length=4, num_samples=2

@@ -66,8 +66,10 @@ NOT_PER_LAYER = ("rope_scaling_short_factor", "rope_scaling_long_factor")
 # can go wrong.
 QUICK_FAMILIES = (*SERVING, "Falcon", "Gemma3n", "Mixtral", "GptOss")
 QUICK_GRADIENTS = ("Mixtral",)
-# Gradients of the others are checked where nothing compiles.
-COMPILED_GRADIENTS = ("Llama", "Gemma3", "Gemma3n", "GptOss", "RWKV7")
+# One of each route and of each thing that a compiler could get wrong; the others are
+# the same operations of Keras in another order, checked where nothing compiles.
+COMPILED = ("Llama", "Gemma3", "GPT2", "Falcon", "Mixtral", "GptOss", "RWKV7")
+COMPILED_GRADIENTS = ("Llama", "Gemma3", "Mixtral", "RWKV7")
 TEMPERATURE = 0.7
 
 
@@ -75,9 +77,10 @@ def parametrize(quick, compiled):
     """All families; those in neither run among the slow tests, and on PyTorch."""
 
     def marks(name):
+        compiles = name in compiled
         if name in quick:
-            return []
-        return [pytest.mark.slow, *([pytest.mark.compiled] if name in compiled else [])]
+            return [] if compiles else [pytest.mark.slow_compiled]
+        return [pytest.mark.slow, *([pytest.mark.compiled] if compiles else [])]
 
     return pytest.mark.parametrize(
         "name", [pytest.param(name, marks=marks(name)) for name in FAMILIES]
@@ -205,7 +208,7 @@ def errors(name):
     }
 
 
-@parametrize(QUICK_FAMILIES, compiled=FAMILIES)
+@parametrize(QUICK_FAMILIES, compiled=COMPILED)
 def test_blocks_in_parallel_equal_each_block_alone(name):
     found = errors(name)
     assert found["log_prob"] < 2e-5
@@ -316,6 +319,7 @@ def test_the_table_in_the_docs_is_of_these_families():
     assert not any(measured.values())
 
 
+@pytest.mark.slow_compiled
 @pytest.mark.parametrize(
     ("name", "announced"), [("GptOss", ["GptOssBackbone"]), ("Llama", [])]
 )
@@ -366,6 +370,7 @@ def test_encoder_decoders_are_refused():
         keras_ebft.EBFTModel(model)
 
 
+@pytest.mark.slow_compiled
 def test_the_text_model_of_a_multimodal_preset_is_loaded_as_the_error_says(tmp_path):
     """Every Gemma 3n preset has encoders; its text model is one of many parts."""
     encoder = {
@@ -404,6 +409,7 @@ def test_the_text_model_of_a_multimodal_preset_is_loaded_as_the_error_says(tmp_p
     keras_ebft.EBFTModel(causal_lm, seed=0).rollout(documents(1, 20), seed=0)
 
 
+@pytest.mark.slow_compiled
 @pytest.mark.parametrize("name", ["Gemma3n", "Gemma4 shared"])
 def test_copies_that_follow_keep_what_lower_layers_read(name):
     """What all layers read of a token, side by side, is cut to the layers kept."""

@@ -44,6 +44,7 @@ def test_taps_of_every_mode(mode, num_layers, taps):
     assert keras_ebft.FeatureNetwork(mode=mode).tapped_layers(num_layers) == taps
 
 
+@pytest.mark.slow_compiled
 def test_middle_modes_are_combinations_of_two_layers(causal_lm):
     def features(**network):
         generated, target = build(causal_lm, **network).features(X, ROLLOUTS)
@@ -101,6 +102,7 @@ def test_token_pooling_rewards_every_token_by_itself(causal_lm):
             )
 
 
+@pytest.mark.slow_compiled
 def test_a_backbone_of_ones_own(causal_lm):
     other = llama(num_layers=3, hidden_dim=8).backbone
     model = build(causal_lm, network=other, layers=(2,))

@@ -345,6 +345,7 @@ def test_adapter_class_is_what_fit_uses(fitted):
     assert isinstance(adapter(fitted.model, documents(2, LENGTH)), TokenBatches)
 
 
+@pytest.mark.slow_compiled
 def test_dropout_never_runs():
     """Neither in sampling nor in the pass that is trained."""
 

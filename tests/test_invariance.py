@@ -103,6 +103,7 @@ def test_other_blocks_and_samples_change_nothing(model, axis):
         assert (first[name][~same] != second[name][~same]).any()
 
 
+@pytest.mark.slow_compiled
 @pytest.mark.parametrize("length", [7, 10, 13])
 def test_any_length(model, length):
     """Context 4, rollouts of 3, stride 4: one block up to 10, two from 11."""
@@ -115,6 +116,7 @@ def test_any_length(model, length):
     assert np.isfinite(to_numpy(target)).all()
 
 
+@pytest.mark.slow_compiled
 def test_trailing_tokens_are_context_only(model):
     prompt = documents(1, 14)
     rollouts = rollouts_of(model, prompt)
