@@ -69,6 +69,11 @@ def few_collections():
     gc.set_threshold(50_000, 20, 20)
 
 
+def pytest_unconfigure():
+    """Lets everything end that was kept from the collector."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def reward_vectors():
     return np.load(DATA / "rewards.npz")
