@@ -14,6 +14,7 @@ import pytest
 
 import keras_ebft
 
+LEFT_OUT = [pytest.mark.slow, pytest.mark.slow_compiled]
 DATA = Path(__file__).parent / "data"
 CLASSES = {
     "llama": keras_hub.models.LlamaCausalLM,
@@ -111,7 +112,8 @@ def pytest_collection_modifyitems(config, items):
 def pytest_generate_tests(metafunc):
     """Contracts of kernels are tested with the specs of their path.
 
-    A class with `fast`, names of specs, leaves all others to the slow tests.
+    A class with `fast`, names of specs, leaves all others to the slow tests, and
+    where a backend compiles (or Pallas is interpreted) to `EVERY_TEST`.
     """
     specs = getattr(metafunc.cls, "specs", None)
     if specs is None:
@@ -125,7 +127,7 @@ def pytest_generate_tests(metafunc):
         if name in metafunc.fixturenames:
             marks = {s: fast and s.name not in fast for s in values}
             parameters = [
-                pytest.param(s, id=s.name, marks=[pytest.mark.slow] if is_slow else [])
+                pytest.param(s, id=s.name, marks=LEFT_OUT if is_slow else [])
                 for s, is_slow in marks.items()
             ]
             metafunc.parametrize(name, parameters)

@@ -119,6 +119,7 @@ class TestRewardTpu(FeatureRewardContract):
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_tiles")
 class TestRewardGpu(FeatureRewardContract):
+    fast = ("one_sample", "deficient_feature", "everything")
     name = "pallas_gpu"
 
 
