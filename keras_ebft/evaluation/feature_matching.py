@@ -82,14 +82,7 @@ class FeatureMatching:
                 "rollout_length": check_int("rollout_lengths", length, 1),
                 "num_samples": num_samples,
             }
-            measuring = EBFTModel(
-                causal_lm_of(model),
-                BlockSampler.from_config(config),
-                network,
-                reward,
-                seed=seed,
-            )
-            measuring.compile(jit_compile=_jit_compile(model))
+            measuring = _on_weights_of(model, config, network, reward, seed)
             if not self._models:
                 # One frozen network serves all lengths.
                 network = _ReadBy(network, cast(FrozenReader, measuring.feature_reader))
@@ -139,13 +132,18 @@ def measuring_model(
     """
     network, reward, sampler = _parts(model)
     config = {**sampler.get_config(), "num_samples": num_samples}
-    measuring = EBFTModel(
-        causal_lm_of(model),
-        BlockSampler.from_config(config),
-        network,
-        reward,
-        seed=seed,
-    )
+    return _on_weights_of(model, config, network, reward, seed)
+
+
+def _on_weights_of(
+    model: EBFTModel | keras_hub.models.CausalLM,
+    sampler_config: dict[str, Any],
+    network: FeatureNetwork,
+    reward: Reward,
+    seed: int,
+) -> EBFTModel:
+    sampler = BlockSampler.from_config(sampler_config)
+    measuring = EBFTModel(causal_lm_of(model), sampler, network, reward, seed=seed)
     measuring.compile(jit_compile=_jit_compile(model))
     return measuring
 
