@@ -7,7 +7,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from helpers import documents, llama, value_and_gradients
+from helpers import byte_causal_lm, documents, llama, value_and_gradients
 from keras import ops
 
 import keras_ebft
@@ -91,17 +91,23 @@ def test_many_shapes_are_no_reason_to_warn(traced, caplog):
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="PyTorch traces nothing")
-def test_a_train_step_is_traced_once():
+def test_every_step_is_traced_once():
     sampler = keras_ebft.BlockSampler(
         rollout_length=2, stride=4, context_length=4, num_samples=2
     )
     network = keras_ebft.FeatureNetwork(layers=(1,))
-    model = keras_ebft.EBFTModel(llama(num_layers=1), sampler, network, seed=0)
-    calls, train_step = [], model.train_step
-    model.train_step = lambda *data: calls.append(1) or train_step(*data)
+    # With a tokenizer, which is a layer that is never built.
+    model = keras_ebft.EBFTModel(byte_causal_lm(), sampler, network, seed=0)
+    calls, call = [], model.call
+    model.call = lambda *data, **options: calls.append(1) or call(*data, **options)
     model.compile("adam")
-    model.fit(documents(4, 12), batch_size=2, verbose=0)
+    x = documents(4, 12)
+    for _ in range(2):
+        model.fit(x, batch_size=2, verbose=0)
     assert len(calls) == 1
+    for _ in range(2):
+        model.evaluate(x, batch_size=2, verbose=0)
+    assert len(calls) == 2
 
 
 def resident():

@@ -6,6 +6,7 @@ import pytest
 from helpers import documents, llama, to_numpy
 
 import keras_ebft
+from keras_ebft.backend import updates
 
 LENGTH = 10
 BACKEND = keras.backend.backend()
@@ -245,6 +246,23 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(caplog):
     assert model.fit(Batches(1), verbose=0).history["skipped_updates"] == [0]
 
 
+def test_small_and_large_weights_are_updated_alike(monkeypatch):
+    after = []
+    for small in (0, 100, updates.SMALL):
+        monkeypatch.setattr(updates, "SMALL", small)
+        model = keras_ebft.EBFTModel.sft(llama(num_layers=1), seed=5)
+        model.compile(keras.optimizers.Adam(0.01, global_clipnorm=1.0))
+        start = [to_numpy(weight) for weight in model.trainable_variables]
+        model.train_on_batch(documents(2, LENGTH))
+        after.append(state(model))
+    sizes = {weight.size for weight in start}
+    assert min(sizes) <= 100 < max(sizes)
+    assert not same(start, after[0])
+    for found in after[1:]:
+        for one, other in zip(found, after[0], strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-7)
+
+
 def test_updates_that_loss_scaling_skips_are_counted():
     model = spoiled(1, 2)
     adam = keras.optimizers.Adam(0.01)
@@ -267,8 +285,10 @@ def test_training_ends_after_too_many_in_a_row():
     assert history["skipped_updates"] == [1]
 
 
-@pytest.mark.on_torch
-def test_steps_whose_gradient_is_finite_and_whose_update_is_not():
+@pytest.mark.parametrize("small", (0, updates.SMALL), ids=("large", "small"))
+def test_steps_whose_gradient_is_finite_and_whose_update_is_not(monkeypatch, small):
+    # Large weights are computed a second time on JAX, where there is an update.
+    monkeypatch.setattr(updates, "SMALL", small)
     model = keras_ebft.EBFTModel.sft(llama(num_layers=1), seed=5)
     # Ids that no document has give 0 / 0.
     model.compile(keras.optimizers.Adam(0.01, epsilon=0.0))

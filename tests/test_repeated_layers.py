@@ -38,7 +38,7 @@ CASES = {
 QUICK = ("adapters",)
 
 
-def build(case, dtype="float32", **options):
+def build(case, dtype="float32", feature_network=None, **options):
     name = case if case in ("Llama", "GPT2") else "Llama"
     causal_lm = family(name, num_layers=5, dtype=dtype)
     if case == "adapters":
@@ -49,7 +49,7 @@ def build(case, dtype="float32", **options):
     return keras_ebft.EBFTModel(
         causal_lm,
         keras_ebft.BlockSampler(**SAMPLER),
-        keras_ebft.FeatureNetwork(layers=(4,)),
+        feature_network or keras_ebft.FeatureNetwork(layers=(4,)),
         seed=0,
         **{"ce_weight": 0.3, "kl_weight": 0.1, **options},
     )
@@ -114,12 +114,32 @@ def test_layers_that_differ_are_no_loop(looped):
     assert all(np.array_equal(a, b) for a, b in zip(before, model.causal_lm.variables))
 
 
-def test_sampling_does_not_loop(looped):
+def test_sampling_in_a_loop_draws_the_same(looped, monkeypatch):
     model = build("Llama")
     rollouts = model.rollout(X, seed=0)
-    # Documents are read in a loop; the layers that sample token by token are not.
-    assert looped == [5]
-    assert to_numpy(rollouts["token_ids"]).shape == (2, 2, 3, 3)
+    # Documents are read, and tokens sampled, in loops over the layers.
+    assert set(looped) == {5}
+    assert len(looped) > 1
+    looped.clear()
+    monkeypatch.setattr(repeated_layers, "FEWEST_LAYERS", 99)
+    expected = build("Llama").rollout(X, seed=0)
+    assert not looped
+    for name in ("token_ids", "anchors"):
+        assert np.array_equal(to_numpy(rollouts[name]), to_numpy(expected[name]))
+
+
+def test_layers_between_taps_are_loops(looped, monkeypatch):
+    monkeypatch.setattr(repeated_layers, "FEWEST_IN_A_LOOP", 2)
+    model = build("Llama", feature_network=keras_ebft.FeatureNetwork(layers=(2, 4, 5)))
+    rollouts = model.rollout(X, seed=0)
+    looped.clear()
+    features = model.features(X, rollouts)
+    # Two layers up to each of the first two taps; the third tap is one layer on.
+    assert set(looped) == {2}
+    monkeypatch.setattr(repeated_layers, "FEWEST_LAYERS", 99)
+    model = build("Llama", feature_network=keras_ebft.FeatureNetwork(layers=(2, 4, 5)))
+    for found, expected in zip(features, model.features(X, rollouts)):
+        assert np.allclose(to_numpy(found), to_numpy(expected), atol=1e-5)
 
 
 def test_where_a_loop_pays():
@@ -127,6 +147,10 @@ def test_where_a_loop_pays():
     backbone = family("Llama", num_layers=12).backbone
     layers, given = backbone.transformer_layers, [None] * 12
     record = family_of(backbone)
-    assert repeated_layers.worth_looping(record, layers, given) is alike
-    assert not repeated_layers.worth_looping(record, layers[:11], given[:11])
-    assert not repeated_layers.worth_looping(record, layers, [None, *[[]] * 11])
+    worth_looping = repeated_layers.worth_looping
+    assert worth_looping(record, layers, given, 12) is alike
+    # Layers up to a tap of a network that is deep enough, or is not.
+    assert worth_looping(record, layers[:4], given[:4], 12) is alike
+    assert not worth_looping(record, layers[:3], given[:3], 12)
+    assert not worth_looping(record, layers[:11], given[:11], 11)
+    assert not worth_looping(record, layers, [None, *[[]] * 11], 12)

@@ -1,6 +1,7 @@
 """Updates that are not finite are none: everything stays as it was before them."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -9,6 +10,9 @@ from keras import ops
 
 from keras_ebft.backend.runtime import no_gradient
 from keras_ebft.typing import Tensor
+
+# Elements of a tensor that may be in memory twice during an update, and be copied.
+SMALL = 2**18
 
 
 def update_if_finite(
@@ -81,23 +85,43 @@ def _calls(optimizer: keras.optimizers.Optimizer) -> keras.Variable:
 def _stateless_apply_if_finite(
     optimizer: keras.optimizers.Optimizer,
 ) -> Callable[..., Any]:
-    apply = optimizer.stateless_apply
+    import jax
+
+    # Traced once for the two calls below.
+    apply = jax.jit(optimizer.stateless_apply)
 
     def apply_if_finite(
         optimizer_variables: list[Tensor],
         grads: list[Tensor],
         trainable_variables: list[Tensor],
     ) -> Any:
-        # Computed twice: chosen from at the end, old and new values would be in
-        # memory at once.
-        new = apply(optimizer_variables, grads, trainable_variables)
+        arguments = optimizer_variables, grads, trainable_variables
+        new = apply(*arguments)
+
+        def update() -> Any:
+            # Large ones are computed again: chosen from at the end, old and new
+            # values would be in memory at once.
+            if all(_is_small(value) for part in new for value in part):
+                return new
+            again = apply(*arguments)
+            return tuple(map(_smaller_of, new, again))
+
         return ops.cond(
             _all_finite([value for part in new for value in part]),
-            lambda: tuple(apply(optimizer_variables, grads, trainable_variables)),
+            update,
             lambda: (list(trainable_variables), list(optimizer_variables)),
         )
 
     return apply_if_finite
+
+
+def _is_small(value: Any) -> bool:
+    return math.prod(value.shape) <= SMALL
+
+
+def _smaller_of(kept: list[Tensor], again: list[Tensor]) -> list[Tensor]:
+    """What is small of the first, what is large of the second."""
+    return [a if _is_small(a) else b for a, b in zip(kept, again)]
 
 
 def _apply_if_finite(optimizer: keras.optimizers.Optimizer) -> Callable[..., None]:
@@ -163,5 +187,21 @@ def _all_finite(values: Sequence[Any]) -> Tensor:
         for value in values
         if "float" in keras.backend.standardize_dtype(value.dtype)
     ]
-    found = [ops.all(ops.isfinite(value)) for value in floats]
+    found = [ops.all(ops.isfinite(value)) for value in _together(floats)]
     return ops.all(ops.stack(found)) if found else ops.convert_to_tensor(True)
+
+
+def _together(values: list[Tensor]) -> list[Tensor]:
+    """Small tensors as one of each dtype: adapters have hundreds, a program each."""
+    if keras.distribution.distribution() is not None:
+        # Parts of them would have to be sent from device to device.
+        return values
+    small: dict[str, list[Tensor]] = {}
+    large = []
+    for value in values:
+        if _is_small(value):
+            dtype = keras.backend.standardize_dtype(value.dtype)
+            small.setdefault(dtype, []).append(ops.reshape(value, (-1,)))
+        else:
+            large.append(value)
+    return [*map(ops.concatenate, small.values()), *large]

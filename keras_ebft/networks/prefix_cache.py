@@ -185,7 +185,6 @@ class BlockDecoder:
             positions,
             attend,
             list(zip(caches, self.document.keys_values)),
-            in_loop=True,
         )
         return keras.tree.map_structure(lambda out: out[..., 0, :], outputs), caches
 

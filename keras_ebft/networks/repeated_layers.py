@@ -1,8 +1,7 @@
 """Decoder layers that are alike, as one layer in a loop over stacked weights.
 
 A compiled loop is one program of the layer, where layers written one after another
-are as many programs. It reads each layer's weights out of their stack, a copy that
-pays where many tokens share it: not in the loop that samples them one by one.
+are as many programs. It reads each layer's weights out of their stack.
 """
 
 import keras
@@ -15,20 +14,24 @@ from keras_ebft.networks.rematerialisation import run_again
 # A step in loops takes some more time and memory, and the first call the less the
 # deeper the network is: with 8 layers it was not worth it (docs/benchmarks.md).
 FEWEST_LAYERS = 12
+# Layers between two taps are a loop of their own, which has to be worth its start.
+FEWEST_IN_A_LOOP = 4
 
 
-def worth_looping(family, decoders, given):
+def worth_looping(family, decoders, given, depth):
     """Whether decoder layers run as one in a loop.
 
     Args:
         family: `Family`.
-        decoders: list of decoder layers.
+        decoders: list of decoder layers that follow one another.
         given: list with what each is given besides its input.
+        depth: int, layers of the whole network.
     """
     return (
         compiles_every_step()
         and family.repeated
-        and len(decoders) >= FEWEST_LAYERS
+        and depth >= FEWEST_LAYERS
+        and len(decoders) >= FEWEST_IN_A_LOOP
         and all(own is given[0] for own in given)
         and all(_shapes(own) == _shapes(decoders[0]) for own in decoders)
     )

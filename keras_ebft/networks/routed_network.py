@@ -42,7 +42,7 @@ class RoutedNetwork:
         self.family = family_of(backbone)
         self._embed = self.family.embedding(backbone, self.num_layers)
 
-    def __call__(self, token_ids, positions, attend, caches=None, in_loop=False):
+    def __call__(self, token_ids, positions, attend, caches=None):
         """Runs the network on independent tokens; `attend` connects them.
 
         Args:
@@ -52,7 +52,6 @@ class RoutedNetwork:
                 sliding_window, soft_cap) -> (output, cache)`, called once per
                 layer with `[*shape, heads, head_dim]` tensors.
             caches: list with one entry per layer, handed to `attend`.
-            in_loop: bool, whether the call is within a loop over few tokens each.
 
         Returns:
             `(outputs, caches)`: final hidden states `[*shape, D]`, or a list of those
@@ -80,17 +79,17 @@ class RoutedNetwork:
                     _Layer(self, decoder, index, attend, shape, positions)
                     for index, decoder in enumerate(decoders[run], start=first + 1)
                 ]
-                x, new = self._run(layers, x, given[run], caches[run], in_loop)
+                x, new = self._run(layers, x, given[run], caches[run])
                 updated += new
                 if last in taps:
                     outputs.append(self._tap(x, last, shape))
                 first = last
         return (outputs[0] if self.layers is None else outputs), updated
 
-    def _run(self, layers, x, given, caches, in_loop):
+    def _run(self, layers, x, given, caches):
         """One decoder layer after another, or all of them as one in a loop."""
         decoders = [layer.decoder for layer in layers]
-        if not in_loop and worth_looping(self.family, decoders, given):
+        if worth_looping(self.family, decoders, given, self.num_layers):
             return run_repeated(
                 layers[0], decoders, x, given[0], caches, self.rematerialize
             )

@@ -135,6 +135,16 @@ class DocumentTrainer(keras.Model):
         if not isinstance(self.train_function, TrainFunction):
             self.train_function = TrainFunction(self, self._max_skipped_updates)
 
+    def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        """Makes the variables that are still missing, as Keras does.
+
+        That can only be the optimizer's. Keras would trace the whole model in every
+        `fit` and `evaluate`, because a tokenizer is a layer that is never built.
+        """
+        if self.optimizer is not None and not self.optimizer.built:
+            self.optimizer.build(self.trainable_variables)
+        self._post_build()
+
     def _make_function(self, step_function: Any, **options: Any) -> Any:
         return holding_state(
             self,
