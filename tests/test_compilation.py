@@ -7,7 +7,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from helpers import byte_causal_lm, documents, llama, value_and_gradients
+from helpers import byte_causal_lm, documents, value_and_gradients
 from keras import ops
 
 import keras_ebft
