@@ -62,14 +62,15 @@ def parse_arguments():
     parser.add_argument("--stride", type=int, default=8)
     parser.add_argument("--rollout-length", type=int, default=4)
     parser.add_argument(
-        "--pooling", choices=("last_token", "mean", "concat"), default="last_token"
+        "--pooling", choices=("last_token", "mean", "concat"), default="concat"
     )
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--ce-weight", type=float, default=0.0)
     parser.add_argument("--held-out-rows", type=int, default=48)
-    parser.add_argument("--held-out-samples", type=int, default=8, help="per block")
+    parser.add_argument("--held-out-samples", type=int, default=4, help="per block")
+    parser.add_argument("--held-out-stride", type=int, default=24)
     parser.add_argument("--prompts", type=int, default=3)
     parser.add_argument("--prompt-tokens", type=int, default=48)
     parser.add_argument("--new-tokens", type=int, default=32)
@@ -135,6 +136,21 @@ def cut_rows(files, tokenizer, length, per_file, seed):
                 rows.append(tokens[:length])
     choose.shuffle(rows)
     return np.array(rows, dtype="int32")
+
+
+def build_model(causal_lm, arguments, stride):
+    """The model that `fit` trains; with a block every `stride` tokens of a row."""
+    return keras_ebft.EBFTModel(
+        causal_lm,
+        sampler=keras_ebft.BlockSampler(
+            rollout_length=arguments.rollout_length,
+            stride=stride,
+            context_length=arguments.context_length,
+        ),
+        feature_network=keras_ebft.FeatureNetwork(pooling=arguments.pooling),
+        ce_weight=arguments.ce_weight,
+        seed=arguments.seed,
+    )
 
 
 def to_numpy(variable):
@@ -212,7 +228,8 @@ def main():
     tokenizer = causal_lm.preprocessor.tokenizer
     training = cut_rows(training_files, tokenizer, arguments.length, 2, seed=0)
     held_out = cut_rows(held_out_files, tokenizer, arguments.length, 1, seed=1)
-    held_out = held_out[: arguments.held_out_rows]
+    # On others, from the beginning, these settings were chosen.
+    held_out = held_out[-arguments.held_out_rows :]
     training = np.random.default_rng(arguments.seed).permutation(training)
 
     adapters = causal_lm.trainable_variables
@@ -221,25 +238,18 @@ def main():
         f"{len(training_files)} files and {len(held_out_files)} held out; "
         f"backend {keras.backend.backend()}"
     )
-    model = keras_ebft.EBFTModel(
-        causal_lm,
-        sampler=keras_ebft.BlockSampler(
-            rollout_length=arguments.rollout_length,
-            stride=arguments.stride,
-            context_length=arguments.context_length,
-        ),
-        feature_network=keras_ebft.FeatureNetwork(pooling=arguments.pooling),
-        ce_weight=arguments.ce_weight,
-        seed=arguments.seed,
-    )
+    model = build_model(causal_lm, arguments, arguments.stride)
     generate = keras_ebft.evaluation.TextGenerator(
         causal_lm,
         max_length=arguments.prompt_tokens + arguments.new_tokens,
         batch_size=arguments.prompts,
     )
     progress("Measuring before")
+    # More rows tell more than more blocks of a row.
     measure = PairedFeatureMatching(
-        model, held_out, num_samples=arguments.held_out_samples
+        build_model(causal_lm, arguments, arguments.held_out_stride),
+        held_out,
+        num_samples=arguments.held_out_samples,
     )
     before = measure()
     progress("Writing before")

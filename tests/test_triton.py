@@ -106,6 +106,15 @@ CAPABILITIES = pytest.mark.parametrize(
 DTYPES = pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 
 
+@pytest.fixture(autouse=True)
+def float32_for_one_architecture(request):
+    """Compiling takes seconds each, and float32 is not there for speed."""
+    found = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    rest = found.get("dtype") == "float32" and found.get("capability") != (9, 0)
+    if rest and not os.environ.get("EVERY_TEST"):
+        pytest.skip("float32 is compiled for sm_90 only, but with EVERY_TEST=1")
+
+
 @pytest.mark.slow
 @CAPABILITIES
 @DTYPES
