@@ -214,6 +214,8 @@ def test_check():
     broken = SANDBOX.check("def double(x) return", "assert double(3) == 6")
     assert not broken.passed
     assert "SyntaxError" in broken.message
+    raising = SANDBOX.check("raise ValueError('a\\u2028b\\x0cc')", "assert double(3)")
+    assert raising.message == "ValueError: a\u2028b\x0cc"
     missing = SANDBOX.check("pass", "assert double(3) == 6")
     assert missing.message.startswith("NameError")
     endless = SANDBOX.check("def double(x):\n    while True: pass", "double(1)")

@@ -261,5 +261,5 @@ def _explain(outcome: Any, verdict: dict[str, Any], passed: bool) -> tuple[str, 
         return "killed", f"signal {candidate.signal}"
     if candidate.errors:
         # The code did not even run; its own last line says why.
-        return "failed", candidate.errors.strip().splitlines()[-1]
+        return "failed", candidate.errors.strip().rpartition("\n")[2]
     return "failed", str(verdict.get("message", "no verdict"))

@@ -228,7 +228,7 @@ def _outcome(reader, status, seconds):
     endings, protections, reason = [], None, ""
     for index in range(reader.count):
         values = {}
-        for line in reader.text[index, "status"].decode().splitlines():
+        for line in reader.text[index, "status"].splitlines():
             values.update(json.loads(line))
         if "error" in values:
             raise RuntimeError(
