@@ -13,6 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from keras_ebft.evaluation.system_calls import filter_programs
+
 SCRIPTS = Path(__file__).parent / "sandboxed"
 READ_BYTES = 65536
 # What the others get to end by themselves once the first process has.
@@ -53,6 +55,7 @@ class Confinement:
         """Starts the process; its ends of all pipes are its own from then on."""
         self.folder = tempfile.mkdtemp(prefix="keras_ebft_")
         self.status_pipe, status = os.pipe()
+        filters, no_filter = filter_programs()
         config = {
             **self.limits,
             "script": self.script,
@@ -61,6 +64,8 @@ class Confinement:
             "prefix": os.path.realpath(sys.base_prefix),
             "python": os.path.realpath(sys._base_executable),
             "arguments": self.arguments,
+            "filters": filters,
+            "no_filter": no_filter,
             "status_pipe": status,
         }
         self.process = subprocess.Popen(
