@@ -263,7 +263,8 @@ def _explain(outcome: Any, verdict: dict[str, Any], passed: bool) -> tuple[str, 
     if outcome.status:
         return outcome.status, ""
     candidate = outcome.endings[1]
-    if candidate.status == "killed":
+    # Without a signal it had only not ended yet when the tests had.
+    if candidate.signal is not None:
         return "killed", f"signal {candidate.signal}"
     if candidate.errors:
         # The code did not even run; its own last line says why.

@@ -9,6 +9,9 @@ may import nothing but the standard library. Three processes:
   it cannot be killed from within, and everything dies with it,
 - the last takes its limits, gives up its privileges and runs the script.
 
+Where bubblewrap is used, it does what the first two do until the root directory
+stands (`inside`), and the second begins here.
+
 What was achieved and how the script ended goes to a pipe, one JSON per line.
 """
 
@@ -227,8 +230,9 @@ def become_script(config, isolated, uid):
         set_limits(config, 0)
         drop_privileges(uid)
     else:
-        # In a user namespace, the two processes around this one count as well.
-        set_limits(config, 2 if isolated else count_own_processes())
+        # In a user namespace, the processes of ours around this one count as well.
+        around = 1 if config["inside"] else 2
+        set_limits(config, around if isolated else count_own_processes())
     if sys.platform == "linux":
         call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if config["filters"]:
@@ -274,7 +278,10 @@ def inner(config, isolated, uid):
     """The first process of the new namespaces."""
     die_with_parent()
     pipe = config["status_pipe"]
-    if isolated:
+    if config["inside"]:
+        if uid is not None:
+            os.chown(WORK, uid, uid)
+    elif isolated:
         build_root(config["folder"], config, NOBODY if uid is None else uid)
     else:
         os.chdir(config["folder"])
@@ -304,8 +311,13 @@ def main():
     os.set_inheritable(pipe, False)
     os.umask(0o022)
     die_with_parent()
-    namespaces, reason = enter_namespaces()
-    uid = user_for(namespaces, config["prefix"])
+    if config["inside"]:
+        # Of a root directory and namespaces that bubblewrap has made.
+        uid, reason = config["uid"], ""
+        namespaces = "as nobody" if uid is None else "as root"
+    else:
+        namespaces, reason = enter_namespaces()
+        uid = user_for(namespaces, config["prefix"])
     if not namespaces and os.geteuid() == 0 and uid is None:
         report(
             pipe,
@@ -331,7 +343,7 @@ def main():
     active = [name for name, holds in protections.items() if holds]
     reasons = filter(None, (reason, no_keyring, config["no_filter"]))
     report(pipe, active=active, reason="; ".join(reasons))
-    process = os.fork()
+    process = 0 if config["inside"] else os.fork()
     if process == 0:
         try:
             inner(config, bool(namespaces), uid)
