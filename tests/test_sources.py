@@ -138,6 +138,16 @@ def test_documented_functions():
         documented_functions("def f(:")
 
 
+def test_documented_functions_end_lines_where_python_does():
+    text = "a\u2028b\x0cc\x85d\x1ce"
+    source = (
+        f'\x0c\nx = "{text}"\r\ndef f(x):\r\n    """Doc {text}."""\r\n    return x\r\n'
+    )
+    (found,) = documented_functions(source)
+    assert found.prompt == f'def f(x):\r\n    """Doc {text}."""\r\n'
+    assert found.body == "    return x\r\n"
+
+
 def write_catalogue(folder, language, domain, messages, order="<"):
     """A `.mo` file as msgfmt writes it."""
     messages = {"": "Content-Type: text/plain; charset=UTF-8\n", **messages}

@@ -107,6 +107,35 @@ def test_function_body():
     assert function_body("") == ""
 
 
+BODIES = {
+    "what only str ends lines at": "    return 'a\u2028b\x0cc\x85d\x1ce' + 'f'\n",
+    "a string over lines": '    text = """\nin the margin\n"""\n    return text\n',
+    "brackets over lines": "    pairs = {\n'a': 1,\n}\n    return pairs\n",
+    "a line that goes on": "    x = 1 + \\\n2\n    return x\n",
+    "a comment in the margin": "    x = 1\n# two\n\n    return x\n",
+    "a page within the body": "    x = 1\n\x0c\n    return x\n",
+    "what began before": " x:\n        return 1\n    return (\n2)\n",
+}
+AFTER = ("print(1)\n", "# an example\n\nprint('''\n", "\x0cdef g():\n  1\n")
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_function_body_cuts_no_valid_code(body):
+    assert function_body(body) == body
+    for after in AFTER:
+        assert function_body(body + after) == body, after
+
+
+def test_function_body_ends_where_python_does():
+    # None is Python, and none keeps more than its own lines.
+    for kept in ("    return 'a\n", " a.'''\n    return 1\n", "    f(\n"):
+        assert function_body(f"{kept}x = 1\n") == kept
+    # Windows' and old Macs' ends of lines.
+    for end in ("\r\n", "\r"):
+        kept = f"    x = 1{end}    return x{end}"
+        assert function_body(f"{kept}x = 2{end}") == kept
+
+
 def test_pass_at_k_of_generated_code():
     problems = [
         CodeProblem("def inc(x):\n", tests="assert inc(1) == 2"),

@@ -1,13 +1,18 @@
 """pass@k: how often one of k generated programs passes its tests."""
 
 import dataclasses
+import io
 import math
 import os
+import tokenize
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from keras_ebft.evaluation.sandbox import CheckResult, Sandbox
 from keras_ebft.validation import check_instance, check_int
+
+# What Python skips at both ends of a line; `str.strip` knows more.
+BLANKS = " \t\f\r\n"
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -144,8 +149,9 @@ def mean_pass_at_k(results: Sequence[Sequence[CheckResult]], k: int) -> float:
 def function_body(completion: str) -> str:
     r"""The part of a completion that still belongs to the function begun before it.
 
-    Models go on after the end of a function. Everything from the first line on that
-    is neither indented nor empty is cut off.
+    Models go on after the end of a function. Everything from the first statement on
+    that is not indented is cut off, and comments in the margin before it. What stands
+    in the margin within a string or brackets cuts nothing.
 
     Args:
         completion: str.
@@ -157,10 +163,37 @@ def function_body(completion: str) -> str:
     >>> function_body("    return 1\n\nprint(2)\n")
     '    return 1\n\n'
     """
-    kept: list[str] = []
-    for line in completion.splitlines(keepends=True):
+    lines = list(io.StringIO(completion, newline=""))
+    inside = _rows_inside_statements(lines)
+    kept = 0
+    for row, line in enumerate(lines):
+        text = line.lstrip("\f")
+        if not text.strip(BLANKS):
+            kept += kept == row
         # The completion begins in the middle of a line.
-        if kept and line.strip() and not line[0].isspace():
+        elif row == 0 or row in inside or text[0] in " \t":
+            kept = row + 1
+        elif text[0] != "#":
             break
-        kept.append(line)
-    return "".join(kept)
+    return "".join(lines[:kept])
+
+
+def _rows_inside_statements(lines: list[str]) -> set[int]:
+    """Rows that go on with what an earlier row has begun, such as a string.
+
+    From the first thing on that is not Python, none.
+    """
+    # Indentation that begins in the middle of a line would be an error.
+    bare = iter([line.strip(BLANKS) + "\n" for line in lines])
+    inside: set[int] = set()
+    first = None
+    try:
+        for token in tokenize.generate_tokens(lambda: next(bare, "")):
+            if token.type == tokenize.NEWLINE:
+                inside.update(range(first or token.start[0], token.end[0]))
+                first = None
+            elif first is None and token.type not in (tokenize.NL, tokenize.COMMENT):
+                first = token.start[0]
+    except (tokenize.TokenError, SyntaxError, ValueError):
+        pass  # Rows of a statement that has not ended are not inside one.
+    return inside

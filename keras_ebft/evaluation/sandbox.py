@@ -13,7 +13,10 @@ from keras_ebft.validation import check_choice, check_int, check_number
 
 # As limits of the system are counted.
 MOST_BYTES = 2**62
-PROTECTIONS = ("limits", "network", "filesystem", "processes", "user")
+PROTECTIONS = (
+    *("limits", "network", "filesystem", "processes", "user"),
+    *("keyring", "syscalls"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +67,10 @@ class Sandbox:
     Every program runs in a process of its own with an empty working directory.
     On Linux, as root or where unprivileged user namespaces are allowed, it sees
     no network, no process but its own and no file but the Python interpreter, and
-    belongs to a user that owns nothing. Elsewhere limits remain; what is missing
-    is named in a warning. docs/evaluation.md says what this does and does not
-    protect against.
+    belongs to a user that owns nothing. With `keras_ebft[sandbox]` the kernel also
+    refuses it what these do not hold: memory that no limit counts, other sockets,
+    keys, io_uring. Elsewhere limits remain; what is missing is named in a warning.
+    docs/evaluation.md says what this does and does not protect against.
 
     Args:
         wall_seconds: float, time after which everything is killed.
@@ -163,8 +167,9 @@ class Sandbox:
                 they end without an exception. Names they neither define nor
                 import are the code's.
             share_objects: bool, whether results may be objects of the code's own
-                classes, as tests of classes need. What the methods of such an
-                object return is then believed. They are equal to themselves only.
+                classes, as tests of classes need. What methods and operators of such
+                an object return is then believed; but to plain data it is never
+                equal, nor can it be put in order with it.
 
         Returns:
             `CheckResult`.
@@ -240,7 +245,8 @@ class Sandbox:
             raise RuntimeError(
                 f"Expected the protections {self.require}. Received: a system that "
                 f"does not offer {sorted(missing)} ({outcome.reason}). Run as root "
-                "or allow unprivileged user namespaces, or require less."
+                "or allow unprivileged user namespaces, pip install "
+                "'keras_ebft[sandbox]', or require less."
             )
         if missing:
             warnings.warn(
@@ -257,9 +263,10 @@ def _explain(outcome: Any, verdict: dict[str, Any], passed: bool) -> tuple[str, 
     if outcome.status:
         return outcome.status, ""
     candidate = outcome.endings[1]
-    if candidate.status == "killed":
+    # Without a signal it had only not ended yet when the tests had.
+    if candidate.signal is not None:
         return "killed", f"signal {candidate.signal}"
     if candidate.errors:
         # The code did not even run; its own last line says why.
-        return "failed", candidate.errors.strip().splitlines()[-1]
+        return "failed", candidate.errors.strip().rpartition("\n")[2]
     return "failed", str(verdict.get("message", "no verdict"))

@@ -13,6 +13,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from keras_ebft.evaluation.bubblewrap import (
+    SCRIPTS_INSIDE,
+    find_bubblewrap,
+    wrapped,
+)
+from keras_ebft.evaluation.system_calls import filter_programs
+
 SCRIPTS = Path(__file__).parent / "sandboxed"
 READ_BYTES = 65536
 # What the others get to end by themselves once the first process has.
@@ -53,20 +60,26 @@ class Confinement:
         """Starts the process; its ends of all pipes are its own from then on."""
         self.folder = tempfile.mkdtemp(prefix="keras_ebft_")
         self.status_pipe, status = os.pipe()
+        filters, no_filter = filter_programs()
         config = {
             **self.limits,
             "script": self.script,
             "scripts": str(SCRIPTS),
             "folder": self.folder,
-            "prefix": os.path.realpath(sys.base_prefix),
-            "python": os.path.realpath(sys._base_executable),
+            **_interpreter(),
             "arguments": self.arguments,
+            "filters": filters,
+            "no_filter": no_filter,
             "status_pipe": status,
+            "inside": False,
         }
+        wrapper = wrapped(config, SCRIPTS)
+        scripts = SCRIPTS_INSIDE if config["inside"] else config["scripts"]
         self.process = subprocess.Popen(
             [
+                *wrapper,
                 *(config["python"], "-I", "-S", "-B"),
-                *(str(SCRIPTS / "confinement.py"), json.dumps(config)),
+                *(f"{scripts}/confinement.py", json.dumps(config)),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -162,6 +175,7 @@ def run_together(confinements, wall_seconds, output_bytes):
     Raises:
         RuntimeError: if a process could not be confined.
     """
+    _find_engines()
     start = time.monotonic()
     started = []
     try:
@@ -177,6 +191,20 @@ def run_together(confinements, wall_seconds, output_bytes):
     finally:
         for confinement in started:
             confinement.kill()
+
+
+def _interpreter():
+    return {
+        "prefix": os.path.realpath(sys.base_prefix),
+        "python": os.path.realpath(sys._base_executable),
+    }
+
+
+def _find_engines():
+    """Looks for what confines, which takes a while once, before a clock runs."""
+    filters, _ = filter_programs()
+    if filters:
+        find_bubblewrap(SCRIPTS, **_interpreter())
 
 
 class _Reader:
@@ -228,7 +256,7 @@ def _outcome(reader, status, seconds):
     endings, protections, reason = [], None, ""
     for index in range(reader.count):
         values = {}
-        for line in reader.text[index, "status"].decode().splitlines():
+        for line in reader.text[index, "status"].splitlines():
             values.update(json.loads(line))
         if "error" in values:
             raise RuntimeError(

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import io
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,8 @@ def documented_functions(source):
     Raises:
         SyntaxError: if the source is not Python.
     """
-    lines = source.splitlines(keepends=True)
+    # Where Python ends lines; `str.splitlines` also does at form feeds and U+2028.
+    lines = list(io.StringIO(source, newline=""))
     return [
         found
         for prefix, node in _functions(ast.parse(source), "")

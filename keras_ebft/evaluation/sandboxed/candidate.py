@@ -4,10 +4,12 @@ This process belongs to the generated code, which may change anything in it. It
 only ever answers questions; what is right is decided in another process.
 """
 
+import builtins
 import collections.abc
 import contextlib
 import io
 import json
+import operator
 import os
 import sys
 import types
@@ -56,6 +58,12 @@ class Candidate:
     def answer_attribute(self, reference, name):
         """Reads an attribute."""
         return self.encode(getattr(self.objects[reference], name))
+
+    def answer_operate(self, name, arguments):
+        """What a built-in function, or the operator of that name, makes of objects."""
+        found = getattr(builtins, name, None) or getattr(operator, name, None)
+        operation = found or getattr(operator, f"{name}_")
+        return self.encode(operation(*map(self.decode, arguments)))
 
     def encode(self, value):
         """A result, or a reference to it where it is not plain."""

@@ -47,6 +47,10 @@ class Connection:
             raise error_named(*content)
         return content[0]
 
+    def decoded(self, question, *arguments):
+        """Asks one question; returns the result."""
+        return self.decode(self.ask(question, *arguments))
+
     def decode(self, data):
         """A result from the other side; other objects become stand-ins."""
         return decode(data, self.stand_in if self._share_objects else _refuse)
@@ -61,50 +65,93 @@ def _refuse(number):
 
 
 class StandIn:
-    """An object of the generated code's process. Equal to itself only."""
+    """An object of the generated code's process.
+
+    What Python's operators and built-in functions do with the object happens over
+    there, with one exception: beside a value of the tests' own it is never equal,
+    and cannot be put in order, whatever its class says.
+    """
+
+    __slots__ = ("_stand_in",)
 
     def __init__(self, connection, number):
-        self._connection = connection
-        self._number = int(number)
+        object.__setattr__(self, "_stand_in", (connection, int(number)))
 
     def __call__(self, *arguments, **keywords):
         """Calls the object over there."""
-        answer = self._connection.ask(
+        connection, number = self._stand_in
+        return connection.decoded(
             "call",
-            self._number,
+            number,
             [to_candidate(argument) for argument in arguments],
             {name: to_candidate(value) for name, value in keywords.items()},
         )
-        return self._connection.decode(answer)
 
     def __getattr__(self, name):
-        return self._connection.decode(
-            self._connection.ask("attribute", self._number, name)
-        )
+        connection, number = self._stand_in
+        return connection.decoded("attribute", number, name)
 
-    def __repr__(self):
-        return str(self.__getattr__("__repr__")())
+    def __setattr__(self, name, value):
+        _operate(self, "setattr", self, name, value)
 
-    def __str__(self):
-        return str(self.__getattr__("__str__")())
+    def __delattr__(self, name):
+        _operate(self, "delattr", self, name)
 
-    def __len__(self):
-        return self.__getattr__("__len__")()
+    def __contains__(self, value):
+        return bool(_operate(self, "contains", self, value))
 
-    def __iter__(self):
-        return iter(self.__getattr__("__iter__")())
+    def __instancecheck__(self, value):
+        return isinstance(value, StandIn) and _operate(self, "isinstance", value, self)
 
-    def __next__(self):
-        return self.__getattr__("__next__")()
+    def __subclasscheck__(self, value):
+        return isinstance(value, StandIn) and _operate(self, "issubclass", value, self)
 
-    def __getitem__(self, key):
-        return self.__getattr__("__getitem__")(key)
 
-    def __setitem__(self, key, value):
-        self.__getattr__("__setitem__")(key, value)
+def _operate(stand_in, operation, *arguments):
+    """One operation of the generated code's process."""
+    connection, _ = stand_in._stand_in
+    written = [to_candidate(argument) for argument in arguments]
+    return connection.decoded("operate", operation, written)
 
-    def __bool__(self):
-        return True
+
+def _method(operation):
+    return lambda self, *arguments: _operate(self, operation, self, *arguments)
+
+
+def _reflected(operation):
+    return lambda self, other: _operate(self, operation, other, self)
+
+
+def _comparison(operation):
+    def compare(self, other):
+        if not isinstance(other, StandIn):
+            # Python's own answer: not equal, and no order.
+            return NotImplemented
+        return _operate(self, operation, self, other)
+
+    return compare
+
+
+OPERATIONS = ("abs", "neg", "pos", "invert", "round", "getitem", "setitem", "delitem")
+OPERATIONS += ("len", "hash", "iter", "next", "reversed", "bool", "str", "repr")
+COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+ARITHMETIC = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow")
+ARITHMETIC += ("lshift", "rshift", "xor", "and", "or", "divmod")
+
+
+def _add_operators():
+    # Python looks operators up in the class, so that `__getattr__` is not asked.
+    for name in OPERATIONS:
+        setattr(StandIn, f"__{name}__", _method(name))
+    for name in COMPARISONS:
+        setattr(StandIn, f"__{name}__", _comparison(name))
+    for name in ARITHMETIC:
+        setattr(StandIn, f"__{name}__", _method(name))
+        setattr(StandIn, f"__r{name}__", _reflected(name))
+        setattr(StandIn, f"__i{name}__", _method(f"i{name}"))
+
+
+_add_operators()
 
 
 def to_candidate(value):
@@ -114,7 +161,7 @@ def to_candidate(value):
 
 def _reference(value):
     if isinstance(value, StandIn):
-        return ["reference", value._number]
+        return ["reference", value._stand_in[1]]
     return encode(value)
 
 

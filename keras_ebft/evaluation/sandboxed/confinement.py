@@ -9,10 +9,14 @@ may import nothing but the standard library. Three processes:
   it cannot be killed from within, and everything dies with it,
 - the last takes its limits, gives up its privileges and runs the script.
 
+Where bubblewrap is used, it does what the first two do until the root directory
+stands (`inside`), and the second begins here.
+
 What was achieved and how the script ended goes to a pipe, one JSON per line.
 """
 
 import ctypes
+import errno
 import json
 import os
 import resource
@@ -32,7 +36,11 @@ LOCKED_FLAGS = {  # statvfs flag -> mount flag, to be kept when remounting
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x4000000, 0x8000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 NAMESPACES = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET
-PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
+SECCOMP_MODE_FILTER = 2
+KEYCTL_JOIN_SESSION_KEYRING = 1
+# The C library has no function for this system call.
+KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "ppc64le": 271, "s390x": 280}
 SYSTEM_FOLDERS = ("/usr", "/lib", "/lib32", "/lib64", "/nix/store")
 SYSTEM_FILES = ("/etc/ld.so.cache",)
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
@@ -41,6 +49,12 @@ FIRST_USER, NUMBER_OF_USERS = 20_000, 40_000
 WORK, SCRIPTS = "/work", "/scripts"
 
 libc = ctypes.CDLL(None, use_errno=True)
+
+
+class FilterProgram(ctypes.Structure):
+    """The kernel's `sock_fprog`: how many instructions, and where."""
+
+    _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
 
 
 def call(name, *arguments):
@@ -57,6 +71,40 @@ def die_with_parent():
     """Asks the kernel to kill this process when its parent ends."""
     if sys.platform == "linux":
         call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def leave_keyring():
+    """Joins a session keyring that is new and empty.
+
+    Returns:
+        str, why not; empty where it was joined, or where keyrings cannot be reached.
+    """
+    number = KEYCTL.get(os.uname().machine)
+    if sys.platform != "linux" or number is None or sys.maxsize < 2**32:
+        return f"no new keyring on {sys.platform} and {os.uname().machine}"
+    if libc.syscall(number, KEYCTL_JOIN_SESSION_KEYRING, None) < 0:
+        code = ctypes.get_errno()
+        # Missing, or refused to this process and so to all it starts.
+        if code not in (errno.ENOSYS, errno.EPERM):
+            return f"no new keyring: {os.strerror(code)}"
+    return ""
+
+
+def can_filter():
+    """Whether the kernel would take a filter of system calls."""
+    if sys.platform != "linux":
+        return False
+    libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, None, 0, 0)
+    # It has looked for one, and there was none.
+    return ctypes.get_errno() == errno.EFAULT
+
+
+def filter_system_calls(digits):
+    """Lets the kernel refuse system calls from now on, as a program says."""
+    program = bytes.fromhex(digits)
+    given = FilterProgram(len(program) // 8, program)
+    mode = SECCOMP_MODE_FILTER
+    call("prctl", PR_SET_SECCOMP, mode, ctypes.byref(given), 0, 0)
 
 
 def enter_namespaces():
@@ -182,10 +230,13 @@ def become_script(config, isolated, uid):
         set_limits(config, 0)
         drop_privileges(uid)
     else:
-        # In a user namespace, the two processes around this one count as well.
-        set_limits(config, 2 if isolated else count_own_processes())
+        # In a user namespace, the processes of ours around this one count as well.
+        around = 1 if config["inside"] else 2
+        set_limits(config, around if isolated else count_own_processes())
     if sys.platform == "linux":
         call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    if config["filters"]:
+        filter_system_calls(config["filters"]["isolated" if isolated else "bare"])
     scripts = SCRIPTS if isolated else config["scripts"]
     arguments = {**config["arguments"], "block_sockets": not isolated}
     command = [config["python"], "-I", "-S", "-B", "-X", "utf8"]
@@ -227,7 +278,10 @@ def inner(config, isolated, uid):
     """The first process of the new namespaces."""
     die_with_parent()
     pipe = config["status_pipe"]
-    if isolated:
+    if config["inside"]:
+        if uid is not None:
+            os.chown(WORK, uid, uid)
+    elif isolated:
         build_root(config["folder"], config, NOBODY if uid is None else uid)
     else:
         os.chdir(config["folder"])
@@ -257,8 +311,13 @@ def main():
     os.set_inheritable(pipe, False)
     os.umask(0o022)
     die_with_parent()
-    namespaces, reason = enter_namespaces()
-    uid = user_for(namespaces, config["prefix"])
+    if config["inside"]:
+        # Of a root directory and namespaces that bubblewrap has made.
+        uid, reason = config["uid"], ""
+        namespaces = "as nobody" if uid is None else "as root"
+    else:
+        namespaces, reason = enter_namespaces()
+        uid = user_for(namespaces, config["prefix"])
     if not namespaces and os.geteuid() == 0 and uid is None:
         report(
             pipe,
@@ -266,13 +325,25 @@ def main():
             f"{reason}, and other users cannot reach {config['prefix']}",
         )
         return
-    active = ["limits"]
-    if namespaces:
-        active += ["network", "filesystem", "processes"]
-    if uid is not None or namespaces == "as nobody":
-        active.append("user")
-    report(pipe, active=active, reason=reason)
-    process = os.fork()
+    no_keyring = leave_keyring()
+    if config["filters"] and not can_filter():
+        config |= {"filters": {}, "no_filter": "the kernel filters no system calls"}
+    filtered = bool(config["filters"])
+    own_user = uid is not None or namespaces == "as nobody"
+    protections = {
+        "limits": True,
+        "network": namespaces or filtered,
+        "filesystem": namespaces,
+        "processes": namespaces,
+        "user": own_user,
+        # A user's own keyring is not left with the session's.
+        "keyring": filtered or (own_user and not no_keyring),
+        "syscalls": filtered,
+    }
+    active = [name for name, holds in protections.items() if holds]
+    reasons = filter(None, (reason, no_keyring, config["no_filter"]))
+    report(pipe, active=active, reason="; ".join(reasons))
+    process = 0 if config["inside"] else os.fork()
     if process == 0:
         try:
             inner(config, bool(namespaces), uid)

@@ -29,6 +29,7 @@ PARTLESS = {
     "bytes": bytes.fromhex,
 }
 CONTAINERS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+MADE_OF_PARTS = {**CONTAINERS, "iterator": iter, "slice": lambda ends: slice(*ends)}
 LONGEST_ITERATOR = 100_000
 
 
@@ -40,8 +41,8 @@ def encode(value, refer=None):
     """A value as what `json` can write.
 
     Args:
-        value: `None`, numbers, strings, bytes, and lists, tuples, sets and dicts
-            of such. Subclasses count as what they are derived from.
+        value: `None`, numbers, strings, bytes, and lists, tuples, sets, dicts and
+            slices of such. Subclasses count as what they are derived from.
         refer: function from any other value to what is written in its place.
 
     Raises:
@@ -53,6 +54,9 @@ def encode(value, refer=None):
     if isinstance(value, dict):
         items = [[encode(k, refer), encode(v, refer)] for k, v in value.items()]
         return ["dict", items]
+    if isinstance(value, slice):
+        ends = (value.start, value.stop, value.step)
+        return ["slice", [encode(part, refer) for part in ends]]
     for name, kind in CONTAINERS.items():
         if isinstance(value, kind):
             return [name, [encode(part, refer) for part in value]]
@@ -96,8 +100,6 @@ def decode(data, dereference):
     if name == "dict":
         return {decode(k, dereference): decode(v, dereference) for k, v in content}
     parts = [decode(part, dereference) for part in content]
-    if name == "iterator":
-        return iter(parts)
-    if name not in CONTAINERS:
+    if name not in MADE_OF_PARTS:
         raise ValueError(f"not an encoded value: {name!r:.80}")
-    return CONTAINERS[name](parts)
+    return MADE_OF_PARTS[name](parts)
