@@ -6,6 +6,7 @@ import pytest
 from helpers import documents, llama, to_numpy
 
 import keras_ebft
+from keras_ebft.backend.updates import gradient_norm
 from keras_ebft.callbacks import Measure, Throughput
 from keras_ebft.evaluation import PairedFeatureMatching
 from keras_ebft.training import timing
@@ -110,6 +111,24 @@ def test_only_feature_matching_has_a_score():
     assert "token_match" in found
 
 
+def test_gradients_of_any_rank_have_one_norm():
+    random = np.random.default_rng(0)
+    shapes = ((), (3,), (2, 3), (2, 3, 4), (2, 1, 3, 2))
+    values = [random.normal(size=shape).astype("float32") for shape in shapes]
+    gradients = [None, *(keras.ops.convert_to_tensor(value) for value in values)]
+    expected = np.sqrt(sum((value**2).sum() for value in values)) / 8
+    found = gradient_norm(gradients, 8.0)
+    assert float(to_numpy(found)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow's own")
+def test_rows_of_an_embedding_that_were_read_twice_are_summed():
+    import tensorflow as tf
+
+    rows = tf.IndexedSlices(tf.constant([[3.0], [1.0]]), tf.constant([2, 2]), (5, 1))
+    assert float(to_numpy(gradient_norm([rows], 1.0))) == 4.0
+
+
 def norm_of_a_step(optimizer):
     """What is logged, and how far a step of SGD with rate 1 moves the weights."""
     model = keras_ebft.EBFTModel.sft(llama(num_layers=1), seed=0)
@@ -121,6 +140,7 @@ def norm_of_a_step(optimizer):
     return history["grad_norm"][0], np.sqrt(moved)
 
 
+@pytest.mark.on_torch
 def test_the_norm_of_the_gradient_before_clipping():
     SGD = keras.optimizers.SGD
     norm, moved = norm_of_a_step(SGD(1.0))
@@ -138,6 +158,7 @@ def test_the_norm_of_the_gradient_is_not_scaled():
     assert norm == pytest.approx(moved, rel=1e-4)
 
 
+@pytest.mark.on_torch
 def test_measured_by_steps(model):
     """Six steps in two epochs: at 2, 4 and 6; the last of an epoch is in its logs."""
     start = model.steps_trained
@@ -156,6 +177,7 @@ def test_measured_by_steps(model):
     assert history["val_own"] == [1.5, 1.5]
 
 
+@pytest.mark.on_torch
 def test_changes_with_their_noise(model):
     changes = PairedFeatureMatching(model, X, num_samples=3)
     before = changes(model)["cross_entropy"]
@@ -200,6 +222,7 @@ def test_measure_refuses_what_it_was_not_told(model):
             model.fit(X, verbose=0, callbacks=[measure])
 
 
+@pytest.mark.on_torch
 def test_throughput_counts_tokens_and_not_what_others_do(model, monkeypatch):
     """A clock that an evaluation and a callback of the user's move on by hours."""
     passed, real = [0.0], timing.time.perf_counter
