@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ebft.backend.runtime import no_gradient
+from keras_ebft.backend.runtime import dense, no_gradient
 from keras_ebft.typing import Tensor
 
 
@@ -97,12 +97,11 @@ def gradient_norm(gradients: Sequence[Any], scale: Any) -> Tensor:
 
 
 def _norm(gradient: Any) -> Tensor:
-    # `convert_to_tensor`: TensorFlow's of an embedding has only the rows it read.
-    values = ops.cast(ops.convert_to_tensor(gradient), "float32")
+    values = ops.cast(dense(gradient), "float32")
     # No reshaping, for which a gradient shared out between devices would be collected.
-    while len(values.shape) > 2:
+    while len(values.shape) > 0:
         values = ops.norm(values, axis=-1)
-    return ops.norm(values)
+    return ops.abs(values)
 
 
 def _loss_scale(optimizer: keras.optimizers.Optimizer) -> Any:
