@@ -14,6 +14,7 @@ from keras_ebft.features import FeatureNetwork
 from keras_ebft.layout.geometry import BlockGeometry
 from keras_ebft.model import EBFTModel
 from keras_ebft.objectives.critic import Critic
+from keras_ebft.reports import report
 from keras_ebft.rewards import (
     CharacteristicFunctionReward,
     FeatureMatchingReward,
@@ -47,4 +48,5 @@ __all__ = [
     "models",
     "plots",
     "recipes",
+    "report",
 ]

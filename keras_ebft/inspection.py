@@ -9,10 +9,12 @@ import numpy as np
 from keras import ops
 
 from keras_ebft.backend.runtime import compiled, no_gradient
+from keras_ebft.completions import completion_records
 from keras_ebft.layout.documents import Documents, read_documents
 from keras_ebft.layout.draws import draw_numbers
+from keras_ebft.networks import to_numpy
 from keras_ebft.objectives.objective import Objective
-from keras_ebft.records import LossTerms
+from keras_ebft.records import LossTerms, Rollouts
 from keras_ebft.samplers import BlockSampler
 from keras_ebft.step import EBFTStep
 from keras_ebft.training.batches import Reader
@@ -20,6 +22,8 @@ from keras_ebft.typing import Tensor
 
 # Tensors by name.
 Tensors: TypeAlias = dict[str, Tensor]
+# What `draw_numbers` returns.
+Numbers: TypeAlias = tuple[Tensor, Tensor | None]
 REWARD_NAMES = ("alignment", "diversity", "reward", "advantage")
 
 
@@ -109,6 +113,52 @@ class Inspection:
         with no_gradient():
             return self._compiled["rewards"](*self._with_rollouts(x, rollouts))
 
+    def completions(self, x: Any, seed: int | None = None) -> list[dict[str, Any]]:
+        """What the model writes in every block, with its reward, to be read.
+
+        Args:
+            x: documents.
+            seed: int, or `None` for rollouts that differ from call to call.
+
+        Returns:
+            list of dicts that JSON can hold, one per live block: `row` and `anchor`,
+            ints; `prompt`, what the block sees of its document, and `truth`, how the
+            document goes on, strings; and `rollouts`, one dict per sample:
+
+            - `text`, a string;
+            - `alignment`, `diversity`, `reward`, `advantage`: floats, with `"token"`
+              pooling lists of one per token; `None` for what is not finite;
+            - `tokens`, a list of strings that make up the text and its markers, and
+              `log_prob`, as many floats, in nats at the sampling temperature;
+            - `ended`, whether it wrote a stop token; `None` where there are none.
+
+            Start and end tokens are in `tokens` alone. Of a model without a
+            preprocessor texts are lists of token ids.
+
+        Raises:
+            ValueError: also for a model that does not learn from rollouts.
+
+        Example:
+        ```python
+        for block in model.completions(texts, seed=0):
+            print(block["truth"], [rollout["text"] for rollout in block["rollouts"]])
+        ```
+        """
+        self._refuse_without_rollouts()
+        documents = self._in_memory(x)
+        seed = self._inspection_seed if seed is None else seed
+        with no_gradient():
+            numbers = draw_numbers(self.sampler, documents, seed)
+            found = self._compiled["completions"](documents, numbers)
+        arrays = {name: to_numpy(value) for name, value in found.items()}
+        arrays["document"] = to_numpy(documents.token_ids)
+        return completion_records(arrays, self.causal_lm)
+
+    def check_completions(self, x: Any) -> None:
+        """Raises what `completions` raises, before anything is computed."""
+        self._refuse_without_rollouts()
+        self._in_memory(x)
+
     def loss_terms(self, x: Any, rollouts: Any) -> Tensors:
         """The terms of the loss and their weighted sum, with gradient.
 
@@ -188,18 +238,12 @@ def compile_stages(
         dict of functions.
     """
 
-    def rollout(documents: Documents, numbers: tuple[Tensor, Tensor | None]) -> Tensors:
-        state = step.read(documents)
-        rollouts = step.sample(documents, state, numbers)
-        log_prob = rollouts.log_prob
-        if log_prob is None:
-            log_prob = step.score_rollouts(state, rollouts).log_prob
-        return {
-            "token_ids": rollouts.token_ids,
-            "log_prob": log_prob,
-            "mask": rollouts.counted,
-            "anchors": rollouts.blocks.absolute_anchors(),
-        }
+    def rollout(documents: Documents, numbers: Numbers) -> Tensors:
+        return _sampled(step, documents, numbers)[1]
+
+    def completions(documents: Documents, numbers: Numbers) -> Tensors:
+        rollouts, sampled = _sampled(step, documents, numbers)
+        return sampled | _judged(step, rollouts) | _told_apart(rollouts)
 
     def score(documents: Documents, token_ids: Tensor, anchors: Tensor) -> Tensors:
         state = step.read(documents)
@@ -217,9 +261,7 @@ def compile_stages(
         return frozen.generated, frozen.target
 
     def rewards(documents: Documents, token_ids: Tensor, anchors: Tensor) -> Tensors:
-        rollouts = step.replayed(documents, token_ids, anchors)
-        judged = step.judge(rollouts, step.read_frozen(rollouts, with_reference=False))
-        return {name: getattr(judged, name) for name in REWARD_NAMES}
+        return _judged(step, step.replayed(documents, token_ids, anchors))
 
     def loss_terms(documents: Documents, token_ids: Tensor, anchors: Tensor) -> Tensors:
         experience = None
@@ -229,5 +271,42 @@ def compile_stages(
             )
         return step(documents, None, experience).terms.measured()
 
-    stages = (rollout, score, features, rewards, loss_terms)
+    stages = (rollout, score, features, rewards, completions, loss_terms)
     return {stage.__name__: compiled(stage, variables) for stage in stages}
+
+
+def _sampled(
+    step: EBFTStep, documents: Documents, numbers: Numbers
+) -> tuple[Rollouts, Tensors]:
+    """`Rollouts`, and what `Inspection.rollout` returns of them."""
+    state = step.read(documents)
+    rollouts = step.sample(documents, state, numbers)
+    log_prob = rollouts.log_prob
+    if log_prob is None:
+        log_prob = step.score_rollouts(state, rollouts).log_prob
+    return rollouts, {
+        "token_ids": rollouts.token_ids,
+        "log_prob": log_prob,
+        "mask": rollouts.counted,
+        "anchors": rollouts.blocks.absolute_anchors(),
+    }
+
+
+def _judged(step: EBFTStep, rollouts: Rollouts) -> Tensors:
+    judged = step.judge(rollouts, step.read_frozen(rollouts, with_reference=False))
+    return {name: getattr(judged, name) for name in REWARD_NAMES}
+
+
+def _told_apart(rollouts: Rollouts) -> Tensors:
+    """What of a row is prompt and what truth, and where rollouts end."""
+    blocks = rollouts.blocks.as_tensors()
+    found = {
+        "alive": rollouts.alive,
+        "true_index": blocks.true_index,
+        "true_exists": blocks.true_exists,
+    }
+    if blocks.starts is not None:
+        found["starts"] = blocks.starts
+    if rollouts.ended is not None:
+        found["ended"] = rollouts.ended
+    return found

@@ -260,8 +260,10 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
             trainable=False,
         )
         self._trackers = metrics.make_trackers(self._measured_names())
-        # The last: files of earlier versions hold the means before it alone.
+        # In the order in which they came: files of earlier versions hold the first.
         self._skipped_updates = metrics.SkippedUpdates()
+        self._later_trackers = metrics.make_trackers(self._later_names())
+        self._gradient_norm = metrics.GradientNorm()
         self.training_state = TrainingState(
             self._saved_variables, lambda: self.metrics_variables
         )
@@ -270,6 +272,14 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         """All that the stages of a step read, a list of variables."""
         frozen = [v for model in self.frozen_networks for v in model.variables]
         return [*self.causal_lm.variables, *frozen]
+
+    @property
+    def steps_trained(self) -> int:
+        """Batches that were trained on in the model's life, an int.
+
+        Asking waits for the device.
+        """
+        return int(self._training_steps) // self.objective.updates_per_rollout
 
     @property
     def feature_reader(self) -> FrozenReader | None:
@@ -339,8 +349,9 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         with no_gradient(), after(batch.documents.token_ids):
             returned = super().test_step(*state, (batch,))
         logs = returned[0] if state else returned
-        # There are no updates to skip.
-        del logs[self._skipped_updates.name]
+        # There are no updates.
+        for metric in (self._skipped_updates, self._gradient_norm):
+            del logs[metric.name]
         return returned
 
     def call(
@@ -394,8 +405,11 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
             measured = metrics.measure_documents(y_pred)
             if y_pred.experience is not None:
                 measured |= metrics.measure_rollouts(y_pred)
-            for name, (value, weight) in measured.items():
-                self._trackers[name].update_state(value, sample_weight=weight)
+            trackers = {**self._trackers, **self._later_trackers}
+            for name, tracker in trackers.items():
+                if name in measured:
+                    value, weight = measured[name]
+                    tracker.update_state(value, sample_weight=weight)
             weights = metrics.term_weights(y_pred)
             for term, value in (y_pred.weighted or {}).items():
                 self._loss_tracker.add(term, value, weights[term])
@@ -410,6 +424,16 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         if self.critic is not None:
             names = (*names, *metrics.CRITIC_MEASURES)
         return (*names, *metrics.DOCUMENT_MEASURES)
+
+    def _later_names(self) -> tuple[str, ...]:
+        if not self.objective.needs_rollouts:
+            return ()
+        names: tuple[str, ...] = metrics.LATER_MEASURES
+        if isinstance(self.reward, FeatureMatchingReward):
+            names = (*names, *metrics.MATCHING_MEASURES)
+        if self.sampler.has_stop_tokens:
+            names = (*names, *metrics.STOP_MEASURES)
+        return names
 
     @property
     def _runs_python(self) -> bool:

@@ -26,6 +26,8 @@ class Rollouts(NamedTuple):
         alive: bool `[B, n, K, G]`, tokens up to and with the stop token.
         log_prob: float32 `[B, n, K, G]` at the sampling temperature, in nats, as
             they were sampled; `None` where the tokens were given.
+        ended: bool `[B, n, K]`, whether a stop token was written; `None` where
+            there are no stop tokens.
     """
 
     documents: Documents
@@ -33,6 +35,7 @@ class Rollouts(NamedTuple):
     token_ids: Tensor
     alive: Tensor
     log_prob: Tensor | None = None
+    ended: Tensor | None = None
 
     @property
     def counted(self) -> Tensor:

@@ -47,7 +47,7 @@ from keras_ebft.records import (
     StepOutputs,
 )
 from keras_ebft.rewards import Reward
-from keras_ebft.samplers import BlockSampler, before_stop
+from keras_ebft.samplers import BlockSampler, before_stop, ended
 from keras_ebft.typing import Seed, Tensor
 
 
@@ -220,11 +220,12 @@ class EBFTStep:
             )
         else:
             token_ids, log_prob = sample(head, state, blocks, uniform)
-        alive = before_stop(token_ids, self.stop_token_ids)
-        if self.stop_token_ids:
+        stops = self.stop_token_ids
+        alive, has_ended = before_stop(token_ids, stops), ended(token_ids, stops)
+        if stops:
             # What comes after the end says nothing more than that.
-            token_ids = ops.where(alive, token_ids, self.stop_token_ids[0])
-        return Rollouts(documents, blocks, token_ids, alive, log_prob)
+            token_ids = ops.where(alive, token_ids, stops[0])
+        return Rollouts(documents, blocks, token_ids, alive, log_prob, has_ended)
 
     def replayed(
         self, documents: Documents, token_ids: Tensor, anchors: Tensor | None = None
@@ -243,8 +244,14 @@ class EBFTStep:
             blocks = self.sampler.blocks_at(
                 documents, anchors, stops=bool(self.stop_token_ids)
             )
-        alive = before_stop(token_ids, self.stop_token_ids)
-        return Rollouts(documents, blocks, token_ids, alive)
+        stops = self.stop_token_ids
+        return Rollouts(
+            documents,
+            blocks,
+            token_ids,
+            before_stop(token_ids, stops),
+            ended=ended(token_ids, stops),
+        )
 
     def read_frozen(
         self, rollouts: Rollouts, with_reference: bool = True
@@ -389,12 +396,10 @@ class EBFTStep:
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
         """The tokens that end a rollout, a tuple of ints."""
+        if not self.sampler.has_stop_tokens:
+            return ()
         given = self.sampler.stop_token_ids
-        if not isinstance(given, str):
-            return given or ()
-        if self.sampler.anchors == "answer_start":
-            return end_token_ids(self.causal_lm)
-        return ()
+        return end_token_ids(self.causal_lm) if isinstance(given, str) else given or ()
 
     def blocks(
         self, documents: Documents, anchor_uniform: Tensor | None = None

@@ -25,7 +25,12 @@ METRICS = {
     "ce_loss",
     "perplexity",
     "entropy",
+    "token_match",
+    "live_block_fraction",
+    "matching_score",
 }
+# Of updates, which evaluation has none of.
+UPDATES = {"skipped_updates", "grad_norm"}
 
 
 def build(causal_lm=None, seed=0, **options):
@@ -66,7 +71,7 @@ def fitted():
 
 
 def test_history_has_every_metric(fitted):
-    expected = METRICS | {f"val_{name}" for name in METRICS} | {"skipped_updates"}
+    expected = METRICS | {f"val_{name}" for name in METRICS} | UPDATES
     assert set(fitted.history) == expected
     for name, values in fitted.history.items():
         assert len(values) == 2, name
@@ -261,7 +266,7 @@ def test_run_eagerly():
     model = keras_ebft.EBFTModel(llama(num_layers=1), sampler, network, seed=0)
     model.compile(keras.optimizers.SGD(0.1), run_eagerly=True)
     logs = model.train_on_batch(documents(1, 4), return_dict=True)
-    assert set(logs) == METRICS | {"skipped_updates"}
+    assert set(logs) == METRICS | UPDATES
 
 
 def test_test_on_batch_takes_plain_documents(fitted):

@@ -14,6 +14,9 @@ X = documents(1, 14)
 ROLLOUTS = documents(4, 3, seed=1).reshape(1, 2, 2, 3)
 ANCHORS = np.array([[4, 8]])
 
+# What supervised training logs.
+SUPERVISED = {"loss", "ce_loss", "perplexity", "skipped_updates", "grad_norm"}
+
 
 @pytest.fixture(scope="module")
 def policy():
@@ -156,7 +159,7 @@ def test_sft_is_what_kerashub_fits(policy):
     size = np.linalg.norm(expected - flat(initial))
     assert np.linalg.norm(moved - expected) < 1e-5 * size
     # No rollouts: nothing of them is measured, and no copy of the model is made.
-    assert set(history) == {"loss", "ce_loss", "perplexity", "skipped_updates"}
+    assert set(history) == SUPERVISED
     assert model.frozen_networks == []
     assert model.frozen_network is None
     with pytest.raises(ValueError, match="policy_weight"):
@@ -179,4 +182,4 @@ def test_nothing_follows_the_policy_where_nothing_is_matched():
     model = keras_ebft.EBFTModel.sft(llama(num_layers=1), feature_network=network)
     model.compile("sgd")
     history = model.fit(documents(2, 8), verbose=0).history
-    assert set(history) == {"loss", "ce_loss", "perplexity", "skipped_updates"}
+    assert set(history) == SUPERVISED

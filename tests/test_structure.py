@@ -22,10 +22,11 @@ LAYERS = (
     ("kernels", "objectives"),
     ("networks",),
     ("samplers", "features", "rewards", "training", "export", "plots"),
-    ("step", "notices", "recipes"),
+    ("step", "notices", "recipes", "completions"),
     ("inspection",),
     ("model",),
-    ("evaluation", "callbacks"),
+    ("evaluation",),
+    ("callbacks", "reports"),
     ("__init__",),
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -138,7 +139,7 @@ def test_importing_the_library_imports_no_optional_package():
     """They are imported where they are used; `tfds` builders are such places."""
     optional = {"tensorflow", "torch", "tensorflow_datasets", "datasets"}
     optional |= {"matplotlib", "sacrebleu", "tokenizers", "comet", "grain", "triton"}
-    optional |= {"jinja2", "gguf"}
+    optional |= {"jinja2", "gguf", "rich", "tensorboardX", "wandb", "mlflow"}
     for path in MODULES:
         if path.parent == PACKAGE / "data" / "builders" or is_kernel(path):
             continue

@@ -41,6 +41,7 @@ def test_the_wheel_holds_every_module_and_its_papers(wheel):
     modules = {str(p.relative_to(ROOT)) for p in ROOT.glob("keras_ebft/**/*.py")}
     assert modules <= set(names)
     assert "keras_ebft/py.typed" in names
+    assert "keras_ebft/reports/report.html.jinja" in names
     for paper in ("LICENSE", "CHANGELOG.md"):
         assert any(name.endswith(f".dist-info/licenses/{paper}") for name in names)
 

@@ -34,6 +34,18 @@ def no_gradient() -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+def dense(gradient: Any) -> Tensor:
+    """A gradient with all of its rows.
+
+    TensorFlow's of an embedding has those that were read, each as often as it was.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return gradient
+    import tensorflow as tf
+
+    return tf.convert_to_tensor(gradient)
+
+
 def after(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Context in which operations wait for a tensor, though they do not read it.
 

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ebft.backend.runtime import no_gradient
+from keras_ebft.backend.runtime import dense, no_gradient
 from keras_ebft.typing import Tensor
 
 # Elements of a tensor that may be in memory twice during an update, and be copied.
@@ -19,7 +19,7 @@ def update_if_finite(
     model: keras.Model,
     step: Callable[..., Any],
     state: list[Any],
-    record: Callable[[Tensor], dict[str, Tensor]],
+    record: Callable[[Tensor, Tensor], dict[str, Tensor]],
 ) -> Any:
     """A train step whose update happens whole or not at all.
 
@@ -31,8 +31,9 @@ def update_if_finite(
         model: `keras.Model` with a built optimizer.
         step: Keras' train step, function of `state`'s parts.
         state: list; on JAX the values of all variables, elsewhere empty.
-        record: function of a bool scalar, whether there was an update; called where
-            it may assign the variables of metrics; returns the logs.
+        record: function of a bool scalar, whether there was an update, and of a
+            float32 scalar, the norm of all gradients before any clipping; called
+            where it may assign the variables of metrics; returns the logs.
 
     Returns:
         What `step` returns.
@@ -43,25 +44,28 @@ def update_if_finite(
     with no_gradient():
         metrics = [ops.copy(variable) for variable in model.metrics_variables]
         calls = ops.copy(_calls(optimizer))
-    with _replaced(optimizer, "apply", _apply_if_finite(optimizer)):
+    norms: list[Tensor] = []
+    with _replaced(optimizer, "apply", _apply_if_finite(optimizer, norms)):
         step()
     # Loss scaling, too, leaves the number as it is where it skips an update.
     updated = ops.not_equal(_calls(optimizer), calls)
     with no_gradient():
         for variable, before in zip(model.metrics_variables, metrics):
             variable.assign(ops.where(updated, variable, before))
-        return record(updated)
+        return record(updated, norms[0])
 
 
 def _update_in_state(
     model: keras.Model,
     step: Callable[..., Any],
     state: list[Any],
-    record: Callable[[Tensor], dict[str, Tensor]],
+    record: Callable[[Tensor, Tensor], dict[str, Tensor]],
 ) -> Any:
     *_, optimizer_variables, metrics = state[0]
     optimizer = model.optimizer
-    with _replaced(optimizer, "stateless_apply", _stateless_apply_if_finite(optimizer)):
+    norms: list[Tensor] = []
+    apply = _stateless_apply_if_finite(optimizer, norms)
+    with _replaced(optimizer, "stateless_apply", apply):
         _, (*new, new_metrics) = step(*state)
     count = next(
         index
@@ -72,7 +76,7 @@ def _update_in_state(
     chosen = [ops.where(updated, *both) for both in zip(new_metrics, metrics)]
     mapping = list(zip(model.metrics_variables, chosen))
     with keras.StatelessScope(state_mapping=mapping) as scope:
-        logs = record(updated)
+        logs = record(updated, norms[0])
     new_metrics = [scope.get_current_value(v) for v in model.metrics_variables]
     return logs, (*new, new_metrics)
 
@@ -82,8 +86,32 @@ def _calls(optimizer: keras.optimizers.Optimizer) -> keras.Variable:
     return getattr(optimizer, "inner_optimizer", optimizer)._iterations
 
 
+def gradient_norm(gradients: Sequence[Any], scale: Any) -> Tensor:
+    """Euclidean norm of all gradients together.
+
+    Args:
+        gradients: list of float tensors; `None` for variables without one.
+        scale: float or scalar tensor that the loss was multiplied by.
+
+    Returns:
+        float32 scalar.
+    """
+    found = [dense(gradient) for gradient in gradients if gradient is not None]
+    squares = [
+        ops.sum(ops.square(ops.cast(gradient, "float32")))
+        for gradient in _together(found)
+    ]
+    return ops.divide(ops.sqrt(ops.sum(ops.stack(squares))), scale)
+
+
+def _loss_scale(optimizer: keras.optimizers.Optimizer) -> Any:
+    """What the loss is multiplied by: a variable, or a number."""
+    scale = getattr(optimizer, "dynamic_scale", None)
+    return scale if scale is not None else optimizer.loss_scale_factor or 1.0
+
+
 def _stateless_apply_if_finite(
-    optimizer: keras.optimizers.Optimizer,
+    optimizer: keras.optimizers.Optimizer, norms: list[Tensor]
 ) -> Callable[..., Any]:
     import jax
 
@@ -95,6 +123,11 @@ def _stateless_apply_if_finite(
         grads: list[Tensor],
         trainable_variables: list[Tensor],
     ) -> Any:
+        scale = _loss_scale(optimizer)
+        if isinstance(scale, keras.Variable):
+            values = zip(optimizer.variables, optimizer_variables)
+            scale = next(value for variable, value in values if variable is scale)
+        norms.append(gradient_norm(grads, scale))
         arguments = optimizer_variables, grads, trainable_variables
         new = apply(*arguments)
 
@@ -124,7 +157,9 @@ def _smaller_of(kept: list[Tensor], again: list[Tensor]) -> list[Tensor]:
     return [a if _is_small(a) else b for a, b in zip(kept, again)]
 
 
-def _apply_if_finite(optimizer: keras.optimizers.Optimizer) -> Callable[..., None]:
+def _apply_if_finite(
+    optimizer: keras.optimizers.Optimizer, norms: list[Tensor]
+) -> Callable[..., None]:
     apply = optimizer.apply
 
     def apply_if_finite(
@@ -132,6 +167,8 @@ def _apply_if_finite(optimizer: keras.optimizers.Optimizer) -> Callable[..., Non
     ) -> None:
         if trainable_variables is None:
             trainable_variables = optimizer._trainable_variables
+        with no_gradient():
+            norms.append(gradient_norm(grads, _loss_scale(optimizer)))
         changed = [*trainable_variables, *optimizer.variables]
         before = [ops.copy(variable) for variable in changed]
 

@@ -8,6 +8,7 @@ import numpy as np
 from keras_ebft.backend.runtime import no_gradient
 from keras_ebft.data.row_batches import Rows
 from keras_ebft.evaluation.feature_matching import measuring_model
+from keras_ebft.evaluation.models import causal_lm_of
 from keras_ebft.functional.pooling import unit_length
 from keras_ebft.model import EBFTModel
 from keras_ebft.networks import to_numpy
@@ -132,8 +133,12 @@ class PairedFeatureMatching:
             for batch, skipped, first in _overlapping_batches(rows, batch_size)
         ]
 
-    def __call__(self) -> dict[str, np.ndarray]:
+    def __call__(self, model: Any = None) -> dict[str, np.ndarray]:
         """Measures the weights of the moment.
+
+        Args:
+            model: `None`, or the model that this was made for, or another on the
+                same causal language model, as `callbacks.Measure` passes it.
 
         Returns:
             dict of float64 arrays `[N]`, one value per document (NaN for one without
@@ -142,7 +147,15 @@ class PairedFeatureMatching:
             `|E[phi] - phi_*|^2`, and `alignment`, `2 cos`;
             `token_match`, the share of tokens that are the true ones; and
             `cross_entropy` in nats per token.
+
+        Raises:
+            ValueError: for a model with other weights.
         """
+        if model is not None and causal_lm_of(model) is not self._model.causal_lm:
+            raise ValueError(
+                "Expected the causal language model whose rollouts were drawn. "
+                f"Received: another, of {model!r}. Make a PairedFeatureMatching of it."
+            )
         parts = [batch.measure(self._model) for batch in self._batches]
         measured = {
             name: np.concatenate([part[name] for part in parts]) for name in parts[0]

@@ -122,6 +122,13 @@ class BlockSampler(Configurable):
         """Whether anchors are random."""
         return self.anchors == "random"
 
+    @property
+    def has_stop_tokens(self) -> bool:
+        """Whether rollouts end with a stop token."""
+        if isinstance(self.stop_token_ids, str):
+            return self.anchors == "answer_start"
+        return bool(self.stop_token_ids)
+
     def geometry(self, length: int) -> BlockGeometry:
         """`BlockGeometry` of documents of `length` tokens."""
         return BlockGeometry(

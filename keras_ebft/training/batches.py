@@ -115,6 +115,8 @@ class TokenBatches(DataAdapter):
         self.keras_adapter = None
         if isinstance(source, keras.utils.PyDataset):
             self.keras_adapter = PyDatasetAdapter(source)
+        # What `StepTimer` asks for.
+        self.tokens_read = self.batches_read = 0
         # Whether passes follow one another without an end.
         self.endless = False
         self._unread = None
@@ -217,10 +219,12 @@ class TokenBatches(DataAdapter):
             self.keras_adapter.on_epoch_end()
 
     def _counted(self, batch):
-        if self.report.complete:
-            return self._fill(self._read(batch))
-        filled = self._fill(self._read(batch, self.report))
-        self.report.count_blocks(filled, self.reader.live_blocks(filled))
+        complete = self.report.complete
+        filled = self._fill(self._read(batch, None if complete else self.report))
+        if not complete:
+            self.report.count_blocks(filled, self.reader.live_blocks(filled))
+        self.tokens_read += int(np.count_nonzero(filled["padding_mask"]))
+        self.batches_read += 1
         return filled
 
     def get_jax_iterator(self):

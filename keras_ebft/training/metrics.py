@@ -8,7 +8,8 @@ from keras import ops
 
 from keras_ebft.functional.losses import count_sequences
 from keras_ebft.functional.masking import masked_mean
-from keras_ebft.records import Experience, StepOutputs
+from keras_ebft.layout.documents import take_tokens
+from keras_ebft.records import Experience, Rollouts, StepOutputs
 from keras_ebft.typing import Tensor
 
 # Rewards closer together than this count as the same.
@@ -26,6 +27,13 @@ REWARD_MEASURES = (
     "entropy",
 )
 CRITIC_MEASURES = ("critic_loss", "critic_accuracy")
+# Those that came later stand behind all others: files of earlier versions hold the
+# running means before them alone.
+LATER_MEASURES = ("token_match", "live_block_fraction")
+# Of a feature-matching reward alone.
+MATCHING_MEASURES = ("matching_score",)
+# Where there are stop tokens.
+STOP_MEASURES = ("ended_fraction",)
 DOCUMENT_MEASURES = ("ce_loss", "perplexity")
 
 
@@ -71,6 +79,24 @@ class SkippedUpdates(keras.metrics.Metric):
     def reset_state(self) -> None:
         """Begins an epoch."""
         self.total.assign(0)
+
+
+class GradientNorm(Average):
+    """Mean norm of the gradients, before any clipping, of updates that happened."""
+
+    def __init__(self, name: str = "grad_norm") -> None:
+        super().__init__(name=name)
+
+    def count_update(self, updated: Tensor, norm: Tensor) -> None:
+        """Adds one step; a norm that is not finite counts for nothing.
+
+        Args:
+            updated: bool scalar, whether it had an update.
+            norm: float32 scalar.
+        """
+        counts = ops.logical_and(updated, ops.isfinite(norm))
+        norm = ops.where(counts, norm, 0.0)
+        self.update_state(norm, sample_weight=ops.cast(counts, "float32"))
 
 
 class Deviation(keras.metrics.Metric):
@@ -209,7 +235,7 @@ def measure_rollouts(outputs: StepOutputs) -> dict[str, tuple[Any, Tensor]]:
         of: live blocks (live tokens, where every token has a reward), rollouts,
         tokens or sequences.
     """
-    judged = cast(Experience, outputs.experience).judged
+    rollouts, _, judged, _ = cast(Experience, outputs.experience)
     # A block (or token) counts if any of its samples does.
     block_mask = ops.max(judged.mask, axis=1)
 
@@ -224,7 +250,10 @@ def measure_rollouts(outputs: StepOutputs) -> dict[str, tuple[Any, Tensor]]:
     mean = over_samples(advantage)
     moments = mean, over_samples(ops.square(advantage - mean))
     measured = {name: over_blocks(value) for name, value in judged.measures.items()}
+    # `|phi_*|^2 - |E[phi] - phi_*|^2` on average, of features as they are rewarded.
+    score = judged.alignment - 0.5 * judged.diversity
     measured |= {
+        "matching_score": over_samples(score),
         "alignment": over_samples(judged.alignment),
         "diversity": over_samples(judged.diversity),
         "reward": over_samples(reward),
@@ -234,7 +263,7 @@ def measure_rollouts(outputs: StepOutputs) -> dict[str, tuple[Any, Tensor]]:
         "zero_std_fraction": over_blocks(ops.cast(spread < SAME_REWARD, "float32")),
     }
     live, samples = ops.sum(block_mask), ops.sum(judged.mask)
-    of_samples = ("alignment", "diversity", "reward", "advantage_std")
+    of_samples = ("matching_score", "alignment", "diversity", "reward", "advantage_std")
     weighed: dict[str, tuple[Any, Tensor]] = {
         name: (value, samples if name in of_samples else live)
         for name, value in measured.items()
@@ -243,4 +272,25 @@ def measure_rollouts(outputs: StepOutputs) -> dict[str, tuple[Any, Tensor]]:
     for name, value in outputs.terms.measured().items():
         if name != "ce_loss":
             weighed[name] = (value, weights[name])
-    return weighed
+    return weighed | _measure_tokens(rollouts)
+
+
+def _measure_tokens(rollouts: Rollouts) -> dict[str, tuple[Tensor, Tensor]]:
+    """What the tokens of rollouts say by themselves, and where blocks live."""
+    documents, blocks = rollouts.documents, rollouts.blocks
+    live = ops.cast(blocks.live, "float32")
+    has_tokens = ops.cast(ops.any(documents.padding_mask, axis=-1), "float32")
+    places = ops.sum(has_tokens) * live.shape[1]
+    truth = take_tokens(documents.token_ids, blocks.true_index)[:, None]
+    known = ops.logical_and(rollouts.counted, blocks.true_exists[:, None])
+    known = ops.cast(known, "float32")
+    same = ops.cast(rollouts.token_ids == truth, "float32")
+    found = {
+        "token_match": (masked_mean(same, known), ops.sum(known)),
+        "live_block_fraction": (ops.divide_no_nan(ops.sum(live), places), places),
+    }
+    if rollouts.ended is not None:
+        mask = ops.broadcast_to(live[:, None], rollouts.ended.shape)
+        share = masked_mean(ops.cast(rollouts.ended, "float32"), mask)
+        found["ended_fraction"] = (share, ops.sum(mask))
+    return found

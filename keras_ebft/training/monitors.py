@@ -19,7 +19,15 @@ SMALLER = (
     "critic_loss",
     "zero_std_fraction",
 )
-GREATER = ("alignment", "reward", "best_alignment", "best_reward", "critic_accuracy")
+GREATER = (
+    "alignment",
+    "matching_score",
+    "reward",
+    "best_alignment",
+    "best_reward",
+    "token_match",
+    "critic_accuracy",
+)
 
 
 def settle_monitors(callbacks: Iterable[keras.callbacks.Callback], model: Any) -> None:

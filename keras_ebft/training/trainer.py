@@ -28,10 +28,11 @@ from keras_ebft.training.batches import (
 )
 from keras_ebft.training.callbacks import CurrentWeights, DataPosition, KernelLog
 from keras_ebft.training.data_report import DataLog, DataReport
-from keras_ebft.training.metrics import LossMean, SkippedUpdates
+from keras_ebft.training.metrics import GradientNorm, LossMean, SkippedUpdates
 from keras_ebft.training.monitors import settle_monitors
 from keras_ebft.training.optimizers import policy_optimizer_config, with_critic
 from keras_ebft.training.progress import PROGRESS, ShortProgress
+from keras_ebft.training.timing import StepTimer
 from keras_ebft.training.train_function import IN_A_ROW, TrainFunction
 from keras_ebft.typing import Tensor
 from keras_ebft.validation import check_choice, check_int
@@ -53,11 +54,16 @@ class DocumentTrainer(keras.Model):
 
     A subclass has `causal_lm`, `seed`, an `_evaluation_seed` that starts at
     `_evaluation_start`, `critic`, `_check_rows`, `_live_blocks`, `_runs_python` and a
-    `training_state` and the metric `_skipped_updates`.
+    `training_state` and the metrics `_skipped_updates` and `_gradient_norm`.
     """
 
     train_function: Any
     _skipped_updates: SkippedUpdates
+    _gradient_norm: GradientNorm
+    # Of the last `fit`.
+    data_report: DataReport | None = None
+    # While `fit` runs.
+    step_timer: StepTimer | None = None
 
     def compile(
         self,
@@ -157,8 +163,9 @@ class DocumentTrainer(keras.Model):
     def _update(self, state: list[Any], batch: Any) -> Any:
         """Keras' train step on a batch; an update that is not finite is skipped."""
 
-        def record(updated: Tensor) -> dict[str, Any]:
+        def record(updated: Tensor, gradient_norm: Tensor) -> dict[str, Any]:
             self._skipped_updates.update_state(updated)
+            self._gradient_norm.count_update(updated, gradient_norm)
             # A copy: on PyTorch the variable's own tensor changes in place.
             in_a_row = ops.copy(self._skipped_updates.in_a_row)
             return {**self.get_metrics_result(), IN_A_ROW: in_a_row}
@@ -239,10 +246,10 @@ class DocumentTrainer(keras.Model):
             FloatingPointError: after too many updates in a row that are not finite.
         """
         refuse_targets(y=y, **kwargs)
-        bar = _progress_bar(progress, callbacks, kwargs)
+        check_choice("progress", progress, PROGRESS)
         _refuse_orbax(_as_list(callbacks))
         settle_monitors(_as_list(callbacks), self)
-        report = DataReport()
+        self.data_report = report = DataReport()
         if validation_split and validation_data is None:
             whole = DataReport()
             x, validation_data = split_rows(x, self._reader, validation_split, whole)
@@ -260,14 +267,24 @@ class DocumentTrainer(keras.Model):
         position = DataPosition(
             self.training_state, train, steps, kwargs.get("initial_epoch") or 0
         )
+        # What `Throughput` asks for.
+        self.step_timer = StepTimer(train)
+        bar = _progress_bar(progress, callbacks, kwargs, self.step_timer)
         with watch_choices() as choices:
-            own = [position, DataLog(report), KernelLog(choices), CurrentWeights()]
-            return super().fit(
-                train,
-                validation_data=validation_data,
-                callbacks=[*own, *_as_list(callbacks), *bar],
-                **kwargs,
-            )
+            own = [
+                *(position, self.step_timer),
+                *(DataLog(report), KernelLog(choices), CurrentWeights()),
+            ]
+            try:
+                return super().fit(
+                    train,
+                    validation_data=validation_data,
+                    callbacks=[*own, *_as_list(callbacks), *bar],
+                    **kwargs,
+                )
+            finally:
+                # It holds the data.
+                self.step_timer = None
 
     def evaluate(
         self,
@@ -398,7 +415,10 @@ def _without_targets(validation_data: Any) -> Any:
 
 
 def _progress_bar(
-    progress: str, callbacks: Callbacks, options: dict[str, Any]
+    progress: str,
+    callbacks: Callbacks,
+    options: dict[str, Any],
+    timer: StepTimer | None = None,
 ) -> list[keras.callbacks.Callback]:
     """Ours, unless there is to be none, Keras' own, or one that was given."""
     progress = check_choice("progress", progress, PROGRESS)
@@ -406,7 +426,7 @@ def _progress_bar(
     given = any(isinstance(callback, bars) for callback in _as_list(callbacks))
     if progress == "full" or options.get("verbose") == 0 or given:
         return []
-    return [ShortProgress()]
+    return [ShortProgress(timer)]
 
 
 def _refuse_orbax(callbacks: Sequence[keras.callbacks.Callback]) -> None:
