@@ -10,6 +10,7 @@ from keras_ebft.data.bin_packing import STRATEGIES
 from keras_ebft.data.documents import DocumentTokenizer, every_nth
 from keras_ebft.data.packed_rows import PackedRows
 from keras_ebft.data.row_batches import Rows, StreamBatches
+from keras_ebft.data.tables import as_documents
 from keras_ebft.data.token_window import TokenWindow
 from keras_ebft.validation import check_choice, check_int
 
@@ -75,7 +76,9 @@ def pack(
 
     Args:
         documents: list, array, data set or other iterable that can be read again
-            and again, or a function that returns an iterator. A document is a
+            and again, or a function that returns an iterator; a DataFrame, a
+            `datasets.Dataset` or a `pathlib.Path` with a column `text`, or `prompt`
+            and `answer` (see `from_records` and `from_path`). A document is a
             string (or UTF-8 bytes), a pair (tuple) of prompt and answer, or an
             int array of token ids in place of a string.
         tokenizer: `keras_hub` tokenizer, or a function from a list of strings to
@@ -289,10 +292,11 @@ def _position(documents: int, rows: int) -> dict[str, int]:
 
 
 def _check_documents(documents: Any) -> Any:
+    documents = as_documents(documents)
     if isinstance(documents, (str, bytes, dict)):
         raise TypeError(
             "Expected several documents. Received: one "
-            f"{type(documents).__name__}. Pass a list."
+            f"{type(documents).__name__}. Pass a list, or a pathlib.Path of a file."
         )
     if callable(documents):
         return documents
