@@ -14,7 +14,8 @@ PACKAGE = Path(keras_ebft.__file__).parent
 # From the ground upwards. What stands on one line stands side by side: none of it
 # imports another.
 LAYERS = (
-    ("version", "typing", "validation", "configurable"),
+    ("version", "typing", "validation", "representation"),
+    ("configurable",),
     ("backend", "data"),
     ("layout", "models"),
     ("records",),

@@ -5,10 +5,11 @@ from typing import Any
 
 import keras
 
+from keras_ebft.representation import Shown
 from keras_ebft.validation import check_int
 
 
-class Measure(keras.callbacks.Callback):
+class Measure(Shown, keras.callbacks.Callback):
     """Adds measurements to the logs at the end of epochs.
 
     They appear in the progress bar and in `History`, and callbacks that come later

@@ -12,6 +12,7 @@ from keras_ebft.data.packed_rows import PackedRows
 from keras_ebft.data.row_batches import Rows, StreamBatches
 from keras_ebft.data.tables import as_documents
 from keras_ebft.data.token_window import TokenWindow
+from keras_ebft.representation import Shown
 from keras_ebft.validation import check_choice, check_int
 
 LONG_DOCUMENTS = ("split", "drop")
@@ -129,7 +130,7 @@ dropped (0 tokens), 0 empty
     )
 
 
-class PackedStream:
+class PackedStream(Shown):
     """Packed rows of documents that are read as they are needed. Made by `pack`.
 
     Iterating yields one row at a time: a dict of `token_ids` int32,
@@ -161,6 +162,18 @@ class PackedStream:
         self._shard = shard
         self._window_rows = window_rows
         self._start = self._position = _position(0, 0)
+
+    def _shown_settings(self) -> dict[str, Any]:
+        names = {assign: name for name, assign in STRATEGIES.items()}
+        return {
+            "documents": self._documents,
+            "tokenizer": self._tokenize.tokenizer,
+            "length": self.length,
+            "strategy": names[self._assign_rows],
+            "long_documents": "split" if self._split_long else "drop",
+            "shard": self._shard,
+            "window_rows": self._window_rows,
+        }
 
     def __iter__(self) -> Iterator[Rows]:
         for block in self.blocks():

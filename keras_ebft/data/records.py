@@ -7,6 +7,7 @@ from typing import Any
 
 from keras_ebft.data.columns import as_records
 from keras_ebft.data.documents import is_missing
+from keras_ebft.representation import Shown
 
 
 def from_records(
@@ -54,7 +55,7 @@ def from_records(
     return RecordDocuments(records, templates)
 
 
-class RecordDocuments:
+class RecordDocuments(Shown):
     """Documents made from records, one from each. Made by `from_records`.
 
     Attributes:
