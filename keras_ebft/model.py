@@ -26,10 +26,11 @@ from keras_ebft.networks.frozen_reader import (
     frozen_readers,
     refuse_shared_paths,
 )
-from keras_ebft.notices import say_notices
+from keras_ebft.notices import note_frozen_copies, say_notices
 from keras_ebft.objectives.critic import Critic, CriticHead
 from keras_ebft.objectives.objective import Objective, check_combination
 from keras_ebft.records import Batch, Experience, StepOutputs
+from keras_ebft.representation import shown
 from keras_ebft.rewards import FeatureMatchingReward, Reward
 from keras_ebft.samplers import BlockSampler
 from keras_ebft.step import EBFTStep
@@ -176,8 +177,10 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         samples = self.sampler.num_samples
         self.micro_batches = check_micro_batches(micro_batches, samples)
         self.causal_lm = causal_lm
+        self._num_adapted = len(adapters.adapted_layers(backbone))
         self._build_step()
         self._build_state(seed)
+        note_frozen_copies(self, self._training_steps)
         self.built = True
 
     @classmethod
@@ -267,6 +270,14 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         self.training_state = TrainingState(
             self._saved_variables, lambda: self.metrics_variables
         )
+
+    def __repr__(self) -> str:
+        parts = ("causal_lm", "sampler", "feature_network", "reward", "advantage")
+        others = ("critic", "rematerialize", "micro_batches", "seed")
+        settings = {name: getattr(self, name) for name in parts}
+        settings |= self.objective.get_config()
+        settings |= {name: getattr(self, name) for name in others}
+        return shown(type(self).__name__, settings)
 
     def _read_variables(self) -> list[keras.Variable]:
         """All that the stages of a step read, a list of variables."""

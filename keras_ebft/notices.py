@@ -9,7 +9,7 @@ import logging
 import weakref
 
 from keras_ebft.features.feature_network import LAYERED_MODES
-from keras_ebft.networks import RoutedNetwork, num_layers
+from keras_ebft.networks import RoutedNetwork, adapters, num_layers
 from keras_ebft.rewards import FeatureMatchingReward, RewardSum
 from keras_ebft.validation import is_zero
 
@@ -17,6 +17,8 @@ logger = logging.getLogger("keras_ebft")
 
 # What has been said, by language model: measuring builds further models on it.
 _said = weakref.WeakKeyDictionary()
+# By language model the counts of steps and the frozen networks of all its models.
+_earlier = weakref.WeakKeyDictionary()
 
 
 def say_notices(model):
@@ -30,6 +32,36 @@ def say_notices(model):
         if text not in said:
             said.add(text)
             logger.log(level, text)
+
+
+def note_frozen_copies(model, training_steps):
+    """Logs a warning if a model froze copies of weights that were trained before.
+
+    Args:
+        model: `EBFTModel` that was just made.
+        training_steps: variable that counts its steps.
+    """
+    earlier = _earlier.setdefault(model.causal_lm, [])
+    known = {id(reference()) for _, own in earlier for reference in own}
+    new = [n for n in model.frozen_networks if id(n) not in known]
+    if _copies_policy(model, new) and any(int(steps.numpy()) for steps, _ in earlier):
+        logger.warning(
+            "This EBFTModel is made of a language model that was trained before. Its "
+            "frozen copy, which features and the reference of the divergence come "
+            "from, is the tuned model, not the one before training. To go on training, "
+            "use the EBFTModel that is there, or one that was saved; to keep the "
+            "features of the model before, pass FeatureNetwork(network=base)."
+        )
+    earlier.append((training_steps, [weakref.ref(n) for n in model.frozen_networks]))
+
+
+def _copies_policy(model, new):
+    """Whether any of the new frozen networks holds the policy's weights of now."""
+    if not new or adapters.adapted_layers(model.causal_lm.backbone):
+        # The base beneath adapters is as it was.
+        return False
+    own = model.feature_network.network is None and model.reward.needs_features
+    return own or model.objective.needs_reference
 
 
 def notices(model):

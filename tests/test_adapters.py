@@ -248,3 +248,14 @@ def test_adapters_on_embeddings_are_refused():
     causal_lm.backbone.enable_lora(2, target_layer_names=["token_embedding"])
     with pytest.raises(ValueError, match=r"token_embedding.*target_layer_names"):
         build(causal_lm)
+
+
+def test_adapters_enabled_after_the_model_was_made_are_refused():
+    """It has a frozen copy, and its optimizer and files know nothing of them."""
+    causal_lm = llama(num_layers=1)
+    model = build(causal_lm)
+    model.compile(keras.optimizers.SGD(0.0))
+    causal_lm.backbone.enable_lora(2)
+    for use in (model.fit, model.evaluate, model.train_on_batch, model.rollout):
+        with pytest.raises(ValueError, match=r"0 adapted layers.*Received: 2.*anew"):
+            use(X)

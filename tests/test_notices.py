@@ -3,6 +3,7 @@
 import itertools
 import logging
 
+import keras
 import numpy as np
 import pytest
 from helpers import documents, llama, to_numpy
@@ -271,3 +272,35 @@ def test_parts_of_sums_are_looked_at(said):
     both = keras_ebft.RewardSum([Reward(0.0, 1.0), verifier])
     assert any("nothing else" in text for _, text in said(reward=both)[1])
     assert said(reward=verifier)[1] == []
+
+
+def test_a_copy_of_trained_weights_is_no_initial_model(said):
+    """The second model's features are those of the tuned weights."""
+    causal_lm = llama(num_layers=1)
+    first, _ = said(causal_lm=causal_lm)
+    assert said(causal_lm=causal_lm)[1] == []
+    first.compile(keras.optimizers.SGD(0.0))
+    first.fit(X, verbose=0)
+    ((level, text),) = said(causal_lm=causal_lm)[1]
+    assert (level, "trained before" in text) == ("WARNING", True)
+    measured = said(causal_lm=causal_lm, policy_weight=0.0, kl_weight=0.1)[1]
+    assert "trained before" in measured[-1][1]
+
+
+def test_what_does_not_copy_trained_weights_says_nothing(said, caplog):
+    causal_lm = llama(num_layers=1)
+    first, _ = said(causal_lm=causal_lm)
+    first.compile(keras.optimizers.SGD(0.0))
+    first.fit(X, verbose=0)
+    caplog.clear()
+    FeatureMatching(first)
+    keras_ebft.EBFTModel.sft(causal_lm)
+    assert not caplog.records
+    base = Network(layers=(1,), network=llama(num_layers=1).backbone)
+    assert said(causal_lm=causal_lm, feature_network=base)[1] == []
+    adapted = llama(num_layers=1)
+    adapted.backbone.enable_lora(2)
+    first, _ = said(causal_lm=adapted)
+    first.compile(keras.optimizers.SGD(0.0))
+    first.fit(X, verbose=0)
+    assert said(causal_lm=adapted)[1] == []

@@ -348,3 +348,66 @@ def test_with_whitening_lengths_can_turn_an_alignment_round():
     first, second = alignment("pooled")
     assert first > second + 0.05
     assert second > 1.0
+
+
+@keras.saving.register_keras_serializable("tests")
+class Sevens(keras_ebft.Reward):
+    """A reward of one's own: one number per rollout, and nothing to configure."""
+
+    needs_features = False
+
+    def __call__(self, generated, target, rollouts=None):
+        return ops.sum(ops.cast(rollouts.token_ids == 7, "float32"), axis=-1)
+
+
+@keras.saving.register_keras_serializable("tests")
+class WrongShape(Sevens):
+    def __call__(self, generated, target, rollouts=None):
+        return ops.sum(super().__call__(generated, target, rollouts), axis=1)
+
+
+class Scaled(Sevens):
+    def __init__(self, scale):
+        self.scale = scale
+
+
+class Partial(Sevens):
+    def __call__(self, generated, target, rollouts=None):
+        return {"reward": super().__call__(generated, target, rollouts)}
+
+
+SIXTEEN = documents(2, 16)
+
+
+def test_a_reward_may_be_one_tensor(policy):
+    model = build(policy, Sevens())
+    rollouts = model.rollout(SIXTEEN, seed=0)
+    found = {n: to_numpy(v) for n, v in model.rewards(SIXTEEN, rollouts).items()}
+    expected = (to_numpy(rollouts["token_ids"]) == 7).sum(axis=-1)
+    np.testing.assert_array_equal(found["reward"], expected)
+    np.testing.assert_array_equal(found["diversity"], 0.0 * expected)
+    count = expected.shape[1]
+    others = (expected.sum(axis=1, keepdims=True) - expected) / (count - 1)
+    np.testing.assert_allclose(found["advantage"], expected - others, atol=1e-6)
+    both = keras_ebft.RewardSum([Sevens(), Sevens()], [1.0, 0.5])
+    summed = build(policy, both).rewards(SIXTEEN, rollouts)
+    np.testing.assert_allclose(to_numpy(summed["reward"]), 1.5 * expected, atol=1e-6)
+
+
+def test_a_reward_of_another_shape_or_without_parts_is_refused(policy):
+    for reward, message in (
+        (WrongShape(), r"WrongShape.*\[B, n, K\].*Received: shape"),
+        (Partial(), "Partial.*without alignment, diversity"),
+    ):
+        model = build(policy, reward)
+        rollouts = model.rollout(SIXTEEN, seed=0)
+        with pytest.raises(ValueError, match=message):
+            model.rewards(SIXTEEN, rollouts)
+
+
+def test_a_reward_without_arguments_needs_no_configuration(policy):
+    config = keras.saving.serialize_keras_object(Sevens())
+    assert isinstance(keras.saving.deserialize_keras_object(config), Sevens)
+    assert repr(Sevens()) == "Sevens()"
+    with pytest.raises(TypeError, match=r"Scaled to define get_config.*scale"):
+        Scaled(2.0).get_config()

@@ -5,12 +5,13 @@ from typing import Any, cast
 import keras
 
 from keras_ebft.model import EBFTModel
+from keras_ebft.representation import Shown
 from keras_ebft.validation import check_choice, check_int
 
 UNITS = ("epochs", "steps")
 
 
-class Periodic(keras.callbacks.Callback):
+class Periodic(Shown, keras.callbacks.Callback):
     """Does something every so many steps or epochs; a subclass says what, in `fire`.
 
     Steps are batches that were trained on in the model's life, those before training

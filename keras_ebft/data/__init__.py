@@ -18,6 +18,7 @@ from keras_ebft.data.packed_rows import PackedRows
 from keras_ebft.data.packing import PackedStream, PackingReport, pack
 from keras_ebft.data.records import RecordDocuments, from_records
 from keras_ebft.data.sources import PRESETS, Preset, load
+from keras_ebft.data.tables import from_path
 from keras_ebft.data.text_files import TextFiles
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Preset",
     "RecordDocuments",
     "TextFiles",
+    "from_path",
     "from_records",
     "load",
     "pack",

@@ -5,6 +5,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from keras_ebft.representation import Shown
+
 TEMPLATE_FILE = "chat_template.jinja"
 SETTINGS_FILE = "tokenizer_config.json"
 MOST_INDENT = 16
@@ -13,7 +15,7 @@ TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 Messages: TypeAlias = list[dict[str, Any]]
 
 
-class ChatTemplate:
+class ChatTemplate(Shown):
     """Turns lists of messages into texts, or pairs of prompt and answer.
 
     Templates are written in Jinja and come with the folder of an instruction-tuned
@@ -43,7 +45,11 @@ class ChatTemplate:
 
     def __init__(self, template: str, **tokens: Any) -> None:
         self.tokens = {name: token for name, token in tokens.items() if token}
+        self.template = template
         self._template = _compile(template)
+
+    def _shown_settings(self) -> dict[str, Any]:
+        return {"template": self.template, **self.tokens}
 
     @classmethod
     def from_preset(cls, folder: str | Path) -> "ChatTemplate":

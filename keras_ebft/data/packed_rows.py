@@ -3,10 +3,11 @@
 from typing import Any
 
 from keras_ebft.data.row_batches import RowBatches, Rows
+from keras_ebft.representation import Shown
 from keras_ebft.validation import check_int
 
 
-class PackedRows:
+class PackedRows(Shown):
     """Packed rows in memory, any of which can be read at any time.
 
     `len(rows)` and `rows[i]` are all that a `grain.MapDataset.source` or a torch

@@ -10,7 +10,9 @@ from keras_ebft.data.bin_packing import STRATEGIES
 from keras_ebft.data.documents import DocumentTokenizer, every_nth
 from keras_ebft.data.packed_rows import PackedRows
 from keras_ebft.data.row_batches import Rows, StreamBatches
+from keras_ebft.data.tables import as_documents
 from keras_ebft.data.token_window import TokenWindow
+from keras_ebft.representation import Shown
 from keras_ebft.validation import check_choice, check_int
 
 LONG_DOCUMENTS = ("split", "drop")
@@ -75,7 +77,9 @@ def pack(
 
     Args:
         documents: list, array, data set or other iterable that can be read again
-            and again, or a function that returns an iterator. A document is a
+            and again, or a function that returns an iterator; a DataFrame, a
+            `datasets.Dataset` or a `pathlib.Path` with a column `text`, or `prompt`
+            and `answer` (see `from_records` and `from_path`). A document is a
             string (or UTF-8 bytes), a pair (tuple) of prompt and answer, or an
             int array of token ids in place of a string.
         tokenizer: `keras_hub` tokenizer, or a function from a list of strings to
@@ -126,7 +130,7 @@ dropped (0 tokens), 0 empty
     )
 
 
-class PackedStream:
+class PackedStream(Shown):
     """Packed rows of documents that are read as they are needed. Made by `pack`.
 
     Iterating yields one row at a time: a dict of `token_ids` int32,
@@ -158,6 +162,18 @@ class PackedStream:
         self._shard = shard
         self._window_rows = window_rows
         self._start = self._position = _position(0, 0)
+
+    def _shown_settings(self) -> dict[str, Any]:
+        names = {assign: name for name, assign in STRATEGIES.items()}
+        return {
+            "documents": self._documents,
+            "tokenizer": self._tokenize.tokenizer,
+            "length": self.length,
+            "strategy": names[self._assign_rows],
+            "long_documents": "split" if self._split_long else "drop",
+            "shard": self._shard,
+            "window_rows": self._window_rows,
+        }
 
     def __iter__(self) -> Iterator[Rows]:
         for block in self.blocks():
@@ -289,10 +305,11 @@ def _position(documents: int, rows: int) -> dict[str, int]:
 
 
 def _check_documents(documents: Any) -> Any:
+    documents = as_documents(documents)
     if isinstance(documents, (str, bytes, dict)):
         raise TypeError(
             "Expected several documents. Received: one "
-            f"{type(documents).__name__}. Pass a list."
+            f"{type(documents).__name__}. Pass a list, or a pathlib.Path of a file."
         )
     if callable(documents):
         return documents

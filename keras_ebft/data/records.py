@@ -5,7 +5,9 @@ from _string import formatter_field_name_split
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from keras_ebft.data.columns import as_records
 from keras_ebft.data.documents import is_missing
+from keras_ebft.representation import Shown
 
 
 def from_records(
@@ -17,10 +19,10 @@ def from_records(
     """Texts or pairs made from the columns of records.
 
     Args:
-        records: sequence or iterable of dicts, such as a `datasets.Dataset` or a
-            `tfds` data source. Bytes are read as UTF-8. A record whose wanted
-            column is `None`, NaN or pandas' `NA`, or lies within one that is,
-            becomes an empty document, which `pack` counts.
+        records: sequence or iterable of dicts, such as a `datasets.Dataset`, a
+            DataFrame of pandas or polars, or a `tfds` data source. Bytes are read
+            as UTF-8. A record whose wanted column is `None`, NaN or pandas' `NA`, or
+            lies within one that is, becomes an empty document, which `pack` counts.
         text: template of a text, such as `"{text}"`. Column names stand in
             braces, as for `str.format`; `"{translation[en]}"` looks into a column.
         prompt: template of a prompt; together with `answer`, in place of `text`.
@@ -47,12 +49,13 @@ def from_records(
             'Pass for example text="{text}".'
         )
     templates = (text,) if pair == 0 else (prompt, answer)
+    records = as_records(records)
     if hasattr(records, "__getitem__") and hasattr(records, "__len__"):
         return RecordSequence(records, templates)
     return RecordDocuments(records, templates)
 
 
-class RecordDocuments:
+class RecordDocuments(Shown):
     """Documents made from records, one from each. Made by `from_records`.
 
     Attributes:

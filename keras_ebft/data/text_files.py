@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from keras_ebft.representation import Shown
 from keras_ebft.validation import check_choice
 
 NOT_UTF8 = ("skip", "raise")
 
 
-class TextFiles:
+class TextFiles(Shown):
     """Every matching file of a folder, read when it is asked for.
 
     Args:
@@ -18,6 +19,7 @@ class TextFiles:
             `skipped`; `"raise"` stops at the first.
 
     Attributes:
+        folder, pattern: as given.
         paths: sorted list of `pathlib.Path`.
         skipped: list of `pathlib.Path`, files left out by the newest pass.
 
@@ -35,7 +37,8 @@ class TextFiles:
     def __init__(
         self, folder: str | Path, pattern: str = "*.txt", not_utf8: str = "skip"
     ) -> None:
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
+        self.pattern = pattern
         self.not_utf8 = check_choice("not_utf8", not_utf8, NOT_UTF8)
         if not folder.is_dir():
             raise FileNotFoundError(

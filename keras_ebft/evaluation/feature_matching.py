@@ -10,6 +10,7 @@ from keras_ebft.evaluation.models import causal_lm_of
 from keras_ebft.features import FeatureNetwork
 from keras_ebft.model import EBFTModel
 from keras_ebft.networks.frozen_reader import FrozenReader
+from keras_ebft.representation import Shown
 from keras_ebft.rewards import FeatureMatchingReward, Reward
 from keras_ebft.samplers import BlockSampler
 from keras_ebft.training.metrics import DOCUMENT_MEASURES
@@ -24,7 +25,7 @@ MEASURES = (
 )
 
 
-class FeatureMatching:
+class FeatureMatching(Shown):
     """Feature-matching loss, alignment and diversity against rollout length.
 
     Made before training, because the frozen network that measures is a copy of
@@ -87,6 +88,14 @@ class FeatureMatching:
                 # One frozen network serves all lengths.
                 network = _ReadBy(network, cast(FrozenReader, measuring.feature_reader))
             self._models[length] = measuring
+
+    def _shown_settings(self) -> dict[str, Any]:
+        models = list(self._models.values())
+        return {
+            "rollout_lengths": tuple(self._models),
+            "num_samples": models[0].sampler.num_samples,
+            "seed": models[0].seed,
+        }
 
     def __call__(self, x: Any, batch_size: int | None = None) -> dict[str, float]:
         """Measures the model as it is now.

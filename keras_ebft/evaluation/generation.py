@@ -8,10 +8,11 @@ from keras import ops
 
 from keras_ebft.evaluation.models import causal_lm_of
 from keras_ebft.model import EBFTModel
+from keras_ebft.representation import Shown
 from keras_ebft.validation import check_int, check_temperature
 
 
-class TextGenerator:
+class TextGenerator(Shown):
     """Completes prompts with a model, in batches of one size.
 
     Args:

@@ -12,6 +12,7 @@ from keras_ebft.evaluation.models import causal_lm_of
 from keras_ebft.functional.pooling import unit_length
 from keras_ebft.model import EBFTModel
 from keras_ebft.networks import to_numpy
+from keras_ebft.representation import Shown
 from keras_ebft.training.token_rows import to_token_rows
 from keras_ebft.validation import check_int
 
@@ -65,7 +66,7 @@ def paired_change(before: np.ndarray, after: np.ndarray) -> Change:
     return Change(float(difference.mean()), float(1.96 * error))
 
 
-class PairedFeatureMatching:
+class PairedFeatureMatching(Shown):
     """Feature matching under the weights of the moment, on rollouts drawn once.
 
     Two measurements on rollouts of their own differ by the noise of drawing, which
@@ -132,6 +133,13 @@ class PairedFeatureMatching:
             _draw(self._model, batch, skipped, seed + first)
             for batch, skipped, first in _overlapping_batches(rows, batch_size)
         ]
+
+    def _shown_settings(self) -> dict[str, Any]:
+        return {
+            "num_samples": self._model.sampler.num_samples,
+            "documents": sum(len(b.rows["token_ids"]) for b in self._batches),
+            "seed": self._model.seed,
+        }
 
     def __call__(self, model: Any = None) -> dict[str, np.ndarray]:
         """Measures the weights of the moment.

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from keras_ebft.evaluation.sandbox_processes import Confinement, run_together
+from keras_ebft.representation import Shown
 from keras_ebft.validation import check_choice, check_int, check_number
 
 # As limits of the system are counted.
@@ -61,7 +62,7 @@ class CheckResult:
     protections: tuple[str, ...]
 
 
-class Sandbox:
+class Sandbox(Shown):
     r"""A place for code that nobody has read.
 
     Every program runs in a process of its own with an empty working directory.
@@ -127,6 +128,9 @@ class Sandbox:
         self.require = tuple(
             check_choice("require", name, PROTECTIONS) for name in require
         )
+
+    def _shown_settings(self) -> dict[str, Any]:
+        return {**super()._shown_settings(), **self.limits}
 
     def run(self, source: str) -> RunResult:
         """Runs a program.

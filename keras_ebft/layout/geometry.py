@@ -8,10 +8,11 @@ A document of T tokens carries K blocks. Block k is *anchored* after the first
 
 import numpy as np
 
+from keras_ebft.representation import Shown
 from keras_ebft.validation import check_int
 
 
-class BlockGeometry:
+class BlockGeometry(Shown):
     """Anchors, positions and attention mask of strided block-parallel sampling.
 
     The number of blocks is
@@ -91,10 +92,3 @@ class BlockGeometry:
         same_block = block[:, None] == block[None, :]
         mask[length:, length:] = same_block & (step[None, :] <= step[:, None])
         return mask
-
-    def __repr__(self) -> str:
-        return (
-            f"BlockGeometry(length={self.length}, "
-            f"context_length={self.context_length}, "
-            f"rollout_length={self.rollout_length}, stride={self.stride})"
-        )

@@ -161,6 +161,25 @@ def enable_adapters(
         layer.lora_alpha = alpha
 
 
+def refuse_new(backbone: keras_hub.models.Backbone, count: int) -> None:
+    """Raises a `ValueError` if layers got adapters after a model was built on them.
+
+    Its frozen network is a copy, its optimizer trains what was trainable then, and
+    its files would be read as another model's.
+
+    Args:
+        backbone: KerasHub backbone.
+        count: int, how many adapted layers it had then.
+    """
+    found = len(adapted_layers(backbone))
+    if found != count:
+        raise ValueError(
+            f"Expected the {count} adapted layers that the backbone had when the "
+            f"EBFTModel was made. Received: {found}, after a later enable_lora(). Make "
+            "the EBFTModel anew, after causal_lm.backbone.enable_lora(rank)."
+        )
+
+
 def _check_enable_lora_found_layers(backbone: keras_hub.models.Backbone) -> None:
     if not getattr(backbone, "_lora_rank", None):
         return

@@ -82,7 +82,10 @@ class RewardSum(Reward):
         self, generated: Tensor, target: Tensor, rollouts: Rollouts | None = None
     ) -> dict[str, Tensor]:
         """The sum. `alignment` and `diversity` are the weighted sums of both parts."""
-        found = [reward(generated, target, rollouts) for reward in self.rewards]
+        found = [
+            reward.in_parts(reward(generated, target, rollouts), rollouts)
+            for reward in self.rewards
+        ]
         rank = max(len(rewards["reward"].shape) for rewards in found)
         total: dict[str, Tensor] = {}
         for reward, weight, rewards in zip(self.rewards, self.weights, found):

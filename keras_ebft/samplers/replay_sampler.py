@@ -87,3 +87,6 @@ class ReplaySampler(BlockSampler):
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments as a dict that JSON can hold."""
         return {"token_ids": self.token_ids.tolist(), **super().get_config()}
+
+    def _shown_settings(self) -> dict[str, Any]:
+        return {"token_ids": self.token_ids, **super().get_config()}

@@ -19,8 +19,10 @@ from keras_ebft.backend.distribution import (
     refuse_silent_distribution,
 )
 from keras_ebft.backend.runtime import tensorflow_dataset
-from keras_ebft.data import PackedRows, PackedStream
+from keras_ebft.data import PackedRows, PackedStream, RecordDocuments
+from keras_ebft.data.columns import columns_of
 from keras_ebft.data.row_batches import RowBatches
+from keras_ebft.data.tables import is_table
 from keras_ebft.training.data_report import DataReport
 from keras_ebft.training.texts import is_sequence
 from keras_ebft.training.token_rows import (
@@ -320,6 +322,7 @@ def token_batches(x, reader, batch_size, shuffle, seed, report=None):
     if isinstance(x, TokenBatches):
         return x
     report = DataReport() if report is None else report
+    _refuse_single_documents(x)
     if isinstance(x, PackedStream):
         x = x.batches(batch_size or DEFAULT_BATCH_SIZE)
     elif not _is_stream(x):
@@ -444,9 +447,21 @@ def _refuse_collated(batch, source):
         )
 
 
+def _refuse_single_documents(x):
+    """Raises a `TypeError` for a stream that yields one document after the other."""
+    is_table = columns_of(x) is not None and not hasattr(x, "__len__")
+    if is_table or (isinstance(x, RecordDocuments) and not is_sequence(x)):
+        raise TypeError(
+            "Expected documents in memory, or a stream of batches. Received: a "
+            f"{type(x).__name__}, which yields one document after the other. Pass "
+            "keras_ebft.data.pack(documents, tokenizer, length), which makes rows of "
+            "them; or list(documents), if they fit into memory."
+        )
+
+
 def _is_stream(x):
     in_memory = (str, bytes, list, tuple, dict, PackedRows)
-    if isinstance(x, in_memory) or hasattr(x, "dtype"):
+    if isinstance(x, in_memory) or hasattr(x, "dtype") or is_table(x):
         return False
     if isinstance(x, keras.utils.PyDataset):
         return True

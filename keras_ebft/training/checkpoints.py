@@ -18,6 +18,7 @@ import numpy as np
 
 from keras_ebft.backend.runtime import backend_name
 from keras_ebft.networks import adapters
+from keras_ebft.representation import Shown
 from keras_ebft.training import checkpoint_files
 from keras_ebft.validation import check_bool, check_int
 from keras_ebft.version import __version__
@@ -103,7 +104,7 @@ class TrainingState(keras.layers.Layer):
             variable.assign(value)
 
 
-class TrainingCheckpoint(keras.callbacks.Callback):
+class TrainingCheckpoint(Shown, keras.callbacks.Callback):
     """Saves training while it runs, and resumes it when `fit` is called again.
 
     A run that was killed at any moment, and started again by the same program,

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from keras_ebft.data import PackedRows
+from keras_ebft.data import PackedRows, TextFiles
+from keras_ebft.data.tables import as_documents
 from keras_ebft.networks import maximum_length, to_numpy, vocabulary_size
 from keras_ebft.training.texts import listed, rows_of_documents
 
@@ -34,7 +35,9 @@ def to_token_rows(x, causal_lm, trim=True, report=None):
         x: list, vector or other sequence of documents as `keras_ebft.data.pack` takes
             them: strings, pairs `(prompt, answer)` of strings, vectors of token ids
             or pairs of them; an integer array `[N, T]` of token ids;
-            `keras_ebft.data.PackedRows`; or a dict with `token_ids` and optionally,
+            `keras_ebft.data.PackedRows`; a DataFrame of pandas or polars, a
+            `datasets.Dataset` or a `pathlib.Path` of a file or folder, see
+            `keras_ebft.data.from_path`; or a dict with `token_ids` and optionally,
             all `[N, T]`: `padding_mask`, zeros and ones, padded on the right (by
             default everything is real, or what has a segment above 0);
             `segment_ids`, integers from 0 that tell apart the documents packed in a
@@ -62,6 +65,9 @@ def to_token_rows(x, causal_lm, trim=True, report=None):
     lost = None
     if isinstance(x, PackedRows):
         x = x.arrays
+    x = as_documents(x)
+    if isinstance(x, TextFiles):
+        x = list(x)
     documents = None if isinstance(x, dict) else listed(x)
     if isinstance(x, dict):
         rows = _from_dict(x)

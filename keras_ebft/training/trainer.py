@@ -18,6 +18,7 @@ from keras_ebft.backend.runtime import resolve_jit_compile
 from keras_ebft.backend.updates import update_if_finite
 from keras_ebft.data.row_batches import Rows
 from keras_ebft.kernels import watch_choices
+from keras_ebft.networks import adapters
 from keras_ebft.objectives.objective import TERMS
 from keras_ebft.training.batches import (
     Reader,
@@ -372,6 +373,7 @@ class DocumentTrainer(keras.Model):
 
     @property
     def _reader(self) -> Reader:
+        adapters.refuse_new(self.causal_lm.backbone, self._num_adapted)
         return Reader(self.causal_lm, self._check_rows, self._live_blocks)
 
     def _one_batch(self, x: Any) -> Rows:

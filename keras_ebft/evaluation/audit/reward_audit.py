@@ -16,6 +16,7 @@ from keras_ebft.features.feature_network import DEFAULT_LAYERS
 from keras_ebft.model import EBFTModel
 from keras_ebft.networks import num_layers
 from keras_ebft.records import FrozenReading
+from keras_ebft.representation import Shown
 from keras_ebft.rewards import FeatureMatchingReward, VerifierReward
 from keras_ebft.samplers import BlockSampler
 from keras_ebft.step import judged
@@ -25,7 +26,7 @@ from keras_ebft.validation import check_instance, check_int
 SIGNALS = ("alignment", "reward", "advantage")
 
 
-class RewardAudit:
+class RewardAudit(Shown):
     """Does the reward prefer the rollouts that are better? Asked before training.
 
     Rollouts are sampled once, the frozen network reads them and the documents once,
@@ -100,6 +101,15 @@ class RewardAudit:
         slots = {layer: slot for slot, layer in enumerate(tapped)}
         self._slots = [[slots[n] for n in c.tapped] or [0] for c in self._candidates]
         self._examine = compiled(self._examined, self._model._read_variables)
+
+    def _shown_settings(self):
+        return {
+            "candidates": len(self._candidates),
+            "scores": list(self._scores),
+            "sampler": self._model.sampler,
+            "resamples": self._resamples,
+            "seed": self._seed,
+        }
 
     def __call__(self, x, batch_size=4):
         """Audits on documents.
