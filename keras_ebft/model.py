@@ -72,7 +72,7 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         causal_lm: `keras_hub.models.CausalLM` of a supported family.
         sampler: `BlockSampler`, by default with the paper's settings for code.
         feature_network: `FeatureNetwork`. The frozen copy is made here, from the
-            weights `causal_lm` has now.
+            weights `causal_lm` has now; with adapters it is the base without them.
         reward: `FeatureMatchingReward` by default, or another `Reward`:
             `CharacteristicFunctionReward`, `VerifierReward`, `RewardSum` or one's
             own.
@@ -81,7 +81,8 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         ce_weight: weight of the documents' next-token cross-entropy (the paper's
             gamma: 0, 0.03 or 0.1).
         kl_weight: weight of the estimated KL divergence of the policy from the
-            model as it is now, over generated tokens. Anything but 0 also
+            model as it is now, over generated tokens; with adapters from the base
+            without them, also where they are trained already. Anything but 0 also
             measures `kl`.
         kl_estimator: `"k1"`, `"k2"` or `"k3"`, see `keras_ebft.functional`.
         entropy_weight: weight of the entropy bonus at generated tokens.

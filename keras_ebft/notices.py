@@ -119,9 +119,17 @@ def _of_sampling(sampler, advantage):
 
 def _of_divergence(model):
     objective = model.objective
-    if is_zero(objective.weights["kl_weight"]) or objective.kl_estimator != "k1":
+    if is_zero(objective.weights["kl_weight"]):
         return
-    if not objective.repeats_updates:
+    if adapters.are_trained(model.causal_lm.backbone):
+        yield (
+            logging.WARNING,
+            "The adapters are trained already, and the reference of the divergence is "
+            "the base without them: `kl` does not begin at 0, and its gradient leads "
+            "back to the base. To begin from the model as it is, merge the adapters "
+            "first: causal_lm.save_weights(path), then causal_lm.load_weights(path).",
+        )
+    if objective.kl_estimator == "k1" and not objective.repeats_updates:
         yield (
             logging.WARNING,
             'With kl_estimator="k1" and one update per rollout the divergence is '

@@ -2,11 +2,12 @@
 
 import json
 import sys
+import time
 
 import numpy as np
 import pytest
 
-from keras_ebft.data import ChatTemplate, pack
+from keras_ebft.data import ChatTemplate, limited_templates, pack
 from keras_ebft.training.token_rows import to_token_rows
 
 pytestmark = pytest.mark.backend_independent
@@ -40,6 +41,18 @@ def test_messages_become_text_without_the_start_token_that_preprocessors_add():
         "\n<user>1 + 1?</user>\n<assistant>",
         "2</assistant></s>",
     )
+
+
+def test_the_start_token_stays_for_preprocessors_that_add_none(tmp_path):
+    template = ChatTemplate(SOURCE, keep_start_token=True, **TOKENS)
+    assert template(MESSAGES) == "<s>" + TEXT
+    assert template.pair(MESSAGES)[0] == "<s>\n<user>1 + 1?</user>\n<assistant>"
+    (tmp_path / "chat_template.jinja").write_text(SOURCE)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(TOKENS))
+    found = ChatTemplate.from_preset(tmp_path, keep_start_token=True)
+    assert found(MESSAGES) == "<s>" + TEXT
+    with pytest.raises(TypeError, match="keep_start_token"):
+        ChatTemplate(SOURCE, keep_start_token="yes")
 
 
 @pytest.mark.parametrize("layout", ["file", "settings", "named"])
@@ -147,6 +160,10 @@ TOO_MUCH = (
     "{% set s.x = [s.x, s.x] | join %}{% endfor %}",
     "{% set s = namespace(x='aa') %}{% for i in range(40) %}"
     "{% set s.x = s.x.join([s.x, s.x]) %}{% endfor %}",
+    "{% set s = namespace(x=7) %}{% for i in range(40) %}{% set s.x = s.x * s.x %}"
+    "{% endfor %}",
+    "{% set s = namespace(x=7) %}{% for i in range(9) %}{% set s.x = s.x ** 900 %}"
+    "{% endfor %}",
 )
 
 
@@ -154,6 +171,37 @@ TOO_MUCH = (
 def test_a_template_cannot_take_all_memory(source):
     with pytest.raises(ValueError, match="most"):
         ChatTemplate(source)(MESSAGES)
+
+
+TOO_LONG = (
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+    "{{ f(60) }}",
+)
+
+
+@pytest.mark.parametrize("source", TOO_LONG)
+def test_a_template_cannot_take_all_time(source, monkeypatch):
+    monkeypatch.setattr(limited_templates, "MOST_SECONDS", 0.1)
+    start = time.thread_time()
+    with pytest.raises(ValueError, match=r"more than 0\.1 s, the most"):
+        ChatTemplate(source)(MESSAGES)
+    assert time.thread_time() - start < 2.0
+
+
+def test_a_template_that_calls_itself_without_end_is_refused():
+    source = "{% for m in [[[]]] recursive %}{{ loop([[[]]]) }}{% endfor %}"
+    with pytest.raises(ValueError, match="recursion"):
+        ChatTemplate(source)(MESSAGES)
+
+
+def test_loops_know_where_they_are():
+    source = (
+        "{% for m in messages %}{{ loop.index }}/{{ loop.length }}"
+        "{{ 'last' if loop.last else loop.nextitem.role }} {% else %}none{% endfor %}"
+        "{% for x in [] %}{% else %}none{% endfor %}"
+    )
+    assert ChatTemplate(source)(MESSAGES) == "1/2assistant 2/2last none"
 
 
 def test_what_templates_do_with_short_texts_is_left_alone():

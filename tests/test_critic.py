@@ -7,7 +7,11 @@ from helpers import documents, flat, llama, to_numpy
 from keras import ops
 
 import keras_ebft
-from keras_ebft.objectives.critic import critic_accuracy, critic_loss
+from keras_ebft.objectives.critic import (
+    PolicyAndCriticOptimizer,
+    critic_accuracy,
+    critic_loss,
+)
 
 SAMPLER = {"stride": 4, "context_length": 4}
 X = documents(2, 14)
@@ -114,6 +118,26 @@ def test_features_learn_with_the_critic(policy):
     )
     same = keras_ebft.Critic.from_config(critic.get_config())
     assert same.get_config() == critic.get_config()
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_averaged_weights_are_applied_beside_a_critic(scaled):
+    """`use_ema` of either optimizer, within loss scaling too."""
+    policy, head = (keras.Variable([1.0]) for _ in range(2))
+    ema = {"use_ema": True, "ema_momentum": 0.5}
+    optimizer = PolicyAndCriticOptimizer(
+        keras.optimizers.SGD(1.0, **ema), keras.optimizers.SGD(2.0, **ema), [head]
+    )
+    if scaled:
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer, 1.0)
+    optimizer.build([head, policy])
+    for _ in range(2):
+        one = ops.ones((1,))
+        optimizer.apply([one, one], [head, policy])
+    assert [float(v.numpy()[0]) for v in (policy, head)] == [-1.0, -3.0]
+    optimizer.finalize_variable_values([head, policy])
+    # 0.5 * (0, -1) + 0.5 * (-1, -3)
+    assert [float(v.numpy()[0]) for v in (policy, head)] == [-0.5, -2.0]
 
 
 @pytest.mark.slow_compiled

@@ -351,6 +351,30 @@ def test_what_became_of_the_data_is_said_once_per_fit(model, reader, caplog):
     assert "8 more dropped, because 1 documents are longer" in text
 
 
+@pytest.mark.on_torch
+@pytest.mark.parametrize("form", ["rows", "py_dataset", "stream", "batches"])
+def test_what_packing_did_with_documents_is_said(model, caplog, form):
+    """Documents, not the pieces they are in; and what is in no row at all."""
+    ids = documents(1, 40)[0]
+    texts = [ids[:12], ids[:30], ids[:0], ids[:14]]
+    options = {"tokenizer": None, "length": 16}
+    forms = {
+        "rows": lambda stream: stream.load(),
+        "py_dataset": lambda stream: stream.load().py_dataset(2),
+        "stream": lambda stream: stream,
+        "batches": lambda stream: stream.batches(2),
+    }
+    stream = keras_ebft.data.pack(texts, **options)
+    ((level, text),) = said(caplog, model, forms[form](stream))
+    assert level == "WARNING"
+    assert "3 documents in 4 rows, 56 tokens" in text
+    assert "1 documents split, 1 documents without a token left out" in text
+    stream = keras_ebft.data.pack(texts, **options, long_documents="drop")
+    ((_, text),) = said(caplog, model, forms[form](stream))
+    assert "2 documents in 2 rows, 26 tokens, 30 more left out by pack" in text
+    assert "1 documents are longer than a row" in text
+
+
 ANSWERS = {"token_ids": IDS, "answer_mask": np.zeros((2, 12), bool)}
 NOTHING = {
     "too short": [IDS[0, :6], IDS[1, :5]],
@@ -477,6 +501,53 @@ def test_a_verifier_reads_around_ids_that_are_no_tokens():
     letters = padded.preprocessor.tokenizer
     expected = [[letters.detokenize([1, 2])], [letters.detokenize([3])]]
     assert read == [expected]
+
+
+@pytest.fixture(scope="module")
+def padded_reader(pieces):
+    """Reads SentencePiece; its backbone has more ids than there are pieces."""
+    models = keras_hub.models
+    backbone = models.LlamaBackbone(pieces.vocabulary_size() + 7, 1, 2, 8, 8, 1)
+    preprocessor = models.LlamaCausalLMPreprocessor(pieces, sequence_length=12)
+    return models.LlamaCausalLM(backbone, preprocessor=preprocessor)
+
+
+def test_a_verifier_reads_the_blank_that_a_text_goes_on_with(padded_reader, pieces):
+    """SentencePiece takes a blank at the beginning of ids for its own."""
+    read = []
+
+    def verify(prompts, completions, targets):
+        read.extend([prompts[0][0], completions[0][0][0], targets[0][0]])
+        return np.zeros((1, 2, 1), "float32")
+
+    sampler = keras_ebft.BlockSampler(
+        3, context_length=4, stride=8, num_samples=2, stop_token_ids=None
+    )
+    reward = keras_ebft.VerifierReward(verify)
+    model = keras_ebft.EBFTModel(padded_reader, sampler, reward=reward, seed=0)
+    document = list(pieces(["x: a b"])[0])
+    rows = {"token_ids": np.array([document]), "anchors": np.array([[3]])}
+    written = [*document[3:5], pieces.vocabulary_size() + 3]
+    model.rewards(rows, np.array([[[written], [written]]]))
+    assert read == ["x:", " a", " a "]
+
+
+def test_generated_texts_go_on_and_leave_out_what_is_no_token(padded_reader, pieces):
+    generate = keras_ebft.evaluation.TextGenerator(padded_reader, 8)
+    head = padded_reader.backbone.token_embedding.reverse_embeddings
+    blank, size = int(pieces(["x: a"])[0][3]), pieces.vocabulary_size()
+
+    def written(*likeliest):
+        """Whatever the hidden states' sign is, one of two tokens."""
+        weights = np.zeros(head.shape)
+        weights[0, likeliest] = 1.0, -1.0
+        head.assign(weights)
+        return generate(["x:", "x:"])
+
+    assert written(size + 3, size + 4) == [[""], [""]]
+    texts = written(blank, size), written(size, blank)
+    assert [["    "], ["    "]] in texts
+    assert "generate_postprocess" not in vars(padded_reader.preprocessor)
 
 
 class Distribution:

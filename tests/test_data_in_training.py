@@ -12,6 +12,7 @@ import keras_ebft
 from keras_ebft.callbacks.measure import Measure
 from keras_ebft.evaluation import FeatureMatching, TextGenerator, cross_entropy
 from keras_ebft.evaluation.single_documents import single_documents
+from keras_ebft.networks import adapters
 
 LENGTH = 20
 
@@ -215,6 +216,46 @@ def test_cross_entropy_by_hand(model):
     assert measured["answer_cross_entropy"] == pytest.approx(
         evaluated["ce_loss"], rel=1e-5
     )
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="runs op by op")
+def test_measuring_again_compiles_nothing():
+    """While training, `Measure` asks for it after every epoch."""
+    causal_lm = llama(num_layers=1)
+    model = keras_ebft.EBFTModel.sft(causal_lm, seed=0)
+    model.compile(keras.optimizers.SGD(0.1))
+    traces, found = [], []
+    layer = causal_lm.backbone.token_embedding
+    call = layer.call
+
+    def counting(*args, **kwargs):
+        traces.append(1)
+        return call(*args, **kwargs)
+
+    layer.call = counting
+    x = documents(4, LENGTH)
+
+    def measure(of):
+        before = len(traces)
+        found.append(cross_entropy(of, x, batch_size=2)["cross_entropy"])
+        traces_of_each.append(len(traces) - before)
+        return {"own": found[-1]}
+
+    traces_of_each = []
+    model.fit(x, batch_size=4, epochs=3, callbacks=[Measure(measure)], verbose=0)
+    assert traces_of_each == [1, 0, 0]
+    # It is the weights of the moment that are measured.
+    assert found[2] < found[1] < found[0]
+    # Adapters that are switched off are another program.
+    causal_lm.backbone.enable_lora(2)
+    adapted = adapters.adapted_layers(causal_lm.backbone)
+    for one in adapted:
+        one.lora_kernel_b.assign(np.ones(one.lora_kernel_b.shape))
+    on = cross_entropy(causal_lm, x, batch_size=2)["cross_entropy"]
+    with adapters.switched_off(adapted):
+        off = cross_entropy(causal_lm, x, batch_size=2)["cross_entropy"]
+    assert off == pytest.approx(found[2], rel=1e-5)
+    assert abs(on - off) > 1e-3
 
 
 def test_without_answers_all_tokens_are_one_number(model):

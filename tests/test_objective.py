@@ -8,6 +8,7 @@ from keras import ops
 from plain import Plain
 
 import keras_ebft
+from keras_ebft.networks import adapters
 
 SAMPLER = {"stride": 4, "context_length": 4, "temperature": 0.7}
 X = documents(1, 14)
@@ -110,6 +111,40 @@ def test_kl_is_measured_and_starts_at_zero(policy):
     assert len(model.frozen_networks) == 1
 
 
+def test_the_reference_of_trained_adapters_is_their_base(caplog, tmp_path):
+    """And merged into the base they are the model as it is."""
+    causal_lm = llama(num_layers=1)
+    causal_lm.backbone.enable_lora(2)
+
+    def measured():
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="keras_ebft"):
+            model = build((causal_lm, causal_lm.get_weights()), kl_weight=0.1)
+        model.compile(keras.optimizers.SGD(0.0))
+        said = [r for r in caplog.records if "trained already" in r.getMessage()]
+        return model.evaluate(X, return_dict=True, verbose=0)["kl"], len(said)
+
+    divergence, said = measured()
+    assert (divergence, said) == (pytest.approx(0.0, abs=1e-6), 0)
+    for layer in adapters.adapted_layers(causal_lm.backbone):
+        layer.lora_kernel_b.assign(np.ones(layer.lora_kernel_b.shape))
+    divergence, said = measured()
+    assert said == 1
+    assert divergence > 1e-3
+    policy = to_numpy(log_prob(causal_lm))
+    with adapters.switched_off(adapters.adapted_layers(causal_lm.backbone)):
+        apart = policy - to_numpy(log_prob(causal_lm))
+    assert divergence == pytest.approx(np.mean(apart**2) / 2, rel=1e-3)
+    causal_lm.save_weights(tmp_path / "merged.weights.h5")
+    causal_lm.load_weights(tmp_path / "merged.weights.h5")
+    assert np.abs(to_numpy(log_prob(causal_lm)) - policy).max() < 1e-5
+    assert measured() == (pytest.approx(0.0, abs=1e-6), 0)
+
+
+def log_prob(causal_lm):
+    return Plain(X, ROLLOUTS, ANCHORS, 0.7).log_prob_and_entropy(causal_lm)[0]
+
+
 def test_the_reference_stays_where_features_move(policy):
     model = keras_ebft.EBFTModel(
         policy[0],
@@ -126,17 +161,21 @@ def test_the_reference_stays_where_features_move(policy):
     assert np.abs(flat(taps.get_weights()) - flat(before)[: taps.count_params()]).max()
 
 
-def test_sft_is_what_kerashub_fits(policy):
-    """One SGD step, against `CausalLM.fit` on shifted labels."""
+@pytest.mark.parametrize("reduction", ["mean_with_sample_weight", None])
+def test_sft_is_what_kerashub_fits(policy, reduction):
+    """One SGD step, against `CausalLM.fit` on shifted labels.
+
+    By default Keras divides by all places, this library by the tokens that count.
+    """
     causal_lm, initial = policy
     x, mask = documents(2, 10), np.ones((2, 10), dtype=bool)
     mask[1, 6:] = False
+    factor = 1.0 if reduction else 2 * 9 / (9 + 5)
     causal_lm.set_weights(initial)
+    options = {} if reduction is None else {"reduction": reduction}
     causal_lm.compile(
-        optimizer=keras.optimizers.SGD(0.3),
-        loss=keras.losses.SparseCategoricalCrossentropy(
-            from_logits=True, reduction="mean_with_sample_weight"
-        ),
+        optimizer=keras.optimizers.SGD(0.3 * factor),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True, **options),
     )
     inputs = {"token_ids": x[:, :-1], "padding_mask": mask[:, :-1]}
     weights = mask[:, 1:].astype("float32")

@@ -198,6 +198,43 @@ def test_every_measure_is_the_same_whatever_the_batches_are(greedy, batch_size):
     assert expected["loss"] == pytest.approx(loss, rel=1e-4)
 
 
+PLACES = (3, 6, 9)
+
+
+def packed(*rows_of_documents):
+    """Some of `uneven`'s documents in each row, with anchors at `PLACES` of each."""
+    alone, length = uneven(), 2 * LENGTH
+    names = ("token_ids", "padding_mask", "segment_ids")
+    rows = {name: np.zeros((len(rows_of_documents), length), "int32") for name in names}
+    anchors = np.full((len(rows_of_documents), 2 * len(PLACES)), -1)
+    for row, chosen in enumerate(rows_of_documents):
+        start, found = 0, []
+        for segment, document in enumerate(chosen, start=1):
+            size = int(alone["padding_mask"][document].sum())
+            window = slice(start, start + size)
+            rows["token_ids"][row, window] = alone["token_ids"][document, :size]
+            rows["padding_mask"][row, window] = 1
+            rows["segment_ids"][row, window] = segment
+            # Where two tokens of the document follow.
+            found += [start + place for place in PLACES if place + 2 <= size]
+            start += size
+        anchors[row, : len(found)] = found
+    return {**rows, "anchors": anchors}
+
+
+@pytest.mark.on_torch
+def test_every_measure_is_the_same_however_documents_are_packed(greedy):
+    """With anchors at the same places of the documents."""
+    options = {"return_dict": True, "verbose": 0}
+    apart = packed(*[[document] for document in range(5)])
+    expected = greedy.evaluate(apart, batch_size=5, **options)
+    assert expected["kl"] > 1e-3
+    for rows in ([[0, 1], [2, 3], [4]], [[4, 2], [1], [3, 0]]):
+        found = greedy.evaluate(packed(*rows), batch_size=2, **options)
+        for name, value in expected.items():
+            assert found[name] == pytest.approx(value, rel=2e-4, abs=1e-5), name
+
+
 @pytest.mark.on_torch
 def test_nothing_measured_is_no_score(greedy):
     """A stream of documents without a block, which is known only when it is read."""

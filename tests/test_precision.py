@@ -1,9 +1,12 @@
 """Half precision and quantized bases against float32."""
 
+import re
+
 import keras
 import numpy as np
 import pytest
 from helpers import documents, flat, gradients, llama, to_numpy
+from keras import ops
 
 import keras_ebft
 from keras_ebft.networks import adapters
@@ -181,3 +184,40 @@ def test_training_on_a_quantized_base_saves_and_goes_on(mode, tmp_path):
         one.fit(X, batch_size=2, verbose=0)
     for one, other in zip(model.causal_lm.variables, loaded.causal_lm.variables):
         np.testing.assert_array_equal(to_numpy(one), to_numpy(other), err_msg=one.path)
+
+
+def said_of_steps(caplog, optimizer, dtype="bfloat16"):
+    """What `fit` warns of, and the share of weights that its steps changed."""
+    model = keras_ebft.EBFTModel.sft(llama(num_layers=1, dtype=dtype), seed=0)
+    model.compile(optimizer)
+    before = [to_numpy(ops.cast(w, "float32")) for w in model.trainable_variables]
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="keras_ebft"):
+        model.fit(documents(4, 12), epochs=3, verbose=0)
+    after = [to_numpy(ops.cast(w, "float32")) for w in model.trainable_variables]
+    moved = np.mean(flat(before) != flat(after))
+    texts = [r.getMessage() for r in caplog.records]
+    return [text for text in texts if "rounded back" in text], moved
+
+
+def test_steps_that_round_away_are_said(caplog):
+    """Only weights below about 2.6e-4 are fine enough for a step of 1e-6."""
+    (text,), moved = said_of_steps(caplog, keras.optimizers.Adam(1e-6))
+    assert moved < 0.05
+    share = float(re.search(r"changes (\S+) %", text).group(1)) / 100
+    assert moved <= share < 0.05
+    assert 'dtype="mixed_bfloat16"' in text
+
+
+@pytest.mark.on_torch
+def test_steps_that_arrive_are_not(caplog):
+    schedules = keras.optimizers.schedules
+    warm_up = schedules.PolynomialDecay(1e-9, 1000, 0.05)
+    for optimizer, dtype in (
+        (keras.optimizers.Adam(1e-2), "bfloat16"),
+        (keras.optimizers.AdamW(warm_up), "bfloat16"),
+        # How far it goes is for the gradient to say.
+        (keras.optimizers.SGD(1e-6), "bfloat16"),
+        (keras.optimizers.Adam(1e-6), "mixed_bfloat16"),
+    ):
+        assert said_of_steps(caplog, optimizer, dtype)[0] == []

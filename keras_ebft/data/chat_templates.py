@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from keras_ebft.representation import Shown
+from keras_ebft.validation import check_bool
 
 TEMPLATE_FILE = "chat_template.jinja"
 SETTINGS_FILE = "tokenizer_config.json"
@@ -20,17 +21,21 @@ class ChatTemplate(Shown):
 
     Templates are written in Jinja and come with the folder of an instruction-tuned
     model in the Hugging Face layout; presets in KerasHub's own layout have none.
-    They run in Jinja's sandbox, and what they make is limited. The start token at the
-    very beginning is left out, because KerasHub's preprocessors add it. The token that
+    They run in Jinja's sandbox, and what they make and how long they run is limited.
+    The start token at the very beginning is left out, because KerasHub's preprocessors
+    add it; those of Qwen, for one, do not, and then it has to stay. The token that
     ends an answer stays, because a tokenizer's own end token may be another; where it
     is the same, `fit` and `keras_ebft.data.pack` do not add it twice.
 
     Args:
         template: str, Jinja source.
+        keep_start_token: bool, whether the start token that a template begins with
+            stays in the text, for a preprocessor that adds none.
         **tokens: strings the template may use, such as `eos_token="</s>"`.
 
     Raises:
         ImportError: if `jinja2` is not installed.
+        TypeError: if `template` is no string.
         ValueError: if the template is not valid Jinja.
 
     Example:
@@ -43,7 +48,10 @@ class ChatTemplate(Shown):
     ('[user] 1 + 1? [assistant] ', '2 ')
     """
 
-    def __init__(self, template: str, **tokens: Any) -> None:
+    def __init__(
+        self, template: str, *, keep_start_token: bool = False, **tokens: Any
+    ) -> None:
+        self.keep_start_token = check_bool("keep_start_token", keep_start_token)
         self.tokens = {name: token for name, token in tokens.items() if token}
         self.template = template
         self._template = _compile(template)
@@ -52,12 +60,15 @@ class ChatTemplate(Shown):
         return {"template": self.template, **self.tokens}
 
     @classmethod
-    def from_preset(cls, folder: str | Path) -> "ChatTemplate":
+    def from_preset(
+        cls, folder: str | Path, *, keep_start_token: bool = False
+    ) -> "ChatTemplate":
         """The template of a model in the Hugging Face layout.
 
         Args:
             folder: path with `chat_template.jinja`, or with a `chat_template` in
                 its `tokenizer_config.json`.
+            keep_start_token: bool, as of the constructor.
 
         Raises:
             ValueError: if the folder has neither.
@@ -65,9 +76,10 @@ class ChatTemplate(Shown):
         folder = Path(folder)
         settings = folder / SETTINGS_FILE
         config = json.loads(settings.read_text("utf-8")) if settings.exists() else {}
-        tokens = {name: _content(config.get(name)) for name in TOKENS}
+        options = {name: _content(config.get(name)) for name in TOKENS}
+        options["keep_start_token"] = keep_start_token
         if (folder / TEMPLATE_FILE).exists():
-            return cls((folder / TEMPLATE_FILE).read_text("utf-8"), **tokens)
+            return cls((folder / TEMPLATE_FILE).read_text("utf-8"), **options)
         template = config.get("chat_template")
         if isinstance(template, list):
             named = {entry["name"]: entry["template"] for entry in template}
@@ -79,7 +91,7 @@ class ChatTemplate(Shown):
                 "folder of an instruction-tuned model in the Hugging Face layout, or "
                 "give the template itself: ChatTemplate(text)."
             )
-        return cls(template, **tokens)
+        return cls(template, **options)
 
     def __call__(self, messages: Messages) -> str:
         """A whole conversation as text.
@@ -126,22 +138,22 @@ class ChatTemplate(Shown):
 
     def _render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
         _check_messages(messages)
-        import jinja2
-
-        from keras_ebft.data.limited_templates import TooMuchError, joined
+        from keras_ebft.data.limited_templates import joined, limited_time
 
         tokens = {"bos_token": "", "eos_token": "", **self.tokens}
         parts = self._template.generate(
             messages=messages, add_generation_prompt=add_generation_prompt, **tokens
         )
         try:
-            text = joined(parts)
-        except (jinja2.TemplateError, TooMuchError) as error:
+            with limited_time():
+                text = joined(parts)
+        except Exception as error:
+            # Whatever an expression in Python can raise.
             raise ValueError(
                 f"Expected messages that the template knows. Received: "
-                f"{_shorten(messages)}; the template says: {error}."
+                f"{_shorten(messages)}; the template says: {_shorten(error)}."
             ) from error
-        return text.removeprefix(tokens["bos_token"])
+        return text if self.keep_start_token else text.removeprefix(tokens["bos_token"])
 
 
 def _compile(template: str) -> Any:
@@ -154,13 +166,18 @@ def _compile(template: str) -> Any:
             "Expected the package jinja2, which chat templates are written for. "
             'Install it: pip install "keras_ebft[chat]".'
         ) from error
+    if not isinstance(template, str):
+        raise TypeError(
+            "Expected `template` to be a string, Jinja source. Received: "
+            f"{_shorten(template)} (of type {type(template).__name__})."
+        )
     environment = make_environment()
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
         return environment.from_string(template)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, RecursionError) as error:
         raise ValueError(
             f"Expected a template in Jinja. Received: {template[:40]!r}...; {error}."
         ) from error
@@ -195,5 +212,5 @@ def _check_messages(messages: Any) -> None:
 
 
 def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
+    text = str(value) if isinstance(value, Exception) else repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -47,7 +47,7 @@ class DocumentTokenizer:
         elif special_tokens:
             self._before = _token(tokenizer, "start_token_id")
             self._after = _token(tokenizer, "end_token_id")
-        self._borders = _borders(tokenizer)
+        self._borders = borders(tokenizer)
 
     def __call__(self, documents):
         """Yields `(token_ids, answer_start)`, `None` for a document without tokens.
@@ -140,8 +140,12 @@ def _begins(ids, marker):
     return bool(marker) and tuple(ids[: len(marker)]) == tuple(marker)
 
 
-def _borders(tokenizer):
-    """`(text, its token ids)` of the borders that a tokenizer needs and can write."""
+def borders(tokenizer):
+    """`(text, its token ids)` of the borders that a tokenizer needs and can write.
+
+    SentencePiece alone does, for which a text that goes on from another is not what it
+    is by itself.
+    """
     if not isinstance(tokenizer, keras_hub.tokenizers.SentencePieceTokenizer):
         return []
     found = []

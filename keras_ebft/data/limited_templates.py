@@ -3,10 +3,14 @@
 The sandbox keeps a template from reaching out, but not from taking all memory: one
 expression can ask for ten thousand million characters. Everything here that makes a
 value longer than what it was given is asked for its length first, or cannot pass on
-more than `MOST_CHARACTERS`.
+more than `MOST_CHARACTERS`. Nor does it keep from running for days: every step of a
+loop, every call and every operation looks at the clock.
 """
 
-from collections.abc import Iterable, Sized
+import contextlib
+import contextvars
+import time
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 from jinja2 import nodes
@@ -15,6 +19,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 # A conversation is a small part of that.
 MOST_CHARACTERS = 10_000_000
 MOST_EXPONENT = 1000
+MOST_BITS = 10_000
+# Of CPU time; a conversation takes thousandths.
+MOST_SECONDS = 10.0
+STEPS_PER_LOOK = 64
 WIDENING = ("ljust", "rjust", "center", "zfill", "expandtabs", "to_bytes")
 
 
@@ -25,6 +33,47 @@ class TooMuchError(Exception):
         super().__init__(
             f"it makes more than {MOST_CHARACTERS} characters or items, the most it may"
         )
+
+
+class TooLongError(Exception):
+    """A template runs for longer than a conversation can need."""
+
+    def __init__(self) -> None:
+        super().__init__(f"it runs for more than {MOST_SECONDS:g} s, the most it may")
+
+
+_end: contextvars.ContextVar[float] = contextvars.ContextVar(
+    "end", default=float("inf")
+)
+
+
+@contextlib.contextmanager
+def limited_time() -> Iterator[None]:
+    """Context in which templates may take `MOST_SECONDS` of this thread's CPU time."""
+    token = _end.set(time.thread_time() + MOST_SECONDS)
+    try:
+        yield
+    finally:
+        _end.reset(token)
+
+
+def check_time() -> None:
+    """Raises `TooLongError` if a template has taken too long."""
+    if time.thread_time() > _end.get():
+        raise TooLongError
+
+
+def counted(values: Iterable[Any]) -> Iterator[Any]:
+    """The values that a loop goes over.
+
+    Raises:
+        TooLongError: when the template has taken too long.
+    """
+    for index, value in enumerate(values):
+        # Asking the clock takes longer than a step.
+        if index % STEPS_PER_LOOK == 0:
+            check_time()
+        yield value
 
 
 def check_size(size: Any) -> None:
@@ -65,12 +114,17 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """One operation, unless its result would be too long."""
+        check_time()
         if operator == "*":
+            if isinstance(left, int) and isinstance(right, int):
+                _check_bits(left.bit_length() + right.bit_length())
             for one, other in ((left, right), (right, left)):
                 if isinstance(one, Sized) and isinstance(other, int):
                     check_size(len(one) * other)
         elif operator == "**" and isinstance(right, int):
             check_size(right * MOST_CHARACTERS // MOST_EXPONENT)
+            if isinstance(left, int):
+                _check_bits(left.bit_length() * abs(right))
         elif operator == "+" and isinstance(left, Sized) and isinstance(right, Sized):
             check_size(len(left) + len(right))
         elif operator == "%" and isinstance(left, str):
@@ -79,6 +133,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
         """One call, unless its result would be too long."""
+        check_time()
         given = (*args, *kwargs.values())
         # The sandbox has wrapped the methods that format.
         owner = getattr(getattr(function, "__wrapped__", function), "__self__", None)
@@ -101,6 +156,10 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             parts = nodes.List(list(node.nodes), lineno=node.lineno)
             given = (parts, "concatenate", [], [], None, None)
             _put(source, node, nodes.Filter(*given, lineno=node.lineno))
+        # Nor is a step of a loop.
+        for loop in list(source.find_all(nodes.For)):
+            given = (loop.iter, "counted", [], [], None, None)
+            loop.iter = nodes.Filter(*given, lineno=loop.lineno)
         return super()._generate(source, *args, **kwargs)
 
 
@@ -120,6 +179,7 @@ def make_environment() -> LimitedEnvironment:
     filters["replace"] = _replace
     filters["join"] = _join
     filters["concatenate"] = lambda parts: joined(str(part) for part in parts)
+    filters["counted"] = counted
     # It writes text of any length, which no conversation asks for.
     environment.globals["lipsum"] = _no_lipsum
     return environment
@@ -143,6 +203,11 @@ def _check_format(template: str, values: Iterable[Any]) -> None:
     if "*" in template or "{:{" in template or template.count("{") > 1:
         for value in values:
             check_size(value)
+
+
+def _check_bits(bits: int) -> None:
+    if bits > MOST_BITS:
+        raise TooMuchError
 
 
 def check_replace(text: Any, old: Any = "", new: Any = "", *_: Any) -> None:

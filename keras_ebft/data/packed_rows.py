@@ -51,7 +51,7 @@ class PackedRows(Shown):
             shuffle: bool, another order every epoch.
             seed: int, decides the orders, each together with the epoch's number.
         """
-        return RowBatches(self.arrays, batch_size, shuffle, seed)
+        return RowBatches(self.arrays, batch_size, shuffle, seed, self.report)
 
     def tf_dataset(self, batch_size: int) -> Any:
         """Batches, in order, as a `tf.data.Dataset`. Needs TensorFlow."""

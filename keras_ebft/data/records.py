@@ -33,8 +33,10 @@ def from_records(
         records are.
 
     Raises:
-        ValueError: unless it is either `text` or `prompt` and `answer`. While
-            reading: for a record that lacks a column, or bytes that are not UTF-8.
+        TypeError: for a template that is no string.
+        ValueError: unless it is either `text` or `prompt` and `answer`, or for braces
+            that do not match. While reading: for a record that lacks a column or is
+            no dict, or bytes that are not UTF-8.
 
     Example:
     >>> records = [{"question": "1 + 1 =", "result": 2}]
@@ -49,6 +51,8 @@ def from_records(
             'Pass for example text="{text}".'
         )
     templates = (text,) if pair == 0 else (prompt, answer)
+    for template in templates:
+        _check_template(template)
     records = as_records(records)
     if hasattr(records, "__getitem__") and hasattr(records, "__len__"):
         return RecordSequence(records, templates)
@@ -109,20 +113,45 @@ class _Template(string.Formatter):
         return value, first
 
 
+def _check_template(template: Any) -> None:
+    if not isinstance(template, str):
+        raise TypeError(
+            "Expected a template to be a string. Received: "
+            f"{template!r} (of type {type(template).__name__}). Pass for example "
+            '"{text}".'
+        )
+    try:
+        list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(
+            "Expected a template with column names in braces. Received: "
+            f"{template!r}; {error}. Write braces that are text twice: {{{{ and }}}}."
+        ) from error
+
+
 def _fill(template: str, record: Any) -> str | None:
     """The filled template, `None` if a column it names holds nothing."""
+    if not isinstance(record, Mapping):
+        raise ValueError(
+            "Expected records to be dicts with named columns. Received: a "
+            f"{type(record).__name__}. Pass texts and pairs as they are."
+        )
     record = _decoded(record)
     try:
         return _Template().vformat(template, (), record)
     except _NothingThereError:
         return None
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         wanted = [name for _, name, _, _ in string.Formatter().parse(template) if name]
         raise ValueError(
             f"Expected records with {', '.join(wanted)}. Received: columns "
-            f"{sorted(record)}; {error} is missing. Change the template "
+            f"{sorted(map(str, record))}; {_reason(error)}. Change the template "
             f"{template!r}."
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
 
 
 def _decoded(value: Any) -> Any:

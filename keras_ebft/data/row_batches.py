@@ -26,15 +26,24 @@ class RowBatches(keras.utils.PyDataset):
         batch_size: int, rows per batch; the last may be smaller.
         shuffle: bool, another order every epoch.
         seed: int, decides the orders.
+        packing_report: `PackingReport` of rows that were packed, or `None`.
 
     Raises:
         TypeError: if `batch_size` is not an integer.
         ValueError: if `batch_size` is below 1.
     """
 
-    def __init__(self, arrays: Rows, batch_size: int, shuffle: bool, seed: int) -> None:
+    def __init__(
+        self,
+        arrays: Rows,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        packing_report: Any = None,
+    ) -> None:
         super().__init__()
         self.arrays = arrays
+        self.packing_report = packing_report
         self.rows_per_batch = check_int("batch_size", batch_size, 1)
         self.shuffle = shuffle
         self.seed = seed
@@ -74,6 +83,11 @@ class StreamBatches:
     def __init__(self, rows: Any, batch_size: int) -> None:
         self.rows = rows
         self.batch_size = check_int("batch_size", batch_size, 1)
+
+    @property
+    def packing_report(self) -> Any:
+        """`PackingReport` of the newest pass, `None` of rows that were not packed."""
+        return getattr(self.rows, "report", None)
 
     def __iter__(self) -> Iterator[Rows]:
         held = []

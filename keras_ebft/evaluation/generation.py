@@ -1,6 +1,8 @@
 """Completions of prompts, for metrics of texts."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import keras_hub
 import numpy as np
@@ -8,12 +10,16 @@ from keras import ops
 
 from keras_ebft.evaluation.models import causal_lm_of
 from keras_ebft.model import EBFTModel
+from keras_ebft.networks import TextDecoder, to_numpy
 from keras_ebft.representation import Shown
 from keras_ebft.validation import check_int, check_temperature
 
 
 class TextGenerator(Shown):
     """Completes prompts with a model, in batches of one size.
+
+    `prompt + completion` is how the text goes on: with SentencePiece a blank that a
+    completion begins with stays. Ids that the tokenizer does not know are no text.
 
     Args:
         model: `EBFTModel` or `keras_hub.models.CausalLM` with a preprocessor. How
@@ -66,6 +72,7 @@ class TextGenerator(Shown):
             np.array(ops.convert_to_numpy(v)) for v in self._sampler.variables
         ]
         self._generate_function = None
+        self._decoder = TextDecoder(self.causal_lm.preprocessor.tokenizer)
 
     def __call__(self, prompts: Sequence[str]) -> list[list[str]]:
         """Completes prompts with the weights as they are now.
@@ -107,15 +114,37 @@ class TextGenerator(Shown):
             for start in range(0, len(texts), self.batch_size):
                 batch = texts[start : start + self.batch_size]
                 filled = batch + [batch[-1]] * (self.batch_size - len(batch))
-                written = causal_lm.generate(
-                    filled, max_length=self.max_length, strip_prompt=True
-                )
+                with self._own_texts():
+                    written = causal_lm.generate(
+                        filled, max_length=self.max_length, strip_prompt=True
+                    )
                 completions += written[: len(batch)]
             self._generate_function = causal_lm.generate_function
         finally:
             for name, own in kept.items():
                 setattr(causal_lm, name, own)
         return completions
+
+    @contextlib.contextmanager
+    def _own_texts(self) -> Iterator[None]:
+        """Context in which `generate` makes texts of tokens as this class says."""
+        preprocessor = self.causal_lm.preprocessor
+        # Past the trackers of Keras, which would keep it.
+        object.__setattr__(preprocessor, "generate_postprocess", self._texts)
+        try:
+            yield
+        finally:
+            object.__delattr__(preprocessor, "generate_postprocess")
+
+    def _texts(self, written: dict[str, Any]) -> list[str]:
+        tokenizer = self._decoder.tokenizer
+        special = list(getattr(tokenizer, "special_token_ids", ()))
+        token_ids = to_numpy(written["token_ids"])
+        kept = to_numpy(written["padding_mask"]).astype(bool)
+        kept &= ~np.isin(token_ids, special)
+        return [
+            self._decoder(ids[mask], goes_on=True) for ids, mask in zip(token_ids, kept)
+        ]
 
 
 def _sampler(temperature: float, seed: int) -> keras_hub.samplers.Sampler:

@@ -1,6 +1,7 @@
 """How likely a model finds held-out texts."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import keras_hub
@@ -12,9 +13,13 @@ from keras_ebft.data.row_batches import Rows
 from keras_ebft.evaluation.models import causal_lm_of
 from keras_ebft.evaluation.single_documents import single_documents
 from keras_ebft.model import EBFTModel
+from keras_ebft.networks.adapters import adapted_layers
 from keras_ebft.training.token_rows import to_token_rows
 from keras_ebft.typing import Tensor
 from keras_ebft.validation import check_int
+
+# Where a model keeps its compiled scores.
+PROGRAM = "_keras_ebft_scores"
 
 
 def cross_entropy(
@@ -60,10 +65,17 @@ def cross_entropy(
     return measured
 
 
-def _log_prob(
-    causal_lm: keras_hub.models.CausalLM, rows: Rows, batch_size: int
-) -> np.ndarray:
-    """Log-probability of every next token, float64 `[N, T - 1]`."""
+def _scores_of(causal_lm: keras_hub.models.CausalLM) -> Callable[..., Tensor]:
+    """Function of token ids and mask to log-probabilities, compiled where it pays.
+
+    It is kept with the model, which may be measured after every epoch: compiling takes
+    longer than measuring.
+    """
+    # What a program reads besides its arguments.
+    enabled = [layer.lora_enabled for layer in adapted_layers(causal_lm.backbone)]
+    known, run = vars(causal_lm).get(PROGRAM, (None, None))
+    if known == enabled:
+        return run
 
     def score(token_ids: Tensor, padding_mask: Tensor) -> Tensor:
         logits = causal_lm({"token_ids": token_ids, "padding_mask": padding_mask})
@@ -72,6 +84,16 @@ def _log_prob(
         )
 
     run = compiled(score, lambda: causal_lm.variables)
+    # Past the trackers of Keras, which would wrap it.
+    object.__setattr__(causal_lm, PROGRAM, (enabled, run))
+    return run
+
+
+def _log_prob(
+    causal_lm: keras_hub.models.CausalLM, rows: Rows, batch_size: int
+) -> np.ndarray:
+    """Log-probability of every next token, float64 `[N, T - 1]`."""
+    run = _scores_of(causal_lm)
     count = len(rows["token_ids"])
     found = []
     for start in range(0, count, batch_size):

@@ -35,6 +35,10 @@ def chat_template(causal_lm: keras_hub.models.CausalLM) -> ChatTemplate:
             f"{type(causal_lm).__name__} without one. Use an instruction-tuned model, "
             "or keras_ebft.data.ChatTemplate with a template of your own."
         )
+    adds_start = getattr(causal_lm.preprocessor, "add_start_token", True)
     return ChatTemplate(
-        template, bos_token=tokenizer.start_token, eos_token=tokenizer.end_token
+        template,
+        keep_start_token=not adds_start,
+        bos_token=tokenizer.start_token,
+        eos_token=tokenizer.end_token,
     )

@@ -11,6 +11,8 @@ from typing import Any
 
 import keras
 import keras_hub
+import numpy as np
+from keras import ops
 
 # What an adapted layer computes with, quantized or not, next to its bias.
 BASE_VARIABLES = ("_kernel", "kernel_scale", "kernel_zero")
@@ -63,6 +65,14 @@ def freeze_base(backbone: keras_hub.models.Backbone) -> None:
 def adapter_variables(layers: Iterable[keras.Layer]) -> list[keras.Variable]:
     """The trainable variables of adapted layers."""
     return [getattr(layer, name) for layer in layers for name in ADAPTER_VARIABLES]
+
+
+def are_trained(backbone: keras_hub.models.Backbone) -> bool:
+    """Whether any adapter changes its layer; new ones, whose B is 0, do not."""
+    return any(
+        np.any(ops.convert_to_numpy(layer.lora_kernel_b))
+        for layer in adapted_layers(backbone)
+    )
 
 
 @contextlib.contextmanager

@@ -118,12 +118,6 @@ def end_token_ids(causal_lm: keras_hub.models.CausalLM) -> tuple[int, ...]:
     return _token_ids(known, "end_token_id", "end_token2_id")
 
 
-def marker_token_ids(causal_lm: keras_hub.models.CausalLM) -> tuple[int, ...]:
-    """Token ids that begin or end a text and are no part of it."""
-    names = ("start_token_id", "end_token_id", "end_token2_id")
-    return _token_ids(tokenizer(causal_lm), *names)
-
-
 def _token_ids(known: Any, *names: str) -> tuple[int, ...]:
     token_ids = [getattr(known, name, None) for name in names]
     return tuple(int(token) for token in token_ids if token is not None)

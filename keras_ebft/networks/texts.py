@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from keras_ebft.data.documents import borders
 from keras_ebft.networks.families import family_of_preprocessor
 
 # Shows what a preprocessor puts around a text, and how long a row that takes.
@@ -64,21 +65,48 @@ def to_numpy(value):
     return np.asarray(value)
 
 
-def detokenize(tokenizer, token_ids):
-    """The text of token ids; those that a tokenizer does not know say nothing.
+class TextDecoder:
+    """The text of token ids, without what is no text.
 
-    A backbone may have more of them, where its embedding is padded.
+    Left out are ids that the tokenizer does not know, which a backbone may have more
+    of, where its embedding is padded, and markers of beginning and end.
 
     Args:
-        tokenizer: KerasHub tokenizer.
-        token_ids: list of ints.
-
-    Returns:
-        str.
+        tokenizer: KerasHub tokenizer. Asked when texts are read: in a model that is
+            being loaded it is still empty.
     """
-    size = tokenizer.vocabulary_size()
-    known = [token for token in token_ids if 0 <= token < size]
-    return tokenizer.detokenize(known) if known else ""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self._borders = None
+
+    def __call__(self, token_ids, goes_on=False):
+        """The text of token ids.
+
+        Args:
+            token_ids: iterable of ints.
+            goes_on: bool, whether the text goes on where another ended, and keeps a
+                blank that it begins with; SentencePiece takes it for its own.
+
+        Returns:
+            str.
+        """
+        size, markers = self.tokenizer.vocabulary_size(), self._markers()
+        known = [int(t) for t in token_ids if 0 <= t < size and t not in markers]
+        if not known:
+            return ""
+        for border, ids in self._border() if goes_on else ():
+            return self.tokenizer.detokenize(ids + known).removeprefix(border)
+        return self.tokenizer.detokenize(known)
+
+    def _border(self):
+        if self._borders is None:
+            self._borders = borders(self.tokenizer)[:1]
+        return self._borders
+
+    def _markers(self):
+        names = ("start_token_id", "end_token_id", "end_token2_id")
+        return {getattr(self.tokenizer, name, None) for name in names}
 
 
 def export_tokenizer(tokenizer, path):

@@ -245,6 +245,11 @@ class PolicyAndCriticOptimizer(keras.optimizers.Optimizer):
             optimizer.apply(own_grads, own)
         self._iterations.assign_add(1)
 
+    def finalize_variable_values(self, var_list: Sequence[keras.Variable]) -> None:
+        """Puts averaged weights in their places where an optimizer has `use_ema`."""
+        for optimizer, (_, own) in self._parts([None] * len(var_list), var_list):
+            optimizer.finalize_variable_values(own)
+
     def _parts(
         self, grads: Sequence[Tensor], variables: Sequence[keras.Variable]
     ) -> Iterator[tuple[keras.optimizers.Optimizer, tuple[list[Any], list[Any]]]]:

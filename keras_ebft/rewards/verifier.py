@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_ebft.backend.runtime import call_python
-from keras_ebft.networks import detokenize, marker_token_ids, tokenizer
+from keras_ebft.networks import TextDecoder, tokenizer
 from keras_ebft.rewards.reward import Reward
 from keras_ebft.typing import Tensor
 from keras_ebft.validation import check_bool
@@ -40,8 +40,9 @@ class VerifierReward(Reward):
             `prompts[b][k]` is what block k sees of its document,
             `completions[b][j][k]` what sample j adds, `targets[b][k]` the true text
             of the window. All are strings, without the tokenizer's start and end
-            tokens, or lists of all token ids with `decode=False`. In dead blocks
-            (padding) all three are empty, and the number is not looked at.
+            tokens (`prompt + completion` is how the text goes on), or lists of all
+            token ids with `decode=False`. In dead blocks (padding) all three are
+            empty, and the number is not looked at.
         decode: bool, whether the function gets strings.
 
     Raises:
@@ -78,22 +79,21 @@ class VerifierReward(Reward):
             )
         self.fn = fn
         self.decode = check_bool("decode", decode)
-        self._tokenizer: Any = None
-        self._markers: tuple[int, ...] = ()
+        self._decoder: Any = None
 
     def prepare(self, causal_lm: keras_hub.models.CausalLM) -> None:
         """Takes the model's tokenizer, to decode rollouts with."""
         if not self.decode:
             return
-        self._tokenizer = tokenizer(causal_lm)
-        if self._tokenizer is None:
+        known = tokenizer(causal_lm)
+        if known is None:
             raise ValueError(
                 "Expected a CausalLM with a preprocessor, whose tokenizer decodes "
                 "rollouts for the verifier. Received: one without. Build the "
                 "CausalLM with `preprocessor=`, or use VerifierReward(fn, "
                 "decode=False) for token ids."
             )
-        self._markers = marker_token_ids(causal_lm)
+        self._decoder = TextDecoder(known)
 
     def __call__(
         self, generated: Tensor, target: Tensor, rollouts: Any = None
@@ -141,17 +141,20 @@ class VerifierReward(Reward):
         """Prompts, completions and targets, as `fn` gets them."""
         rows, samples, blocks = batch.rollouts.shape[:3]
 
-        def of_blocks(tokens_of: Callable[..., Iterable[Any]]) -> list[Any]:
+        def of_blocks(
+            tokens_of: Callable[..., Iterable[Any]], goes_on: bool = True
+        ) -> list[Any]:
             return [
                 [
-                    self._text(tokens_of(b, k) if batch.live[b, k] else ())
+                    self._text(tokens_of(b, k) if batch.live[b, k] else (), goes_on)
                     for k in range(blocks)
                 ]
                 for b in range(rows)
             ]
 
         prompts = of_blocks(
-            lambda b, k: batch.token_ids[b, batch.starts[b, k] : batch.anchors[b, k]]
+            lambda b, k: batch.token_ids[b, batch.starts[b, k] : batch.anchors[b, k]],
+            goes_on=False,
         )
         targets = of_blocks(
             lambda b, k: batch.token_ids[b, batch.true_index[b, k][batch.exists[b, k]]]
@@ -162,12 +165,10 @@ class VerifierReward(Reward):
         ]
         return prompts, [list(samples) for samples in zip(*of_samples)], targets
 
-    def _text(self, tokens: Iterable[Any]) -> str | list[int]:
-        tokens = [int(token) for token in tokens]
+    def _text(self, tokens: Iterable[Any], goes_on: bool) -> str | list[int]:
         if not self.decode:
-            return tokens
-        tokens = [token for token in tokens if token not in self._markers]
-        return detokenize(self._tokenizer, tokens)
+            return [int(token) for token in tokens]
+        return self._decoder(tokens, goes_on)
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments as a dict that JSON can hold."""

@@ -272,6 +272,11 @@ class TokenBatches(DataAdapter):
         """Always `None`, see `has_partial_batch`."""
         return None
 
+    @property
+    def packing_report(self):
+        """What `pack` did in the newest pass; `None` where an epoch is none."""
+        return None if self.endless else getattr(self.source, "packing_report", None)
+
     def record(self):
         """What tells these batches from others: a dict that JSON can hold."""
         shapes = {name: list(shape) for name, (shape, _) in self.signature.items()}

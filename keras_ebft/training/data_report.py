@@ -2,14 +2,26 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 
+from keras_ebft.data.packing import PackingReport
 from keras_ebft.data.row_batches import Rows
 
 logger = logging.getLogger("keras_ebft")
+
+# What rows do not say of the documents that they were made of.
+LOSSES = (
+    "cut_documents",
+    "dropped_tokens",
+    "unpacked_documents",
+    "unpacked_tokens",
+    "empty_documents",
+    "split_documents",
+)
 
 
 @dataclasses.dataclass
@@ -23,6 +35,10 @@ class DataReport:
         tokens: int, tokens in the rows.
         cut_documents: int, longer than a row may be.
         dropped_tokens: int, tokens of these that have no place.
+        unpacked_documents: int, longer than a row and left out by `pack`.
+        unpacked_tokens: int, tokens of these.
+        empty_documents: int, left out by `pack`, because there is nothing in them.
+        split_documents: int, longer than a row and cut into pieces by `pack`.
         counted_tokens: int, next tokens that the cross-entropy counts.
         live_blocks: int or `None`, blocks that live; `None` where there are none.
         rows_without_block: int, rows with tokens in which none lives.
@@ -35,6 +51,10 @@ class DataReport:
     tokens: int = 0
     cut_documents: int = 0
     dropped_tokens: int = 0
+    unpacked_documents: int = 0
+    unpacked_tokens: int = 0
+    empty_documents: int = 0
+    split_documents: int = 0
     counted_tokens: int = 0
     live_blocks: int | None = None
     rows_without_block: int = 0
@@ -62,6 +82,25 @@ class DataReport:
             self.cut_documents += int(np.count_nonzero(lost))
             self.dropped_tokens += int(lost.sum())
 
+    def count_packing(self, packing: PackingReport) -> None:
+        """Takes over what `pack` did, which the rows of a whole pass do not say.
+
+        Args:
+            packing: `PackingReport` of the pass.
+        """
+        self.unpacked_documents += packing.dropped_documents
+        self.unpacked_tokens += packing.dropped_tokens
+        self.empty_documents += packing.empty_documents
+        self.split_documents += packing.split_documents
+        # Rows count the pieces of a document that was split.
+        left_out = packing.dropped_documents + packing.empty_documents
+        self.documents = packing.documents - left_out
+
+    def take_losses(self, other: "DataReport") -> None:
+        """Takes over what `other` counted of documents that are in no row."""
+        for name in LOSSES:
+            setattr(self, name, getattr(other, name))
+
     def count_blocks(self, rows: Rows, live: np.ndarray | None) -> None:
         """Adds the live blocks `[N]` of rows; `None` of a model without blocks."""
         if live is None:
@@ -73,7 +112,13 @@ class DataReport:
     @property
     def loses(self) -> bool:
         """Whether anything that was given counts for nothing."""
-        return bool(self.empty_rows or self.dropped_tokens or self.rows_without_block)
+        return bool(
+            self.empty_rows
+            or self.dropped_tokens
+            or self.unpacked_documents
+            or self.empty_documents
+            or self.rows_without_block
+        )
 
     def check_counts(self) -> None:
         """Raises a `ValueError` if nothing of all that was read counts."""
@@ -102,6 +147,15 @@ class DataReport:
                 f"{self.dropped_tokens} more dropped, because {self.cut_documents} "
                 "documents are longer than the preprocessor's sequence_length"
             )
+        if self.unpacked_documents:
+            parts.append(
+                f"{self.unpacked_tokens} more left out by pack, because "
+                f"{self.unpacked_documents} documents are longer than a row"
+            )
+        if self.split_documents:
+            parts.append(f"{self.split_documents} documents split")
+        if self.empty_documents:
+            parts.append(f"{self.empty_documents} documents without a token left out")
         if self.empty_rows:
             parts.append(f"{self.empty_rows} rows without a token")
         if self.live_blocks is not None:
@@ -120,11 +174,16 @@ class DataLog(keras.callbacks.Callback):
 
     Args:
         report: `DataReport` that is filled while batches are read.
+        packing: function that returns the `PackingReport` of an epoch that is over,
+            `None` of rows that were not packed.
     """
 
-    def __init__(self, report: DataReport) -> None:
+    def __init__(
+        self, report: DataReport, packing: Callable[[], PackingReport | None]
+    ) -> None:
         super().__init__()
         self.report = report
+        self.packing = packing
         self.said = False
 
     def on_train_begin(self, logs: Any = None) -> None:
@@ -141,6 +200,9 @@ class DataLog(keras.callbacks.Callback):
         if self.said or not self.report.rows:
             return
         self.report.complete = True
+        packing = self.packing()
+        if packing is not None:
+            self.report.count_packing(packing)
         self._say()
         self.report.check_counts()
 

@@ -1,6 +1,7 @@
 """Documents in memory, one by one: which they are, and rows of their tokens."""
 
 import numbers
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -31,7 +32,7 @@ def listed(x):
             ids.
 
     Raises:
-        TypeError: for a single string.
+        TypeError: for a single string, or what is no collection.
         ValueError: for strings in more dimensions than one.
     """
     if isinstance(x, (str, bytes)):
@@ -42,6 +43,12 @@ def listed(x):
     if hasattr(x, "dtype"):
         values = to_numpy(x)
         return _strings(values) if values.dtype.kind in "OSU" else None
+    if not isinstance(x, Iterable):
+        raise TypeError(
+            "Expected documents: a list of strings, pairs or vectors of token ids, an "
+            "array of token ids, or a dict with 'token_ids'. Received: "
+            f"{x!r} (of type {type(x).__name__})."
+        )
     documents = list(x)
     if any(isinstance(d, (str, bytes)) or _is_pair(d) for d in documents):
         return documents

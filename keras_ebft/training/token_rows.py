@@ -62,9 +62,9 @@ def to_token_rows(x, causal_lm, trim=True, report=None):
             keys, documents beyond the model's learned positions, or strings without
             a preprocessor.
     """
-    lost = None
+    lost, packing = None, None
     if isinstance(x, PackedRows):
-        x = x.arrays
+        x, packing = x.arrays, x.report
     x = as_documents(x)
     if isinstance(x, TextFiles):
         x = list(x)
@@ -85,6 +85,8 @@ def to_token_rows(x, causal_lm, trim=True, report=None):
     rows = {name: values.astype(DTYPES[name]) for name, values in rows.items()}
     if report is not None:
         report.count(rows, lost)
+        if packing is not None:
+            report.count_packing(packing)
     return rows
 
 
@@ -134,6 +136,12 @@ def _array(name, values):
             f"Expected `{name}` to be an array. Received: rows of unequal lengths. Pad "
             "them, or pass a list of documents alone."
         ) from error
+    if values.dtype.kind not in "biufc" or not values.ndim:
+        raise TypeError(
+            f"Expected `{name}` to be an array of numbers. Received: an array of shape "
+            f"{list(values.shape)} and dtype {values.dtype}. Pass token ids alone in a "
+            "dict; texts are a list."
+        )
     if name in FLAGS and values.dtype != bool:
         # Zeros and ones of any kind of number; NaN is neither.
         if values.dtype.kind not in "iuf" or not np.isin(values, (0, 1)).all():

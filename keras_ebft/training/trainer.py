@@ -33,6 +33,7 @@ from keras_ebft.training.metrics import GradientNorm, LossMean, SkippedUpdates
 from keras_ebft.training.monitors import settle_monitors
 from keras_ebft.training.optimizers import policy_optimizer_config, with_critic
 from keras_ebft.training.progress import PROGRESS, ShortProgress
+from keras_ebft.training.small_steps import warn_of_small_steps
 from keras_ebft.training.timing import StepTimer
 from keras_ebft.training.train_function import IN_A_ROW, TrainFunction
 from keras_ebft.typing import Tensor
@@ -254,15 +255,15 @@ class DocumentTrainer(keras.Model):
         if validation_split and validation_data is None:
             whole = DataReport()
             x, validation_data = split_rows(x, self._reader, validation_split, whole)
-            # Rows do not say any more what they lost.
-            report.cut_documents = whole.cut_documents
-            report.dropped_tokens = whole.dropped_tokens
+            report.take_losses(whole)
         if validation_data is not None:
             validation_data = self._batches(
                 _without_targets(validation_data), validation_batch_size or batch_size
             )
         steps = kwargs.get("steps_per_epoch")
         train = self._batches(x, batch_size, shuffle, report, endless=bool(steps))
+        if self.compiled:
+            warn_of_small_steps(self)
         # Keras would keep the epoch that an earlier `fit` resumed at.
         self._initial_epoch = None
         position = DataPosition(
@@ -272,9 +273,10 @@ class DocumentTrainer(keras.Model):
         self.step_timer = StepTimer(train)
         bar = _progress_bar(progress, callbacks, kwargs, self.step_timer)
         with watch_choices() as choices:
+            log = DataLog(report, lambda: train.packing_report)
             own = [
                 *(position, self.step_timer),
-                *(DataLog(report), KernelLog(choices), CurrentWeights()),
+                *(log, KernelLog(choices), CurrentWeights()),
             ]
             try:
                 return super().fit(

@@ -1,0 +1,256 @@
+"""A long training that is killed again and again, beside one that is not.
+
+    python benchmarks/soak.py --backend torch --steps 10000 --kills 100
+
+Two runs of the same program: one goes through, the other is ended by SIGKILL at random
+moments, every second time while a checkpoint is being written, and started again. Each
+is a sequence of calls of `fit` on batches of changing shapes, packed and not, with
+random anchors and a `TrainingCheckpoint`. In the end weights, optimizer and random
+generators of both must be the same, bit for bit.
+
+`FOLDER/log.jsonl` gets a line with resident memory and open handles every 500 steps and
+one for every kill. The script itself may be ended and started again: it goes on.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+# `[B, T]` of the batches, one after the other.
+SHAPES = ((2, 24), (1, 40), (3, 16), (2, 33))
+# Steps of one call of `fit`, and between two checkpoints.
+STEPS_PER_FIT = 50
+SAVE_FREQ = 5
+STEPS_PER_LINE = 500
+# The longest time from the first step of a run to its end by SIGKILL.
+MOST_SECONDS = 20.0
+
+
+def build():
+    """The model, with the same weights in every process."""
+    import keras
+    import keras_hub
+    import numpy as np
+
+    import keras_ebft
+
+    backbone = keras_hub.models.LlamaBackbone(
+        vocabulary_size=64,
+        num_layers=2,
+        num_query_heads=4,
+        num_key_value_heads=2,
+        hidden_dim=32,
+        intermediate_dim=48,
+    )
+    causal_lm = keras_hub.models.LlamaCausalLM(backbone)
+    draw = np.random.default_rng(0)
+    causal_lm.set_weights(
+        [w + 0.1 * draw.normal(size=w.shape) for w in causal_lm.get_weights()]
+    )
+    sampler = keras_ebft.BlockSampler(
+        rollout_length=4,
+        context_length=4,
+        num_samples=2,
+        anchors="random",
+        num_anchors=3,
+    )
+    model = keras_ebft.EBFTModel(causal_lm, sampler, ce_weight=0.1, seed=0)
+    model.compile(keras.optimizers.AdamW(1e-3, global_clipnorm=1.0))
+    return model
+
+
+def rows(number):
+    """Documents of the call of `fit` with this number."""
+    import numpy as np
+
+    batch, length = SHAPES[number % len(SHAPES)]
+    draw = np.random.default_rng(number)
+    shape = (batch * STEPS_PER_FIT, length)
+    found = {"token_ids": draw.integers(0, 64, shape).astype("int32")}
+    if number % 2:
+        found["segment_ids"] = np.repeat([[1, 2]], (length + 1) // 2, axis=1)[
+            :, :length
+        ].repeat(shape[0], axis=0)
+    return batch, found
+
+
+def write(folder, entry):
+    """Adds a line to the log."""
+    with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": round(time.time(), 1), **entry}) + "\n")
+
+
+def resources():
+    """Resident MiB, the most there was, and open handles of this process."""
+    status = Path("/proc/self/status").read_text("ascii")
+    sizes = dict(line.split(":", 1) for line in status.splitlines())
+    return {
+        "resident_mib": int(sizes["VmRSS"].split()[0]) // 1024,
+        "peak_mib": int(sizes["VmHWM"].split()[0]) // 1024,
+        "handles": len(os.listdir("/proc/self/fd")),
+        "threads": int(sizes["Threads"]),
+    }
+
+
+def train(folder, steps):
+    """Trains from where the files in a folder say, to the end."""
+    import keras
+    import numpy as np
+
+    import keras_ebft
+
+    model = build()
+    name = folder.name
+    files = {
+        int(file.name.split(".")[0][3:]): file
+        for file in folder.glob("fit*.weights.h5")
+    }
+
+    def count(batch, logs):
+        done = number * STEPS_PER_FIT + batch + 1
+        (folder / "steps").write_text(str(done))
+        if done % STEPS_PER_LINE == 0 or done == steps:
+            write(folder.parent, {"run": name, "step": done, **resources()})
+
+    for number in range(max(files, default=0), -(-steps // STEPS_PER_FIT)):
+        batch, documents = rows(number)
+        left = min(steps - number * STEPS_PER_FIT, STEPS_PER_FIT)
+        documents = {key: value[: left * batch] for key, value in documents.items()}
+        path = folder / f"fit{number}.weights.h5"
+        model.fit(
+            documents,
+            batch_size=batch,
+            verbose=0,
+            callbacks=[
+                keras_ebft.TrainingCheckpoint(path, save_freq=SAVE_FREQ),
+                keras.callbacks.LambdaCallback(on_train_batch_end=count),
+            ],
+        )
+        for old in folder.glob(f"*fit{number - 1}.weights.h5*"):
+            old.unlink()
+    values = [*model.variables, *model.optimizer.variables]
+    kept = {str(i): keras.ops.convert_to_numpy(v) for i, v in enumerate(values)}
+    unfinished = folder / "unfinished.npz"
+    np.savez(unfinished, **kept)
+    unfinished.replace(folder / "end.npz")
+
+
+def start(folder, arguments):
+    """Starts the training of one run as a process of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "steps").unlink(missing_ok=True)
+    command = [sys.executable, __file__, "--steps", str(arguments.steps)]
+    environment = {**os.environ, "KERAS_BACKEND": arguments.backend}
+    environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    return subprocess.Popen([*command, "--train", str(folder)], env=environment)
+
+
+@contextlib.contextmanager
+def ended_with_this_script(process):
+    """Context in which a run does not outlive the script."""
+    try:
+        yield
+    except BaseException:
+        process.kill()
+        raise
+
+
+def finish(process):
+    """Waits for a run, and ends the script where it failed."""
+    with ended_with_this_script(process):
+        code = process.wait()
+    if code:
+        sys.exit(f"A run ended with code {code}; see above.")
+
+
+def kill(process, folder, chance, while_writing):
+    """Ends a run at a random moment after its first step.
+
+    Returns:
+        the last step it had done, or `None` if it came to its end before.
+    """
+
+    def wait_until(condition, seconds=float("inf")):
+        end = time.monotonic() + seconds
+        while process.poll() is None and time.monotonic() < end and not condition():
+            time.sleep(0.001)
+        return process.poll() is None
+
+    with ended_with_this_script(process):
+        alive = wait_until((folder / "steps").exists)
+        alive = alive and wait_until(lambda: False, chance.uniform(0, MOST_SECONDS))
+        if while_writing:
+            alive = alive and wait_until(lambda: any(folder.glob("partial-*")))
+            time.sleep(chance.uniform(0, 0.02))
+    process.send_signal(signal.SIGKILL)
+    if process.wait() != -signal.SIGKILL:
+        finish(process)
+        return None
+    return int((folder / "steps").read_text() or 0)
+
+
+def same(one, other):
+    """Whether two files hold the same arrays, bit for bit."""
+    import numpy as np
+
+    with np.load(one) as first, np.load(other) as second:
+        return sorted(first) == sorted(second) and all(
+            first[name].tobytes() == second[name].tobytes() for name in first
+        )
+
+
+def soak(arguments):
+    """Both runs; prints what came of them."""
+    folder = arguments.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"steps": arguments.steps, "backend": arguments.backend}
+    kept = folder / "settings.json"
+    if kept.exists() and json.loads(kept.read_text()) != settings:
+        sys.exit(f"{folder} is of other settings: {kept.read_text()}. Choose another.")
+    kept.write_text(json.dumps(settings))
+    whole, parts = folder / "whole", folder / "parts"
+    if not (whole / "end.npz").exists():
+        finish(start(whole, arguments))
+    log = folder / "log.jsonl"
+    kills = sum('"killed_at"' in line for line in log.read_text().splitlines())
+    while not (parts / "end.npz").exists():
+        chance, process = random.Random(kills), start(parts, arguments)
+        if kills == arguments.kills:
+            finish(process)
+            continue
+        step = kill(process, parts, chance, while_writing=kills % 2 == 1)
+        if step is not None:
+            left = len(list(parts.glob("partial-*")))
+            kills += 1
+            write(folder, {"run": "parts", "killed_at": step, "unfinished_files": left})
+    equal = same(whole / "end.npz", parts / "end.npz")
+    write(folder, {"kills": kills, "bit_identical": equal})
+    print(f"{arguments.backend}: {arguments.steps} steps, {kills} kills, ", end="")
+    print("bit-identical" if equal else "NOT the same")
+    return equal
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--backend", default="torch")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/soak"))
+    parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.train:
+        train(arguments.train, arguments.steps)
+    else:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("Ended by SIGTERM."))
+        sys.exit(not soak(arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Optimizer steps that are too small for the weights they are to change."""
+
+import logging
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+logger = logging.getLogger("keras_ebft")
+
+# Their step is about the learning rate, whatever the gradient is.
+RATE_SIZED = (
+    keras.optimizers.Adam,
+    keras.optimizers.Adamax,
+    keras.optimizers.Nadam,
+    keras.optimizers.Lion,
+    keras.optimizers.RMSprop,
+    keras.optimizers.Adagrad,
+)
+HALVES = ("bfloat16", "float16")
+# Values that are looked at in each weight.
+MOST_VALUES = 4096
+# What a schedule may come to is found by asking at steps of all sizes.
+STEPS = (0, *(10**power for power in range(7)))
+
+
+def warn_of_small_steps(model: keras.Model) -> None:
+    """Warns where most weights are too coarse for the optimizer's step.
+
+    A bfloat16 number has 8 significant bits: what is added to a weight and is below
+    about a 500th of it is rounded away. Said only of optimizers whose step does not
+    depend on the size of the gradient.
+
+    Args:
+        model: compiled `EBFTModel`.
+    """
+    rate = greatest_rate(_policy_optimizer(model.optimizer))
+    if rate is None:
+        return
+    policy = [v for v in model.causal_lm.trainable_variables if v.dtype in HALVES]
+    share = share_that_moves(policy, rate)
+    if share is None or share >= 0.5:
+        return
+    dtype = policy[0].dtype
+    logger.warning(
+        "The weights are %s, and an optimizer step of the learning rate, %.3g, changes "
+        "%.2g %% of them: the others are rounded back to what they were. Keep the "
+        'weights in float32 with dtype="mixed_%s" when the model is made, or raise '
+        "the learning rate.",
+        dtype,
+        rate,
+        100 * share,
+        dtype,
+    )
+
+
+def greatest_rate(optimizer: keras.optimizers.Optimizer) -> float | None:
+    """The greatest learning rate of an optimizer whose steps are of that size.
+
+    Args:
+        optimizer: Keras optimizer.
+
+    Returns:
+        float, or `None` for an optimizer whose steps follow the gradient's size.
+    """
+    if not isinstance(optimizer, RATE_SIZED):
+        return None
+    # Keras' property gives the value of the moment.
+    rate = optimizer._learning_rate
+    if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+        return max(_number(rate(step)) for step in STEPS)
+    return _number(optimizer.learning_rate)
+
+
+def share_that_moves(variables: list[keras.Variable], rate: float) -> float | None:
+    """The share of weights that adding or subtracting a number changes.
+
+    Args:
+        variables: list of Keras variables.
+        rate: float.
+
+    Returns:
+        float, or `None` if there are no weights.
+    """
+    moved = total = 0.0
+    for variable in variables:
+        values = ops.reshape(ops.convert_to_tensor(variable), (-1,))
+        size = int(values.shape[0])
+        places = np.linspace(0, size - 1, min(size, MOST_VALUES)).astype("int32")
+        values = ops.take(values, places)
+        step = ops.cast(rate, values.dtype)
+        changed = ops.logical_or(
+            ops.not_equal(values + step, values), ops.not_equal(values - step, values)
+        )
+        moved += size * _number(ops.mean(ops.cast(changed, "float32")))
+        total += size
+    return moved / total if total else None
+
+
+def _policy_optimizer(optimizer: Any) -> keras.optimizers.Optimizer:
+    for name in ("inner_optimizer", "policy_optimizer"):
+        optimizer = getattr(optimizer, name, optimizer)
+    return optimizer
+
+
+def _number(value: Any) -> float:
+    return float(ops.convert_to_numpy(value))

@@ -1,0 +1,28 @@
+"""Every test that docs/promises.md names is there."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.backend_independent
+
+TESTS = Path(__file__).parent
+TABLE = TESTS.parent / "docs" / "promises.md"
+
+
+def test_every_promise_is_held_by_a_test():
+    rows = [
+        line.strip().strip("|").split("|")
+        for line in TABLE.read_text("utf-8").splitlines()
+        if line.startswith("|") and not line.startswith(("|---", "| promised"))
+    ]
+    assert len(rows) > 30
+    for promise, tests in rows:
+        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", tests)
+        assert named and len(named) == tests.count("::"), promise
+        for file, name in named:
+            tree = ast.parse((TESTS / file).read_text("utf-8"))
+            found = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
+            assert name in found, f"{file}::{name} of: {promise}"
