@@ -113,8 +113,7 @@ def test_what_comes_of_a_kernel(kernel, monkeypatch):
 @pytest.mark.on_torch
 @pytest.mark.parametrize(
     ("op", "dtype"),
-    [*((op, "float32") for op in OPS)]
-    + [("linear_sample", "bfloat16"), ("feature_reward", "bfloat16")],
+    [*((op, "float32") for op in OPS), ("linear_sample", "bfloat16")],
 )
 def test_every_path_can_be_tried(op, dtype, monkeypatch):
     """With every option, by what runs everywhere."""
@@ -324,6 +323,7 @@ def test_damaged_files_and_full_disks_cost_nothing(answers, monkeypatch, caplog)
     assert list(kept.folder().iterdir()) == []
 
 
+@pytest.mark.on_torch
 @pytest.mark.parametrize("op", OPS)
 def test_on_a_cpu_nothing_is_tried(op, monkeypatch):
     monkeypatch.setattr(qualification, "passes", None)
