@@ -5,10 +5,14 @@ that makes trials, a small script stands in for it.
 """
 
 import functools
+import importlib
 import json
 import logging
 import os
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import keras
 import pytest
@@ -119,8 +123,7 @@ def test_every_path_can_be_tried(op, dtype, monkeypatch):
     """With every option, by what runs everywhere."""
     plain = [r for r in kernels.implementations(op) if r.backends == dispatch.BACKENDS]
     register(plain[0].target, op)
-    module = __import__(f"keras_ebft.kernels.{op}.specs", fromlist=["SPECS"])
-    spec = module.SPECS[-1]
+    spec = importlib.import_module(f"keras_ebft.kernels.{op}.specs").SPECS[-1]
     arrays = [ops.convert_to_tensor(a, dtype) for a in spec.arrays().values()]
     run = getattr(kernels, op)
     (trial,) = captured(monkeypatch, lambda: spec.bind(run)(*arrays))
@@ -322,6 +325,15 @@ def test_damaged_files_and_full_disks_cost_nothing(answers, monkeypatch, caplog)
     # Nothing half written stays.
     assert list(kept.folder().iterdir()) == []
 
+    def unforeseen(trial):
+        raise RuntimeError("unforeseen")
+
+    again(monkeypatch)
+    monkeypatch.setattr(kept, "read", unforeseen)
+    caplog.clear()
+    assert logprob() == "chunked"
+    assert "could not be tried here (RuntimeError: unforeseen)" in caplog.text
+
 
 @pytest.mark.on_torch
 @pytest.mark.parametrize("op", OPS)
@@ -400,3 +412,35 @@ def test_a_real_process_tries_kernels_of_every_kind(monkeypatch):
         "wrong",
     ]
     assert "ended with 7" in outcomes["stand_in_kernels:crashing"].detail
+
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.mark.backend_independent
+def test_the_check_of_a_gpu_fits_into_its_time():
+    code = [sys.executable, BENCHMARKS / "gpu_check.py", "--dry-run"]
+    said = subprocess.run(code, capture_output=True, text=True, check=True).stdout
+    seconds = [int(n) for n in re.findall(r"^\w+ \(\w+, (\d+) s\): ", said, re.M)]
+    assert len(seconds) == 6
+    assert sum(seconds) <= 570
+    for script in re.findall(r"\S+\.py", said):
+        assert Path(script).exists(), script
+
+
+@pytest.mark.on_torch
+def test_the_check_of_a_gpu_measures_contracts(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    gpu_check = importlib.import_module("gpu_check")
+    for kernel in ("good", "wrong_output"):
+        register(kernel)
+        record = kernels.implementations("linear_logprob")[0]
+        worst = gpu_check.contract_of("linear_logprob", record, Device("cpu"))
+        assert set(worst) == {
+            f"{name}, {dtype}"
+            for name in ("plain", "sampled", "one_row", "everything")
+            for dtype in ("float32", "bfloat16")
+        }
+        exact = [off for name, off in worst.items() if "float32" in name]
+        right = [off["error"] <= off["allowed"] for off in exact]
+        assert all(right) if kernel == "good" else not any(right)

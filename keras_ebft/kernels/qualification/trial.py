@@ -197,8 +197,11 @@ def versions(backend):
     """Of the library, Keras and what runs kernels: dict from names to versions."""
     found = {"keras_ebft": __version__, "keras": keras.__version__}
     for name in PACKAGES[backend]:
-        if importlib.util.find_spec(name) is not None:
+        try:
             found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            # Not there, or part of another package, whose version counts then.
+            continue
     return found
 
 
