@@ -4,9 +4,10 @@
 
 Made for one call on a borrowed GPU, of at most `--seconds` (450). Every number is
 measured in this call; what fails or is out of time says so in the JSON, and the exit
-code is then 1. The step is measured with what is chosen by itself and with every
-Triton kernel forced; utilisation is of the measured matrix product. `--tiny` runs the
-same code at toy sizes, on a CPU too, to see that it runs: its times mean nothing.
+code is then 1. The step is measured without unproven kernels, with what is chosen by
+itself and with every Triton kernel forced; utilisation is of the measured matrix
+product. `--tiny` runs the same code at toy sizes, on a CPU too, to see that it runs:
+its times mean nothing.
 Compared with, where installed: PyTorch's FlexAttention, Liger. Their times are of the
 forward pass and of forward and backward.
 """
@@ -30,6 +31,7 @@ from kernel_harness import able, attempt, load, with_ratios
 
 import keras_ebft
 from keras_ebft import kernels
+from keras_ebft.kernels.dispatch import ENVIRONMENT_VARIABLE
 from keras_ebft.kernels.feature_reward import specs as reward_specs
 from keras_ebft.kernels.linear_logprob import specs as logprob_specs
 from keras_ebft.kernels.linear_sample import specs as sample_specs
@@ -329,8 +331,11 @@ class Steps(keras.callbacks.Callback):
 
 
 def whole_step(tiny):
-    """A step with what is chosen by itself and, where it runs, with every kernel."""
-    result = {"automatic": attempt(step, tiny)}
+    """A step without unproven kernels, as users have it, and with every kernel."""
+    os.environ[ENVIRONMENT_VARIABLE] = "off"
+    result = {"plain": attempt(step, tiny)}
+    del os.environ[ENVIRONMENT_VARIABLE]
+    result["automatic"] = attempt(step, tiny)
     paths = ("strided_attention", "linear_logprob", "linear_sample")
     device = torch.empty((), device=DEVICE)
     forced = [

@@ -15,20 +15,21 @@ from helpers import gradients, to_numpy
 from keras import ops
 
 from keras_ebft import kernels
+from keras_ebft.kernels import contracts
 from keras_ebft.kernels.causal_attention import specs as causal_specs
+from keras_ebft.kernels.contracts import (
+    BFLOAT16_TOLERANCE,
+    EDGE_TOLERANCE,
+    FLOAT32_TOLERANCE,
+    LOG_PROB_TOLERANCE,
+    sample_errors,
+)
 from keras_ebft.kernels.feature_reward import specs as reward_specs
 from keras_ebft.kernels.linear_logprob import specs as logprob_specs
 from keras_ebft.kernels.linear_sample import specs as sample_specs
 from keras_ebft.kernels.strided_attention import specs as strided_specs
 
-# Relative errors in the Euclidean norm. bfloat16 has 8 bits; what the plain
-# definition itself loses to them is allowed to everyone.
-FLOAT32_TOLERANCE = 1e-5
-BFLOAT16_TOLERANCE = 4e-3
 FINITE_DIFFERENCE_TOLERANCE = 1e-4
-# Of the cumulative distribution, where one token ends and the next begins. The
-# largest uniform numbers count as 1 - 1e-6.
-EDGE_TOLERANCE = 5e-6
 
 
 def implementation(op, name):
@@ -40,65 +41,15 @@ def tensor(array, dtype=None):
     return ops.convert_to_tensor(array, dtype=dtype)
 
 
-def outputs_and_gradients(function, arrays, dtype="float32", seed=3):
-    """A function of tensors that returns a tuple of tensors, and its gradients.
-
-    Returns:
-        `(outputs, gradients)`, float64 NumPy arrays; gradients of the outputs'
-        sum weighted with random numbers.
-    """
-    tensors = [tensor(array, dtype) for array in arrays]
-    random = np.random.default_rng(seed)
-
-    def weights(outputs):
-        found = []
-        for output in outputs:
-            shape = tuple(output.shape)
-            found.append(tensor(random.normal(size=shape), output.dtype))
-        return tuple(found)
-
-    outputs, found = _DIFFERENTIATE[keras.backend.backend()](function, tensors, weights)
-    return [
-        [to_numpy(ops.cast(value, "float32")).astype("float64") for value in values]
-        for values in (outputs, found)
-    ]
-
-
-def _jax(function, tensors, weights):
-    import jax
-
-    def run(*tensors):
-        outputs, pull = jax.vjp(function, *tensors)
-        return outputs, pull(weights(outputs))
-
-    return jax.jit(run)(*tensors)
-
-
-def _torch(function, tensors, weights):
-    import torch
-
-    tensors = [t.requires_grad_() for t in tensors]
-    outputs = function(*tensors)
-    return outputs, torch.autograd.grad(outputs, tensors, weights(outputs))
-
-
-def _tensorflow(function, tensors, weights):
-    import tensorflow as tf
-
-    with tf.GradientTape() as tape:
-        tape.watch(tensors)
-        outputs = function(*tensors)
-    return outputs, tape.gradient(outputs, tensors, weights(outputs))
-
-
-_DIFFERENTIATE = {"jax": _jax, "torch": _torch, "tensorflow": _tensorflow}
+def outputs_and_gradients(function, arrays, dtype="float32"):
+    """Outputs of a function of arrays of this dtype, and gradients of their sum."""
+    return contracts.outputs_and_gradients(function, [tensor(a, dtype) for a in arrays])
 
 
 def error(found, expected):
     """Distance over the expected norm."""
     assert found.shape == expected.shape
-    # An array of zeros, of keys that nobody sees, say, must be found as such.
-    return np.linalg.norm(found - expected) / (np.linalg.norm(expected) + 1e-30)
+    return contracts.error(found, expected)
 
 
 @functools.cache
@@ -114,45 +65,6 @@ def expected(contract, spec, dtype="float32", rounded=False):
     return contract().measured(spec, reference, dtype, arrays)
 
 
-def sample_errors(spec, tokens, log_prob, dtype="float32"):
-    """How far tokens and log-probabilities are from float64, each `[R]`.
-
-    A token is off by the distance of its uniform number to the interval of the
-    cumulative distribution that belongs to the token; greedy, by the probability
-    that it lacks.
-    """
-    hidden, head = (
-        to_numpy(ops.cast(tensor(array, dtype), "float32")).astype("float64")
-        for array in spec.arrays().values()
-    )
-    logits = hidden @ head.T
-    if spec.soft_cap is not None:
-        logits = spec.soft_cap * np.tanh(logits / spec.soft_cap)
-    logits = logits / (spec.temperature or 1.0)
-    p = np.exp(logits - logits.max(axis=1, keepdims=True))
-    p /= p.sum(axis=1, keepdims=True)
-    rows = np.arange(len(tokens))
-    chosen = p[rows, tokens]
-    kept = truncated(p, spec.top_k, spec.top_p)
-    end = np.cumsum(kept, axis=1)[rows, tokens]
-    begin = end - kept[rows, tokens]
-    uniform = spec.places().astype("float64")
-    off = np.maximum(np.maximum(begin - uniform, uniform - end), 0.0)
-    if spec.temperature == 0.0:
-        off = p.max(axis=1) - chosen
-    return off, np.abs(log_prob - np.log(chosen))
-
-
-def truncated(p, top_k, top_p):
-    """Probabilities of the `top_k` and then the nucleus `top_p`, in float64."""
-    largest = np.sort(p, axis=1)[:, ::-1][:, : top_k or p.shape[1]]
-    before = np.cumsum(largest, axis=1) - largest
-    inside = before < top_p * largest.sum(axis=1, keepdims=True)
-    least = np.where(inside, largest, 1.0).min(axis=1, keepdims=True)
-    kept = np.where(p >= least, p, 0.0)
-    return kept / kept.sum(axis=1, keepdims=True)
-
-
 class Contract:
     """What holds for every path with gradients.
 
@@ -166,10 +78,6 @@ class Contract:
         """Calls the implementation."""
         return implementation(self.op, self.name).load()(*tensors, **options)
 
-    def bind(self, spec, run):
-        """`run` as a function of the spec's floating-point tensors alone."""
-        raise NotImplementedError
-
     def supported(self, spec):
         """Skips what the record says is not supported."""
         options = implementation(self.op, self.name).options
@@ -178,7 +86,7 @@ class Contract:
 
     def measured(self, spec, run=None, dtype="float32", arrays=None):
         arrays = spec.arrays() if arrays is None else arrays
-        function = self.bind(spec, run or self.run)
+        function = spec.bind(run or self.run)
         return outputs_and_gradients(function, list(arrays.values()), dtype)
 
     def check(self, spec, run=None):
@@ -270,11 +178,6 @@ def parameters(specs, bfloat16):
 class CausalAttentionContract(Contract):
     op = "causal_attention"
 
-    def bind(self, spec, run):
-        places = spec.places()
-        starts = None if places is None else tensor(places)
-        return lambda *tensors: (run(*tensors, starts=starts, **spec.options()),)
-
     @staticmethod
     def float64(spec, query, key, value):
         output = np.zeros(query.shape)
@@ -297,18 +200,6 @@ class CausalAttentionContract(Contract):
 @parameters(strided_specs, ("plain", "everything"))
 class StridedAttentionContract(Contract):
     op = "strided_attention"
-
-    def bind(self, spec, run):
-        anchors, starts = spec.places()
-        if spec.tensor_anchors:
-            anchors = tensor(anchors)
-        starts = None if starts is None else tensor(starts)
-
-        def function(*tensors):
-            places = () if anchors is None else (anchors,)
-            return (run(*tensors, *places, starts=starts, **spec.options()),)
-
-        return function
 
     @staticmethod
     def float64(spec, query, key, value, document_key=None, document_value=None):
@@ -339,10 +230,6 @@ class StridedAttentionContract(Contract):
 @parameters(logprob_specs, ("sampled", "everything"))
 class LinearLogprobContract(Contract):
     op = "linear_logprob"
-
-    def bind(self, spec, run):
-        labels = tensor(spec.places())
-        return lambda *tensors: run(*tensors, labels, **spec.options())
 
     @staticmethod
     def float64(spec, hidden, head):
@@ -406,7 +293,7 @@ class LinearSampleContract:
         np.testing.assert_array_equal(tokens, expected)
         off, log_prob_off = sample_errors(spec, tokens, log_prob)
         assert off.max() < EDGE_TOLERANCE
-        assert log_prob_off.max() < 2e-5
+        assert log_prob_off.max() < LOG_PROB_TOLERANCE
 
     def test_equals_the_definition(self, spec):
         self.supported(spec)

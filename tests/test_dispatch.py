@@ -15,7 +15,7 @@ from keras import ops
 import keras_ebft
 from keras_ebft import kernels
 from keras_ebft.backend.device import Device, device_of
-from keras_ebft.kernels import dispatch
+from keras_ebft.kernels import dispatch, qualification
 
 OPS = (
     "causal_attention",
@@ -53,6 +53,7 @@ def path(monkeypatch):
 
     yield make
     dispatch._select.cache_clear()
+    dispatch._candidates.cache_clear()
     dispatch._forced.pop("made_up", None)
 
 
@@ -333,14 +334,14 @@ def test_kernels_are_not_chosen_for_hardware_that_they_have_not_run_on():
         if name in ("triton", "pallas_tpu", "pallas_gpu"):
             assert next(
                 r for r in kernels.implementations(op) if r.name == name
-            ).only_forced
+            ).unproven
 
 
 @pytest.mark.backend_independent
 def test_records_do_not_change():
     record = dispatch.Implementation("fast", "nowhere:none")
     with pytest.raises(dataclasses.FrozenInstanceError):
-        record.only_forced = True
+        record.unproven = True
 
 
 @pytest.mark.slow
@@ -389,8 +390,16 @@ except ValueError as error:
     assert raised == "raises"
 
 
-def test_what_is_not_proven_runs_only_if_forced(path):
-    path(only_forced=True)
+def test_what_is_not_proven_runs_if_it_passes_or_is_forced(path, monkeypatch):
+    verdicts = {}
+    monkeypatch.setattr(
+        qualification, "passes", lambda trial, words: verdicts[trial.name]
+    )
+    path(unproven=True)
+    verdicts["fast"] = False
     assert run() == "plain"
-    dispatch.set_implementation("made_up", "fast")
+    verdicts["fast"] = True
+    assert run() == "fast"
+    verdicts.clear()
+    kernels.set_implementation("made_up", "fast")
     assert run() == "fast"

@@ -1,7 +1,7 @@
 """Where tensors live, asked of the running backend alone."""
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 
@@ -39,6 +39,24 @@ def device_of(tensor: Tensor) -> Device:
     return _FINDERS[backend_name()](tensor)
 
 
+def device_name(tensor: Tensor) -> str:
+    """The model of the device that operations on a tensor run on, as it is sold.
+
+    Args:
+        tensor: tensor or `keras.Variable`.
+    """
+    if isinstance(tensor, keras.Variable):
+        tensor = tensor.value
+    platform = device_of(tensor).platform
+    if backend_name() == "jax":
+        return _jax_processor(tensor).device_kind
+    if backend_name() == "torch" and platform in ("cuda", "rocm"):
+        import torch
+
+        return torch.cuda.get_device_name(tensor.device)
+    return platform
+
+
 def _torch_device(tensor: Tensor) -> Device:
     import torch
 
@@ -49,7 +67,7 @@ def _torch_device(tensor: Tensor) -> Device:
     return Device("cuda", torch.cuda.get_device_capability(tensor.device))
 
 
-def _jax_device(tensor: Tensor) -> Device:
+def _jax_processor(tensor: Tensor) -> Any:
     import jax
 
     if isinstance(tensor, jax.Array) and not isinstance(tensor, jax.core.Tracer):
@@ -59,6 +77,11 @@ def _jax_device(tensor: Tensor) -> Device:
     # `jax_default_device` may also be the name of a platform.
     if isinstance(device, str):
         device = jax.local_devices(backend=device)[0]
+    return device
+
+
+def _jax_device(tensor: Tensor) -> Device:
+    device = _jax_processor(tensor)
     if device.platform != "gpu":
         return Device(device.platform)
     if "rocm" in device.client.platform_version.lower():

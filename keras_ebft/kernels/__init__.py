@@ -13,7 +13,8 @@ To add an op, do:
 5. add its name below and its row to `docs/kernels.md`.
 
 A faster implementation of an op that is there needs 2 and 4 alone, and
-`only_forced=True` until it has run on its hardware.
+`unproven=True` until it has run on its hardware: until then `qualification` tries it
+wherever it is to run, before it runs.
 """
 
 from keras_ebft.kernels.causal_attention import causal_attention

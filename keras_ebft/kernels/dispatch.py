@@ -1,9 +1,10 @@
-"""Which implementation of a hot path runs: chosen by record, never by trial.
+"""Which implementation of a hot path runs: chosen by record.
 
 Each path has a list of `Implementation` records, best first. A call runs the first
 whose record covers it: backend, device, dtypes, head size, options and installed
-packages. `set_implementation` and the environment variable `KERAS_EBFT_KERNELS`
-force one; what is forced runs or raises.
+packages. What is marked as unproven comes first only where `qualification` has found
+it right and faster, on this device. `set_implementation` and the environment variable
+`KERAS_EBFT_KERNELS` force one; what is forced runs or raises.
 """
 
 import contextlib
@@ -16,11 +17,14 @@ from typing import Any
 
 import keras
 
-from keras_ebft.backend.device import device_of
+from keras_ebft.backend.device import device_name, device_of
 from keras_ebft.backend.runtime import backend_name
 
 ENVIRONMENT_VARIABLE = "KERAS_EBFT_KERNELS"
 BACKENDS = ("jax", "tensorflow", "torch")
+# What `KERAS_EBFT_KERNELS` takes besides `op=name`: nothing unproven is checked or
+# runs; what was found before is forgotten; it is said again where warnings go.
+WORDS = ("off", "clear", "show")
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,8 @@ class Implementation:
         head_sizes: container of ints, or `None` for all.
         options: tuple of names of supported options; `None` for all.
         packages: tuple of Python packages that must be installed.
-        only_forced: bool, whether it is never chosen automatically, because it has
-            not been proven on its hardware yet.
+        unproven: bool, whether it has not been proven on its hardware yet: it is
+            chosen automatically only where it has qualified.
     """
 
     name: str
@@ -77,12 +81,12 @@ class Implementation:
     head_sizes: Any = None
     options: Any = None
     packages: tuple = ()
-    only_forced: bool = False
+    unproven: bool = False
 
-    def refusal(self, call, forced=False):
+    def refusal(self, call, forced=False, qualified=False):
         """Why a call cannot run, as a phrase after "it needs"; `None` if it can."""
-        if self.only_forced and not forced:
-            return "to be forced"
+        if self.unproven and not (forced or qualified):
+            return "to qualify on this device, or to be forced"
         if call.backend not in self.backends:
             return f"the backend {_one_of(self.backends)}, not {call.backend}"
         missing = [name for name in self.packages if not _is_installed(name)]
@@ -138,6 +142,7 @@ def register(op, implementations):
         raise ValueError(f"Expected different names. Received: {names} for {op!r}.")
     _registry[op] = tuple(implementations)
     _select.cache_clear()
+    _candidates.cache_clear()
 
 
 def implementations(op):
@@ -181,7 +186,7 @@ def set_implementation(op, name):
     _forced[op] = name
 
 
-def choose(op, tensors, head_size=None, options=()):
+def choose(op, tensors, head_size=None, options=(), settings=None):
     """The function that runs a call.
 
     Args:
@@ -190,6 +195,8 @@ def choose(op, tensors, head_size=None, options=()):
             device counts; `None` among them is left out.
         head_size: int, width of an attention head, or `None`.
         options: names of the options in use, see `in_use`.
+        settings: dict of the call's arguments that are no tensors, for what is not
+            proven to be tried with.
 
     Returns:
         A function with the signature of the path.
@@ -217,6 +224,8 @@ def choose(op, tensors, head_size=None, options=()):
         requested = parse_environment(os.environ.get(ENVIRONMENT_VARIABLE, ""))
         name, source = requested.get(op), ENVIRONMENT_VARIABLE
     chosen = _select(call, name, source)
+    if name is None and _candidates(call):
+        chosen = _qualified(call, tensors, settings or {}) or chosen
     for watcher in _watchers:
         watcher.setdefault(op, set()).add(chosen.name)
     return chosen.load()
@@ -251,23 +260,70 @@ def watch_choices():
 
 @functools.lru_cache
 def parse_environment(value):
-    """`"op=name,op=name"` as a dict.
+    """`"op=name,op=name"` as a dict; `WORDS` among them are passed over.
 
     Raises:
         ValueError: for anything else, and unknown paths and names.
     """
     requested = {}
-    for item in filter(None, (part.strip() for part in value.split(","))):
+    for item in _items(value):
+        if item in WORDS:
+            continue
         op, equals, name = (part.strip() for part in item.partition("="))
         if not equals or op not in _registry:
             raise ValueError(
                 f"Expected {ENVIRONMENT_VARIABLE} to be like "
                 '"linear_logprob=reference,strided_attention=blockwise", with paths '
-                f"{sorted(_registry)}. Received: {value!r}."
+                f"{sorted(_registry)}, or one of {WORDS}. Received: {value!r}."
             )
         _find(op, name, ENVIRONMENT_VARIABLE)
         requested[op] = name
     return requested
+
+
+def environment_words():
+    """Those of `WORDS` that `KERAS_EBFT_KERNELS` holds."""
+    return set(_items(os.environ.get(ENVIRONMENT_VARIABLE, ""))) & set(WORDS)
+
+
+def _items(value):
+    return list(filter(None, (part.strip() for part in value.split(","))))
+
+
+@functools.lru_cache
+def _candidates(call):
+    """Unproven implementations that come before the one that runs without them."""
+    found = []
+    for implementation in _registry[call.op]:
+        if implementation.refusal(call) is None:
+            break
+        if implementation.refusal(call, qualified=True) is None:
+            found.append(implementation)
+    return tuple(found)
+
+
+def _qualified(call, tensors, settings):
+    """The first candidate that is right and faster here, or `None`."""
+    words = environment_words()
+    if "off" in words:
+        return None
+    # Where nothing is to be proven, nothing of it is imported.
+    from keras_ebft.kernels import qualification
+
+    shapes = tuple(None if t is None else tuple(t.shape) for t in tensors)
+    for candidate in _candidates(call):
+        trial = trial_of(call, candidate, device_name(tensors[0]), shapes, settings)
+        if trial is not None and qualification.passes(trial, words):
+            return candidate
+    return None
+
+
+def trial_of(call, candidate, device, shapes, settings):
+    """A `Trial` of an implementation against what runs without it, or `None`."""
+    from keras_ebft.kernels.qualification import Trial
+
+    others = _select(call, None, None), _registry[call.op][-1]
+    return Trial.of(call, candidate, *others, device, shapes, settings)
 
 
 @functools.lru_cache

@@ -42,6 +42,11 @@ def causal_attention(
         options=dispatch.in_use(
             starts=starts, sliding_window=sliding_window, soft_cap=soft_cap
         ),
+        settings={
+            "scale": scale,
+            "sliding_window": sliding_window,
+            "soft_cap": soft_cap,
+        },
     )
     return run(
         query,

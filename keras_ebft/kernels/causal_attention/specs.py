@@ -1,9 +1,10 @@
 """Shapes and options for tests and benchmarks of `causal_attention`."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
+from keras import ops
 
 
 @dataclass(frozen=True)
@@ -21,16 +22,30 @@ class Spec:
     soft_cap: Any = None
     scale: float = 0.4
 
+    # Whether its outputs have gradients by the tensors.
+    differentiable: ClassVar[bool] = True
+
+    def shapes(self):
+        """Shapes of the tensors that have gradients, by name."""
+        heads = {"query": self.heads, "key": self.kv_heads, "value": self.kv_heads}
+        return {
+            name: (self.batch, self.length, count, self.head_size)
+            for name, count in heads.items()
+        }
+
     def arrays(self, seed=0):
         """The tensors that have gradients: dict of float32 NumPy arrays."""
         random = np.random.default_rng(seed)
-        heads = {"query": self.heads, "key": self.kv_heads, "value": self.kv_heads}
         return {
-            name: random.normal(
-                size=(self.batch, self.length, count, self.head_size)
-            ).astype("float32")
-            for name, count in heads.items()
+            name: random.normal(size=shape).astype("float32")
+            for name, shape in self.shapes().items()
         }
+
+    def bind(self, run):
+        """An implementation as a function of `arrays` alone, returns a tuple."""
+        places = self.places()
+        starts = None if places is None else ops.convert_to_tensor(places)
+        return lambda *tensors: (run(*tensors, starts=starts, **self.options()),)
 
     def places(self):
         """First token of each token's document, int32 `[B, T]`, or `None`."""
@@ -75,3 +90,39 @@ TINY = Spec("tiny", batch=1, length=8, head_size=3, **EVERYTHING)
 BENCHMARK = Spec(
     "llama_1b", batch=1, length=1024, heads=32, kv_heads=8, head_size=64, scale=0.125
 )
+# The same where there is no accelerator.
+SMALL = replace(BENCHMARK, name="small", length=256, heads=4, kv_heads=2)
+
+
+def like(shapes, options, settings):
+    """Specs to check and to time an implementation with, for a call of this path.
+
+    Args:
+        shapes: tuple of the shapes of query, key and value.
+        options: frozenset of names of the options in use.
+        settings: dict of the call's settings.
+
+    Returns:
+        `(checks, timing)`: small ragged specs, and one shaped like the call, of at
+        most four rows.
+    """
+    batch, length, heads, size = shapes[0]
+    kv_heads = shapes[1][2]
+    call = Spec(
+        "call",
+        min(batch, 4),
+        length,
+        heads,
+        kv_heads,
+        size,
+        "starts" in options,
+        settings["sliding_window"],
+        settings["soft_cap"],
+        settings["scale"],
+    )
+    window = None if call.sliding_window is None else 6
+    ragged = replace(
+        call, name="ragged", batch=2, length=37, heads=2 * heads // kv_heads,
+        kv_heads=2, sliding_window=window,
+    )  # fmt: skip
+    return (ragged, replace(ragged, name="longer", batch=1, length=301)), call

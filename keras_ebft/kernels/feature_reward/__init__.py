@@ -62,13 +62,14 @@ def feature_reward(
         unbiased_of_one=unbiased and generated.shape[1] == 1,
         many_samples=generated.shape[1] > MOST_SAMPLES,
     )
-    run = dispatch.choose("feature_reward", (generated, target), options=options)
-    return run(
-        generated,
-        target,
-        whitening=whitening,
-        alignment_weight=alignment_weight,
-        diversity_weight=diversity_weight,
-        estimator=estimator,
-        unbiased=unbiased,
+    settings = {
+        "whitening": whitening,
+        "alignment_weight": alignment_weight,
+        "diversity_weight": diversity_weight,
+        "estimator": estimator,
+        "unbiased": unbiased,
+    }
+    run = dispatch.choose(
+        "feature_reward", (generated, target), options=options, settings=settings
     )
+    return run(generated, target, **settings)

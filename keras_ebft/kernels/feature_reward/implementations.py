@@ -12,7 +12,7 @@ _PALLAS = {
     "dtypes": ("float32", "bfloat16"),
     # At most 16 samples.
     "options": (),
-    "only_forced": True,
+    "unproven": True,
 }
 
 IMPLEMENTATIONS = (
@@ -34,7 +34,7 @@ IMPLEMENTATIONS = (
         f"{_HERE}.torch_triton:feature_reward_triton",
         backends=("torch",),
         platforms=("cuda",),
-        only_forced=True,
+        unproven=True,
         forced_platforms=TRITON_INTERPRETED_ON,
         min_capability=(8, 0),
         dtypes=("float32", "bfloat16"),

@@ -1,7 +1,7 @@
 """Shapes and options for tests and benchmarks of `feature_reward`."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -28,12 +28,23 @@ class Spec:
     estimator: str = "rloo"
     unbiased: bool = False
 
+    # Whether its outputs have gradients by the tensors.
+    differentiable: ClassVar[bool] = False
+
+    def shapes(self):
+        """Shapes of the floating-point tensors, by name."""
+        features = (self.blocks, self.features, self.width)
+        return {
+            "generated": (self.batch, self.samples, *features),
+            "target": (self.batch, *features),
+        }
+
     def arrays(self, seed=0):
         """Dict of float32 NumPy arrays."""
         random = np.random.default_rng(seed)
-        shape = (self.batch, self.samples, self.blocks, self.features, self.width)
-        generated = random.normal(size=shape)
-        target = random.normal(size=(shape[0], *shape[2:]))
+        shapes = self.shapes()
+        generated = random.normal(size=shapes["generated"])
+        target = random.normal(size=shapes["target"])
         target += generated.mean(axis=1)
         if self.kind == "duplicates":
             generated[:, 1] = generated[:, 0]
@@ -46,6 +57,10 @@ class Spec:
             "generated": (scale * generated).astype("float32"),
             "target": (scale * target).astype("float32"),
         }
+
+    def bind(self, run):
+        """An implementation as a function of `arrays` alone, returns a dict."""
+        return lambda *tensors: run(*tensors, **self.options())
 
     def options(self):
         """Keyword arguments that are no tensors."""
@@ -89,3 +104,25 @@ SPECS = (
 )
 # One document of 1024 tokens under Llama 3.2 1B, three layers as one feature.
 BENCHMARK = Spec("llama_1b", batch=4, blocks=127, width=3 * 2048)
+# The same where there is no accelerator.
+SMALL = replace(BENCHMARK, name="small", batch=1, blocks=31, width=768)
+
+
+def like(shapes, options, settings):
+    """Specs to check and to time an implementation with, for a call of this path.
+
+    Args:
+        shapes: tuple of the shapes of generated and target features.
+        options: frozenset of names of the options in use.
+        settings: dict of the call's settings.
+
+    Returns:
+        `(checks, timing)`: small ragged specs, the second with two rollouts that are
+        one, and one shaped like the call, of at most four documents.
+    """
+    del options
+    batch, samples, blocks, features, width = shapes[0]
+    call = Spec("call", min(batch, 4), samples, blocks, features, width, **settings)
+    ragged = replace(call, name="ragged", batch=2, blocks=3, width=40)
+    kind = "duplicates" if samples > 1 else "random"
+    return (ragged, replace(ragged, name=kind, kind=kind, width=301)), call

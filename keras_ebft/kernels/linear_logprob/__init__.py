@@ -34,7 +34,11 @@ def linear_logprob(
     Returns:
         `(log_prob, entropy)`, each float32 `[R]`, in nats.
     """
+    settings = {"temperature": temperature, "soft_cap": soft_cap}
     run = dispatch.choose(
-        "linear_logprob", (hidden, head), options=dispatch.in_use(soft_cap=soft_cap)
+        "linear_logprob",
+        (hidden, head),
+        options=dispatch.in_use(soft_cap=soft_cap),
+        settings=settings,
     )
-    return run(hidden, head, labels, temperature=temperature, soft_cap=soft_cap)
+    return run(hidden, head, labels, **settings)

@@ -49,13 +49,13 @@ def linear_sample(
         top_p=top_p < 1.0,
         greedy=temperature == 0.0,
     )
-    run = dispatch.choose("linear_sample", (hidden, head), options=options)
-    return run(
-        hidden,
-        head,
-        uniform,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        soft_cap=soft_cap,
+    settings = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "soft_cap": soft_cap,
+    }
+    run = dispatch.choose(
+        "linear_sample", (hidden, head), options=options, settings=settings
     )
+    return run(hidden, head, uniform, **settings)

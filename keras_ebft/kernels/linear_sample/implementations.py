@@ -11,7 +11,7 @@ _PALLAS = {
     "forced_platforms": ("cpu",),
     "dtypes": ("float32", "bfloat16"),
     "options": ("soft_cap", "greedy"),
-    "only_forced": True,
+    "unproven": True,
 }
 
 IMPLEMENTATIONS = (
@@ -33,7 +33,7 @@ IMPLEMENTATIONS = (
         f"{_HERE}.torch_triton:linear_sample_triton",
         backends=("torch",),
         platforms=("cuda",),
-        only_forced=True,
+        unproven=True,
         forced_platforms=TRITON_INTERPRETED_ON,
         min_capability=(8, 0),
         dtypes=("float32", "bfloat16"),

@@ -1,9 +1,10 @@
 """Shapes and options for tests and benchmarks of `linear_sample`."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
+from keras import ops
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,16 @@ class Spec:
     top_p: float = 1.0
     soft_cap: Any = None
 
+    # Whether its outputs have gradients by the tensors.
+    differentiable: ClassVar[bool] = False
+
+    def shapes(self):
+        """Shapes of the floating-point tensors, by name."""
+        return {
+            "hidden": (self.rows, self.width),
+            "head": (self.vocabulary, self.width),
+        }
+
     def arrays(self, seed=0):
         """Dict of float32 NumPy arrays."""
         random = np.random.default_rng(seed)
@@ -29,6 +40,11 @@ class Spec:
             "hidden": hidden.astype("float32"),
             "head": (scale * head).astype("float32"),
         }
+
+    def bind(self, run):
+        """An implementation as a function of `arrays` alone, returns a tuple."""
+        places = ops.convert_to_tensor(self.places())
+        return lambda *tensors: run(*tensors, places, **self.options())
 
     def places(self):
         """Uniform numbers, float32 `[R]`, with the ends of their range."""
@@ -70,3 +86,36 @@ SPECS = (
 BENCHMARK = Spec(
     "llama_1b", rows=4 * 127, width=2048, vocabulary=128256, temperature=0.6
 )
+# The same where there is no accelerator.
+SMALL = replace(BENCHMARK, name="small", rows=124, width=256, vocabulary=8192)
+# What an implementation is timed with at most, with as large a vocabulary as asked.
+MOST_ROWS = 8192
+
+
+def like(shapes, options, settings):
+    """Specs to check and to time an implementation with, for a call of this path.
+
+    Args:
+        shapes: tuple of the shapes of hidden states and head.
+        options: frozenset of names of the options in use.
+        settings: dict of the call's settings.
+
+    Returns:
+        `(checks, timing)`: small ragged specs, and one shaped like the call, of at
+        most `MOST_ROWS` rows.
+    """
+    del options
+    (rows, width), (vocabulary, _) = shapes
+    call = Spec(
+        "call",
+        min(rows, MOST_ROWS),
+        width,
+        vocabulary,
+        settings["temperature"],
+        settings["top_k"],
+        settings["top_p"],
+        settings["soft_cap"],
+    )
+    ragged = replace(call, name="ragged", rows=37, width=24, vocabulary=300)
+    longer = replace(call, name="longer", rows=301, width=72, vocabulary=1027)
+    return (ragged, longer), call

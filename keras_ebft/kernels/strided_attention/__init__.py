@@ -59,6 +59,11 @@ def strided_attention(
             sliding_window=sliding_window,
             soft_cap=soft_cap,
         ),
+        settings={
+            "scale": scale,
+            "sliding_window": sliding_window,
+            "soft_cap": soft_cap,
+        },
     )
     return run(
         query,

@@ -1,9 +1,10 @@
 """Shapes and options for tests and benchmarks of `strided_attention`."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
+from keras import ops
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,13 @@ class Spec:
     sliding_window: Any = None
     soft_cap: Any = None
     scale: float = 0.4
+    tensor_offset: bool = False
 
-    def arrays(self, seed=0):
-        """The tensors that have gradients: dict of float32 NumPy arrays."""
-        random = np.random.default_rng(seed)
+    # Whether its outputs have gradients by the tensors.
+    differentiable: ClassVar[bool] = True
+
+    def shapes(self):
+        """Shapes of the tensors that have gradients, by name."""
         lead = (self.batch, self.samples, self.blocks)
         own = (*lead, self.keys, self.kv_heads, self.head_size)
         shapes = {
@@ -42,10 +46,31 @@ class Spec:
         if self.document:
             shape = (self.batch, self.length, self.kv_heads, self.head_size)
             shapes |= {"document_key": shape, "document_value": shape}
+        return shapes
+
+    def arrays(self, seed=0):
+        """The tensors that have gradients: dict of float32 NumPy arrays."""
+        random = np.random.default_rng(seed)
         return {
             name: random.normal(size=shape).astype("float32")
-            for name, shape in shapes.items()
+            for name, shape in self.shapes().items()
         }
+
+    def bind(self, run):
+        """An implementation as a function of `arrays` alone, returns a tuple."""
+        anchors, starts = self.places()
+        if self.tensor_anchors:
+            anchors = ops.convert_to_tensor(anchors)
+        starts = None if starts is None else ops.convert_to_tensor(starts)
+        options = self.options()
+        if self.tensor_offset:
+            options["query_offset"] = ops.convert_to_tensor(self.query_offset, "int32")
+
+        def function(*tensors):
+            places = () if anchors is None else (anchors,)
+            return (run(*tensors, *places, starts=starts, **options),)
+
+        return function
 
     def places(self):
         """`(anchors, starts)` as NumPy arrays, each `None` if not used.
@@ -82,6 +107,7 @@ class Spec:
         """Names of the options in use, as the dispatcher knows them."""
         used = {
             "tensor_anchors": self.tensor_anchors,
+            "tensor_offset": self.tensor_offset,
             "starts": self.starts,
             "sliding_window": self.sliding_window is not None,
             "soft_cap": self.soft_cap is not None,
@@ -124,3 +150,47 @@ BENCHMARK = Spec(
     stride=8,
     scale=0.125,
 )
+# The same where there is no accelerator.
+SMALL = replace(
+    BENCHMARK, name="small", blocks=31, heads=4, kv_heads=2, length=256
+)  # fmt: skip
+
+
+def like(shapes, options, settings):
+    """Specs to check and to time an implementation with, for a call of this path.
+
+    Args:
+        shapes: tuple of the shapes of query, key, value and the document's key and
+            value, which may be `None`.
+        options: frozenset of names of the options in use.
+        settings: dict of the call's settings.
+
+    Returns:
+        `(checks, timing)`: small ragged specs, and one shaped like the call, of at
+        most four documents.
+    """
+    batch, samples, blocks, queries, heads, size = shapes[0]
+    keys, kv_heads = shapes[1][3:5]
+    document = shapes[3] is not None
+    length = shapes[3][1] if document else 1
+    call = Spec(
+        "call", min(batch, 4), samples, blocks, queries, keys, heads, kv_heads, size,
+        length=length,
+        stride=max(1, length // (blocks + 1)),
+        document=document,
+        starts="starts" in options,
+        tensor_anchors="tensor_anchors" in options,
+        query_offset=keys - queries,
+        sliding_window=settings["sliding_window"],
+        soft_cap=settings["soft_cap"],
+        scale=settings["scale"],
+        tensor_offset="tensor_offset" in options,
+    )  # fmt: skip
+    window = None if call.sliding_window is None else 6
+    ragged = replace(
+        call, name="ragged", batch=2, samples=min(samples, 3), blocks=5,
+        heads=2 * heads // kv_heads, kv_heads=2, length=37, stride=7,
+        sliding_window=window,
+    )  # fmt: skip
+    longer = replace(ragged, name="longer", batch=1, blocks=37, length=301, stride=8)
+    return (ragged, longer), call

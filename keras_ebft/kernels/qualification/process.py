@@ -1,0 +1,152 @@
+"""The process that makes trials: started, asked, and ended if it does not answer."""
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import keras_ebft
+from keras_ebft.backend.device import Device
+
+# Seconds until it has imported its backend and found the device.
+START_LIMIT = 120.0
+# Whatever else a library prints, answers are the lines that begin so.
+MARK = "@keras_ebft "
+# The kernels alone: all of the library would import KerasHub too, for seconds.
+BOOT = """
+import sys, types
+package = types.ModuleType("keras_ebft")
+package.__path__ = [sys.argv[1]]
+sys.modules["keras_ebft"] = package
+from keras_ebft.kernels.qualification import worker
+worker.main()
+"""
+COMMAND = (sys.executable, "-c", BOOT, keras_ebft.__path__[0])
+
+
+class UnansweredError(Exception):
+    """No answer came.
+
+    Attributes:
+        is_late: bool, whether the time was up; otherwise the process has ended.
+    """
+
+    def __init__(self, message, is_late):
+        super().__init__(message)
+        self.is_late = is_late
+
+
+class TrialProcess:
+    """A Python process with a device of its own to try kernels on.
+
+    Args:
+        backend: str, the Keras backend.
+
+    Attributes:
+        device: str, the model of the device that it found.
+        place: `Device`, the same as implementations know it.
+
+    Raises:
+        OSError: if it cannot be started.
+        UnansweredError: if it finds no device in `START_LIMIT` seconds.
+    """
+
+    def __init__(self, backend):
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
+        try:
+            self._process = subprocess.Popen(
+                COMMAND,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                env=_environment(backend),
+                text=True,
+                encoding="utf-8",
+            )
+        except OSError:
+            self._errors.close()
+            raise
+        self._answers = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        try:
+            found = self._answer(START_LIMIT)
+            self.device = found["device"]
+            capability = found["capability"]
+            self.place = Device(
+                found["platform"], None if capability is None else tuple(capability)
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def is_alive(self):
+        """Whether it runs; without work it ends by itself."""
+        return self._process.poll() is None
+
+    def ask(self, request, limit):
+        """What it answers to a request, both dicts.
+
+        Raises:
+            UnansweredError: if it ends first, or takes longer than `limit` seconds.
+        """
+        # If it has ended, what it left to say comes below.
+        with contextlib.suppress(OSError):
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        return self._answer(limit)
+
+    def close(self):
+        """Ends it, whatever it does."""
+        self._process.kill()
+        try:
+            # A hanging kernel may keep it in the driver.
+            self._process.wait(10.0)
+        except subprocess.TimeoutExpired:
+            return
+        self._reader.join()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            # What it never read cannot be written any more.
+            with contextlib.suppress(OSError):
+                stream.close()
+
+    def _read(self):
+        for line in self._process.stdout:
+            if line.startswith(MARK):
+                self._answers.put(json.loads(line.removeprefix(MARK)))
+        self._answers.put(None)
+
+    def _answer(self, limit):
+        try:
+            answer = self._answers.get(timeout=limit)
+        except queue.Empty:
+            raise UnansweredError(f"no answer in {limit:g} s", True) from None
+        if answer is None:
+            code = self._process.wait()
+            words = f"its process ended with {code}{self._last_words()}"
+            raise UnansweredError(words, False)
+        return answer
+
+    def _last_words(self):
+        self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - 4096))
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return f": {lines[-1].strip()}" if lines else ""
+
+
+def _environment(backend):
+    return {
+        **os.environ,
+        "KERAS_BACKEND": backend,
+        "KERAS_EBFT_KERNELS": "off",
+        "PYTHONPATH": os.pathsep.join(str(Path(p).resolve()) for p in sys.path),
+        "PYTHONIOENCODING": "utf-8",
+        # Training has most of the device's memory already.
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+    }
