@@ -4,6 +4,7 @@ Kernels for the CPU stand in for those of accelerators. Where only the process m
 that makes trials, a small script stands in for it.
 """
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -391,6 +392,24 @@ def test_the_command_says_what_runs_and_why(answers, capsys):
     assert "chunked: runs (float32, (124, 256))" in out
     assert "off by 3.0e-06 of 1.0e-05 allowed, forward 2 ms against 1.5 ms" in out
     assert "it is the definition" in out
+
+
+@pytest.mark.backend_independent
+def test_the_command_tries_what_could_not_be_tried(answers, monkeypatch, capsys):
+    register("good")
+    answers("", "raise SystemExit")
+    logprob()
+    ((wanted, _),) = kept.entries()
+    gone = dataclasses.replace(wanted, target="no_such_module:kernel")
+    monkeypatch.setattr(qualification.trial, "_code_digest", lambda target: target)
+    for trial in (wanted, gone):
+        kept.write(trial, qualification.Verdict("unchecked"))
+    again(monkeypatch)
+    answers(answer("slower"))
+    command.main([])
+    assert kept.read(wanted).outcome == "slower"
+    assert kept.read(gone).outcome == "unchecked"
+    assert wanted.device in capsys.readouterr().out
 
 
 @pytest.mark.slow

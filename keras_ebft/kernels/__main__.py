@@ -55,8 +55,16 @@ def _print_machine():
         for line in _path_lines(op, device, place):
             print(f"  {line}")
     for trial, verdict in qualification.kept.entries():
-        if trial.device == device and not verdict.is_final:
+        if trial.device == device and not verdict.is_final and _is_known(trial):
             print(f"\n{qualification.verdict_of(trial).sentence(trial)}")
+
+
+def _is_known(trial):
+    """Whether what was to be tried is still there, and of this backend."""
+    return trial.backend == backend_name() and any(
+        (record.name, record.target) == (trial.name, trial.target)
+        for record in kernels.implementations(trial.op)
+    )
 
 
 def _path_lines(op, device, place):
