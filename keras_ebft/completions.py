@@ -7,7 +7,7 @@ from typing import Any
 import keras_hub
 import numpy as np
 
-from keras_ebft.networks import detokenize, marker_token_ids, tokenizer
+from keras_ebft.networks import TextDecoder, tokenizer
 
 REWARDS = ("alignment", "diversity", "reward", "advantage")
 
@@ -39,17 +39,15 @@ class _Texts:
     """Token ids to text; without a tokenizer they stay what they are."""
 
     def __init__(self, causal_lm: keras_hub.models.CausalLM) -> None:
-        self._tokenizer: Any = tokenizer(causal_lm)
-        self._markers = marker_token_ids(causal_lm) if self._tokenizer else ()
+        own: Any = tokenizer(causal_lm)
+        self._decoder = None if own is None else TextDecoder(own)
 
-    def text(self, token_ids: Iterable[int]) -> str | list[int]:
-        """The text of tokens, without start and end tokens."""
+    def text(self, token_ids: Iterable[int], goes_on: bool) -> str | list[int]:
+        """The text of tokens, as one that goes on from another or by itself."""
         token_ids = [int(token) for token in token_ids]
-        if self._tokenizer is None:
+        if self._decoder is None:
             return token_ids
-        return detokenize(
-            self._tokenizer, [t for t in token_ids if t not in self._markers]
-        )
+        return self._decoder(token_ids, goes_on)
 
     def pieces(self, token_ids: Iterable[int]) -> list[str]:
         """What each token adds to the text before it; the pieces make up the text.
@@ -57,11 +55,11 @@ class _Texts:
         A character that takes several tokens stands with the last of them.
         """
         token_ids = [int(token) for token in token_ids]
-        if self._tokenizer is None:
+        if self._decoder is None:
             return [str(token) for token in token_ids]
         written, found = "", []
         for count in range(1, len(token_ids) + 1):
-            text = detokenize(self._tokenizer, token_ids[:count])
+            text = self._decoder(token_ids[:count], goes_on=True)
             complete = text.startswith(written) and not text.endswith("\ufffd")
             if not complete and count < len(token_ids):
                 found.append("")
@@ -77,13 +75,13 @@ def _block(
     document = arrays["document"][row]
     anchor = int(arrays["anchors"][row, block])
     start = arrays["starts"][row, block] if "starts" in arrays else 0
-    true_index = arrays["true_index"][row, block]
+    truth = arrays["true_index"][row, block][arrays["true_exists"][row, block]]
     samples = range(arrays["token_ids"].shape[1])
     return {
         "row": row,
         "anchor": anchor,
-        "prompt": texts.text(document[start:anchor]),
-        "truth": texts.text(document[true_index[arrays["true_exists"][row, block]]]),
+        "prompt": texts.text(document[start:anchor], goes_on=False),
+        "truth": texts.text(document[truth], goes_on=True),
         "rollouts": [_rollout(arrays, texts, (row, j, block)) for j in samples],
     }
 
@@ -95,7 +93,7 @@ def _rollout(
     token_ids = arrays["token_ids"][place][alive]
     ended = arrays.get("ended")
     return {
-        "text": texts.text(token_ids),
+        "text": texts.text(token_ids, goes_on=True),
         **{
             name: _number(arrays[name][place], arrays["mask"][place])
             for name in REWARDS
