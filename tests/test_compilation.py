@@ -7,7 +7,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from helpers import byte_causal_lm, documents, value_and_gradients
+from helpers import byte_causal_lm, documents, llama, value_and_gradients
 from keras import ops
 
 import keras_ebft
@@ -108,6 +108,23 @@ def test_every_step_is_traced_once():
     for _ in range(2):
         model.evaluate(x, batch_size=2, verbose=0)
     assert len(calls) == 2
+
+
+def test_batches_may_change_their_shape():
+    model = keras_ebft.EBFTModel.sft(llama(num_layers=1), seed=0)
+    model.compile("sgd")
+    calls, call = [], model.call
+    model.call = lambda *data, **options: calls.append(1) or call(*data, **options)
+    measured = []
+    for count, length in ((2, 12), (3, 12), (2, 9), (2, 12)):
+        x = documents(count, length)
+        measured.append(model.evaluate(x, verbose=0, return_dict=True)["ce_loss"])
+        assert model.fit(x, verbose=0).history["ce_loss"][0] == pytest.approx(
+            measured[-1], rel=1e-5
+        )
+    assert measured[3] < measured[0]
+    # The last shape is known.
+    assert BACKEND == "torch" or len(calls) == 6
 
 
 def resident():

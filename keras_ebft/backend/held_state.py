@@ -72,11 +72,30 @@ def holding_state(
         A function of the same arguments as that of `make_function`.
     """
     if backend_name() != "jax":
-        function = make_function(step, **options)
+        make = functools.partial(make_function, step, **options)
+        function = _PerShape(make) if backend_name() == "tensorflow" else make()
         return functools.partial(_call, function) if runs_python else function
     held = _Held(model, step, runs_python)
     held.function = make_function(held.run_step, **options)
     return held
+
+
+class _PerShape:
+    """A function for every shape of batches.
+
+    Keras lets TensorFlow trace a second shape as one that is not known, which no step
+    can be traced with.
+    """
+
+    def __init__(self, make: Callable[[], Callable[..., Any]]) -> None:
+        self.make = make
+        self.functions: dict[str, Callable[..., Any]] = {}
+
+    def __call__(self, iterator: Any) -> Any:
+        shapes = repr(getattr(iterator, "element_spec", None))
+        if shapes not in self.functions:
+            self.functions[shapes] = self.make()
+        return self.functions[shapes](iterator)
 
 
 def _call(function: Callable[..., Any], *arguments: Any) -> Any:
