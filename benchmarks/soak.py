@@ -30,7 +30,7 @@ STEPS_PER_FIT = 50
 SAVE_FREQ = 5
 STEPS_PER_LINE = 500
 # The longest time from the first step of a run to its end by SIGKILL.
-MOST_SECONDS = 20.0
+MOST_SECONDS = 10.0
 
 
 def build():

@@ -128,13 +128,13 @@ def test_averaged_weights_are_applied_beside_a_critic(scaled):
     optimizer = PolicyAndCriticOptimizer(
         keras.optimizers.SGD(1.0, **ema), keras.optimizers.SGD(2.0, **ema), [head]
     )
-    if scaled:
-        optimizer = keras.optimizers.LossScaleOptimizer(optimizer, 1.0)
     optimizer.build([head, policy])
     for _ in range(2):
         one = ops.ones((1,))
         optimizer.apply([one, one], [head, policy])
     assert [float(v.numpy()[0]) for v in (policy, head)] == [-1.0, -3.0]
+    if scaled:
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer, 1.0)
     optimizer.finalize_variable_values([head, policy])
     # 0.5 * (0, -1) + 0.5 * (-1, -3)
     assert [float(v.numpy()[0]) for v in (policy, head)] == [-0.5, -2.0]

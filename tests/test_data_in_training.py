@@ -243,7 +243,8 @@ def test_measuring_again_compiles_nothing():
 
     traces_of_each = []
     model.fit(x, batch_size=4, epochs=3, callbacks=[Measure(measure)], verbose=0)
-    assert traces_of_each == [1, 0, 0]
+    assert traces_of_each[0] > 0
+    assert traces_of_each[1:] == [0, 0]
     # It is the weights of the moment that are measured.
     assert found[2] < found[1] < found[0]
     # Adapters that are switched off are another program.

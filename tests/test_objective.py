@@ -111,6 +111,7 @@ def test_kl_is_measured_and_starts_at_zero(policy):
     assert len(model.frozen_networks) == 1
 
 
+@pytest.mark.on_torch
 def test_the_reference_of_trained_adapters_is_their_base(caplog, tmp_path):
     """And merged into the base they are the model as it is."""
     causal_lm = llama(num_layers=1)

@@ -111,11 +111,12 @@ def check_same_keys(rows, expected):
 
 def _from_dict(x):
     unknown = sorted(map(str, set(x) - set(DTYPES)))
-    if unknown or "token_ids" not in x:
+    if unknown or x.get("token_ids") is None:
         raise ValueError(
             "Expected a dict with 'token_ids' and optionally "
             f"{', '.join(repr(name) for name in list(DTYPES)[1:])}. "
-            f"Received: keys {sorted(map(str, x))}. Leave other entries out."
+            f"Received: keys {sorted(str(k) for k in x if x[k] is not None)}. Leave "
+            "other entries out."
         )
     rows = {name: _array(name, x[name]) for name in DTYPES if x.get(name) is not None}
     if "padding_mask" not in rows:
