@@ -105,9 +105,13 @@ def test_half_precision_rounds_no_worse_in_a_loop(looped, monkeypatch):
 
 
 def test_layers_that_differ_are_no_loop(looped):
-    model = build("Llama")
-    layer = model.causal_lm.backbone.transformer_layers[4]
+    causal_lm = family("Llama", num_layers=5)
+    layer = causal_lm.backbone.transformer_layers[4]
     layer._self_attention_layer._query_dense.enable_lora(2)
+    for variable in causal_lm.backbone.trainable_variables:
+        variable.trainable = "lora" in variable.path
+    network = keras_ebft.FeatureNetwork(layers=(4,))
+    model = keras_ebft.EBFTModel(causal_lm, keras_ebft.BlockSampler(**SAMPLER), network)
     before = [to_numpy(v) for v in model.causal_lm.variables]
     model.rollout(X, seed=0)
     assert not looped
