@@ -1,6 +1,7 @@
 """Runs from a file and a shell, in a folder that resumes and repeats them."""
 
 import json
+import logging
 import re
 import sys
 from pathlib import Path
@@ -23,6 +24,16 @@ pytestmark = pytest.mark.on_torch
 
 ROOT = Path(__file__).parent.parent
 PAIRS = [{"question": f"ab {n}?", "answer": f"cd{n} ab{n} ef"} for n in range(10)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def logging_as_before():
+    """The command shows what the library logs."""
+    logger = logging.getLogger("keras_ebft")
+    before = logger.level, list(logger.handlers)
+    yield
+    logger.setLevel(before[0])
+    logger.handlers[:] = before[1]
 
 
 @pytest.fixture(scope="module")

@@ -229,8 +229,11 @@ def test_every_measure_is_the_same_however_documents_are_packed(greedy):
     apart = packed(*[[document] for document in range(5)])
     expected = greedy.evaluate(apart, batch_size=5, **options)
     assert expected["kl"] > 1e-3
+    # It says of rows how full they are.
+    assert expected.pop("live_block_fraction") < 1
     for rows in ([[0, 1], [2, 3], [4]], [[4, 2], [1], [3, 0]]):
         found = greedy.evaluate(packed(*rows), batch_size=2, **options)
+        assert set(found) == {*expected, "live_block_fraction"}
         for name, value in expected.items():
             assert found[name] == pytest.approx(value, rel=2e-4, abs=1e-5), name
 

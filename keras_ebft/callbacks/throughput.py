@@ -4,10 +4,11 @@ from typing import Any
 
 import keras
 
+from keras_ebft.representation import Shown
 from keras_ebft.training.timing import StepTimer
 
 
-class Throughput(keras.callbacks.Callback):
+class Throughput(Shown, keras.callbacks.Callback):
     """Adds `step_time` and `tokens_per_second` to the logs of epochs.
 
     `step_time` is in seconds per step, on average over the epoch, without validation,
