@@ -188,6 +188,27 @@ def yaml_of(page):
     return block
 
 
+def test_a_page_about_runs(whole, write, tmp_path, capsys):
+    pytest.importorskip("jinja2")
+    lines = tmp_path / "written.jsonl"
+    callback = {"name": "Completions", "documents": ["ab 1?cd1 ab1 ef"]}
+    callback |= {"every": 1, "path": str(lines), "show": False}
+    other = write(callbacks=[callback], output=str(tmp_path / "other"))
+    assert main(["train", str(other)]) == 0
+    assert lines.is_file()
+    page = tmp_path / "page.html"
+    capsys.readouterr()
+    folders = [str(whole), str(tmp_path / "other")]
+    assert main(["report", *folders, "--output", str(page)]) == 0
+    assert capsys.readouterr().out.strip() == str(page)
+    text = page.read_text("utf-8")
+    assert "whole" in text and "other" in text
+    # What the rollouts stand beside.
+    assert "ab1 ef" in text or "cd1" in text
+    assert main(["report", str(tmp_path)]) == 1
+    assert "no epoch of a run has ended" in " ".join(capsys.readouterr().err.split())
+
+
 def test_the_file_of_the_docs_runs(tmp_path, monkeypatch, preset):
     """With a smaller model and fewer steps."""
     monkeypatch.chdir(tmp_path)

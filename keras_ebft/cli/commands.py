@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import keras_hub
@@ -111,6 +112,22 @@ def generate(options: Namespace) -> None:
     for prompt, completions in zip(prompts, complete(prompts)):
         for completion in completions:
             print(json.dumps({"prompt": prompt, "completion": completion}))
+
+
+def report(options: Namespace) -> None:
+    """Writes a page about one run or several, and prints where it is."""
+    folders = [RunFolder(folder) for folder in options.folders]
+    names = [folder.path.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder.path) for folder in folders]
+    histories, completions = {}, {}
+    for name, folder in zip(names, folders):
+        histories[name] = folder.read_history()
+        for section in folder.read_settings().callbacks:
+            path = section.given("name").get("path")
+            if section.name.lower() == "completions" and path and Path(path).is_file():
+                completions[name] = path
+    print(keras_ebft.report(histories, options.output, completions or None))
 
 
 def _pack(settings: RunSettings) -> dict[str, Any] | None:

@@ -78,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.0)
     generate.add_argument("--num-samples", type=int, default=1)
     generate.add_argument("--seed", type=int, default=0)
+    report = commands.add_parser("report", help="write a page about runs")
+    report.add_argument("folders", nargs="+", help="output folders of runs")
+    report.add_argument("--output", default="report.html", metavar="FILE")
     return parser
 
 

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 from pathlib import Path
@@ -46,6 +47,24 @@ class RunFolder:
                 f"Received: '{self.path}'. Train first: keras-ebft train run.yaml."
             )
         return check_settings(read_settings(self.settings_file, overrides))
+
+    def read_history(self) -> dict[str, list[float]]:
+        """What was measured, epoch by epoch; NaN where it was not.
+
+        Raises:
+            FileNotFoundError: if no epoch has ended.
+        """
+        if not self.history.is_file():
+            raise FileNotFoundError(
+                f"Expected measurements in '{self.path}'. Received: none, because no "
+                "epoch of a run has ended there. Train first: keras-ebft train."
+            )
+        history = json.loads(self.history.read_text("utf-8"))
+        return {
+            name: [math.nan if value is None else value for value in values]
+            for name, values in history.items()
+            if name != "epoch"
+        }
 
     def claim(self, said: dict[str, Any]) -> None:
         """Writes down a run that begins, or makes sure that it is the one that is here.
