@@ -200,6 +200,7 @@ def said_of_steps(caplog, optimizer, dtype="bfloat16"):
     return [text for text in texts if "rounded back" in text], moved
 
 
+@pytest.mark.on_torch
 def test_steps_that_round_away_are_said(caplog):
     """Only weights below about 2.6e-4 are fine enough for a step of 1e-6."""
     (text,), moved = said_of_steps(caplog, keras.optimizers.Adam(1e-6))
