@@ -86,6 +86,7 @@ CONSTRUCTORS = [
     ),
     (keras_ebft.CharacteristicFunctionReward, {"seed": 2**31}, ValueError, "at most"),
     (keras_ebft.Critic, {"optimizer": {}}, TypeError, r"optimizer=\{\}.*AdamW"),
+    (keras_ebft.Critic, {"optimizer": "best"}, ValueError, "'best'.*adamw"),
     (keras_ebft.Critic, {"optimizer": 3}, TypeError, "optimizer=3"),
     (keras_ebft.Critic, {"selection": np.ones(3)}, ValueError, "selection=array"),
     (

@@ -165,7 +165,15 @@ def _optimizer(identifier: Any) -> keras.optimizers.Optimizer:
             f"{identifier!r} (of type {type(identifier).__name__}). Pass for example "
             "keras.optimizers.AdamW(9e-6)."
         )
-    return keras.optimizers.get(identifier)
+    try:
+        return keras.optimizers.get(identifier)
+    except (TypeError, ValueError) as error:
+        # Keras' own words are about classes and modules.
+        raise ValueError(
+            "Expected `optimizer` to be one that Keras knows. Received: optimizer="
+            f"{identifier!r}. Pass for example keras.optimizers.AdamW(9e-6), or "
+            '"adamw".'
+        ) from error
 
 
 class CriticHead(keras.layers.Layer):
