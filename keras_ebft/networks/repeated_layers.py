@@ -1,13 +1,13 @@
-"""Decoder layers that are alike, as one layer in a loop over stacked weights.
+"""Decoder layers that are alike, as one layer in a loop over the weights of each.
 
 A compiled loop is one program of the layer, where layers written one after another
-are as many programs. It reads each layer's weights out of their stack.
+are as many programs.
 """
 
 import keras
 from keras import ops
 
-from keras_ebft.backend.loops import compiles_every_step, loop, slices, stacked
+from keras_ebft.backend.loops import compiles_every_step, loop
 from keras_ebft.networks.patches import Patch, patched
 from keras_ebft.networks.rematerialisation import run_again
 
@@ -63,19 +63,14 @@ def run_repeated(layer, decoders, x, given, caches, again):
         with keras.StatelessScope(state_mapping=mapping, initialize_variables=False):
             return layer(x, given, cache)
 
-    inputs = _stacked_weights(decoders), stacked(caches)
     step = run_again(step) if again else step
-    x, updated = loop(step, x, inputs, len(decoders))
-    return x, [slices(updated, index) for index in range(len(decoders))]
+    weights = [_weights(decoder) for decoder in decoders]
+    return loop(step, x, list(zip(weights, caches)))
 
 
-def _stacked_weights(decoders):
-    """Every variable of the layers as one tensor `[layers, ...]`."""
-    rows = [decoder.variables for decoder in decoders]
-    # As they are stored: each layer casts its own.
-    as_stored = [Patch(v, "_autocast", False) for row in rows for v in row]
+def _weights(decoder):
+    """Every variable of a layer as a tensor."""
+    # As they are stored: the layer casts its own.
+    as_stored = [Patch(v, "_autocast", False) for v in decoder.variables]
     with patched(as_stored):
-        return [
-            ops.stack([ops.convert_to_tensor(variable) for variable in alike])
-            for alike in zip(*rows)
-        ]
+        return [ops.convert_to_tensor(variable) for variable in decoder.variables]
