@@ -1,6 +1,11 @@
 """Small models, gradients on any backend, conversions."""
 
+import contextlib
 import inspect
+import io
+import runpy
+import sys
+from unittest import mock
 
 import keras
 import keras_hub
@@ -30,6 +35,23 @@ def to_numpy(value):
     if hasattr(value, "detach"):
         value = value.detach()
     return np.array(ops.convert_to_numpy(value))
+
+
+def run_script(path, *arguments):
+    """What a script prints, run in this process, which has imported what is slow.
+
+    Args:
+        path: `Path`; what lies beside it can be imported, as where Python runs it.
+        *arguments: str, of the command line.
+    """
+    printed = io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", [str(path), *arguments]),
+        mock.patch.object(sys, "path", [str(path.parent), *sys.path]),
+        contextlib.redirect_stdout(printed),
+    ):
+        runpy.run_path(str(path), run_name="__main__")
+    return printed.getvalue()
 
 
 def llama(**changes):

@@ -16,7 +16,7 @@ import keras_ebft
 from keras_ebft.functional.pooling import unit_length
 
 DOCUMENT = np.array([[0, 2, 1, 1, 0]], dtype="int32")
-STEPS, ROWS, SAMPLES, RATE = 250, 16, 32, 0.02
+STEPS, ROWS, SAMPLES, RATE = 120, 16, 32, 0.03
 
 
 def build(length, kl_weight):
@@ -91,8 +91,10 @@ def train(length, kl_weight):
 
 
 @pytest.mark.slow
-@pytest.mark.compiled
-@pytest.mark.parametrize(("length", "kl_weight"), [(1, 0.3), (2, 0.3)])
+@pytest.mark.parametrize(
+    ("length", "kl_weight"),
+    [(1, 0.3), pytest.param(2, 0.3, marks=pytest.mark.compiled)],
+)
 def test_training_ends_at_the_energys_fixed_point(length, kl_weight):
     initial, trained, features, truth = train(length, kl_weight)
     assert trained.sum() == pytest.approx(1.0, abs=1e-5)

@@ -1,11 +1,10 @@
 """Every example, small: all of its lines run, and it ends with a table and a plot."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import keras
 import pytest
+from helpers import run_script
 
 from keras_ebft.data.builders import catalogue_files
 
@@ -24,23 +23,17 @@ def cache(tmp_path_factory):
 
 def run(name, folder, *arguments):
     """What the example prints."""
-    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *arguments]
-    finished = subprocess.run(
-        [*command, "--output", str(folder)],
-        cwd=ROOT,
-        env=os.environ,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    script = ROOT / "examples" / f"{name}.py"
+    printed = run_script(script, *arguments, "--output", str(folder))
     assert (folder / f"{name}.png").stat().st_size > 10_000
-    return finished.stdout
+    return printed
 
 
 @pytest.mark.slow
 @pytest.mark.compiled
 def test_unstructured_code(tmp_path, cache):
+    if keras.backend.backend() == "tensorflow":
+        pytest.skip("traces for minutes what test_fit.py and others train with")
     arguments = (*SHORT, *PART, "--cache", str(cache))
     printed = run("unstructured_code", tmp_path, *arguments, "--rollout-lengths", "2")
     assert "feature-matching loss" in printed
