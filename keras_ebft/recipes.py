@@ -30,7 +30,8 @@ class Recipe:
         reward: `FeatureMatchingReward`.
         ce_weight: float, weight of the cross-entropy (gamma).
         length: int, tokens per row. Their rows are one stream of documents with an
-            end token after each, cut wherever it falls.
+            end token after each, cut wherever it falls: `data.pack` makes them with
+            `strategy="stream"`.
         batch_size: int, rows per update.
         passes: int, over the data, from a base model; from a supervised checkpoint
             they make one.

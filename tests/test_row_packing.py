@@ -46,7 +46,10 @@ def segments(rows):
             yield ids[numbers == number], answers[numbers == number]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+PIECE_BY_PIECE = [name for name in STRATEGIES if name != "stream"]
+
+
+@pytest.mark.parametrize("strategy", PIECE_BY_PIECE)
 @pytest.mark.parametrize("seed", range(8))
 def test_every_token_appears_exactly_once(strategy, seed):
     documents = random_documents(seed)
@@ -63,7 +66,7 @@ def test_every_token_appears_exactly_once(strategy, seed):
     assert report.split_documents == sum(len(ids) > 17 for ids in documents)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", PIECE_BY_PIECE)
 @pytest.mark.parametrize("seed", range(8))
 def test_segments_are_whole_pieces_and_rows_are_padded_right(strategy, seed):
     documents = random_documents(seed)
@@ -85,6 +88,43 @@ def test_segments_are_whole_pieces_and_rows_are_padded_right(strategy, seed):
     np.testing.assert_array_equal(arrays["answer_mask"], mask)
     assert arrays["token_ids"].dtype == arrays["segment_ids"].dtype == np.int32
     assert not arrays["token_ids"][~mask].any()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_stream_is_one_text_cut_where_rows_end(seed):
+    documents = random_documents(seed)
+    text = np.concatenate(documents)
+    # All of it in one window; one row is filled up, at the end.
+    rows = pack(documents, None, 17, strategy="stream").load()
+    mask = rows.arrays["padding_mask"]
+    np.testing.assert_array_equal(rows.arrays["token_ids"][mask], text)
+    assert len(rows) == -(-len(text) // 17)
+    assert mask[:-1].all()
+    np.testing.assert_array_equal(rows.arrays["segment_ids"], mask.astype("int32"))
+    np.testing.assert_array_equal(rows.arrays["answer_mask"], mask)
+    row_of = {token: index // 17 for index, token in enumerate(text)}
+    ends = [(row_of[ids[0]], row_of[ids[-1]]) for ids in documents if len(ids)]
+    assert rows.report.split_documents == sum(first < last for first, last in ends)
+    # Every window ends with a row of its own, and goes on where the last one ended.
+    windows = pack(documents, None, 17, strategy="stream", window_rows=4).load()
+    found = windows.arrays["token_ids"][windows.arrays["padding_mask"]]
+    np.testing.assert_array_equal(found, text)
+    short = (~windows.arrays["padding_mask"]).any(axis=1).sum()
+    assert 1 < short <= -(-len(windows) // 4)
+
+
+def test_a_stream_of_pairs_by_hand():
+    stream = pack([("ab", "c"), ("d", "ef")], LetterTokenizer(), 5, strategy="stream")
+    arrays = stream.load().arrays
+    a, b, c, d, e, f = map(ord, "abcdef")
+    assert arrays["token_ids"].tolist() == [[1, a, b, c, 2], [1, d, e, f, 2]]
+    answers = [[0, 0, 0, 1, 1], [0, 0, 1, 1, 1]]
+    np.testing.assert_array_equal(arrays["answer_mask"], answers)
+    three = pack(["a", "b"], LetterTokenizer(), 4, strategy="stream").load().arrays
+    assert three["token_ids"].tolist() == [[1, a, 2, 1], [b, 2, 0, 0]]
+    assert three["segment_ids"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    with pytest.raises(ValueError, match="cuts documents of any length"):
+        pack(["a"], LetterTokenizer(), 4, strategy="stream", long_documents="drop")
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -127,4 +127,5 @@ def _number_by_first_piece(rows, num_rows):
     return numbers[rows]
 
 
-STRATEGIES = {"in_order": in_order, "best_fit": best_fit}
+# "stream": one piece after the other, which fills every row but the last.
+STRATEGIES = {"in_order": in_order, "best_fit": best_fit, "stream": in_order}

@@ -1,7 +1,7 @@
 """`pack`: a stream of documents as a stream of full rows, in constant memory."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,8 @@ class PackingReport:
         empty_documents: int, left out because they, or their answers, had no token.
         dropped_documents: int, left out because they were longer than a row.
         dropped_tokens: int, tokens of those.
-        split_documents: int, longer than a row and cut into pieces.
+        split_documents: int, cut into pieces: those longer than a row, of a stream
+            all that rows end within.
         tokens: int, tokens in the rows, start and end tokens included.
         rows: int.
     """
@@ -72,8 +73,9 @@ def pack(
     """Packs documents of any length into rows of one length.
 
     Several documents share a row; `segment_ids` tells them apart, and `fit` keeps
-    them apart: attention and positions restart at each. Every token of every
-    document is in exactly one row, except what the report counts as dropped.
+    them apart: attention and positions restart at each, but for `"stream"`. Every
+    token of every document is in exactly one row, except what the report counts as
+    dropped.
 
     Args:
         documents: list, array, data set or other iterable that can be read again
@@ -86,7 +88,10 @@ def pack(
             a list of lists of ids. `None` for documents that are token ids.
         length: int, tokens per row.
         strategy: `"best_fit"` fills rows best. `"in_order"` keeps documents in
-            their order.
+            their order. `"stream"` makes one text of all documents and cuts it
+            where rows end, as the authors of EBFT do: each row is one segment,
+            attention and positions run on from document to document, and end
+            tokens are all that tells them apart.
         long_documents: what happens to a document of more than `length` tokens:
             `"split"` cuts it into pieces, each a segment of its own; `"drop"`
             leaves it out and counts it.
@@ -118,13 +123,20 @@ def pack(
     3 documents in 2 rows of 6: 8 tokens, fill rate 66.7%; 0 split, 0 too long and \
 dropped (0 tokens), 0 empty
     """
+    check_choice("strategy", strategy, list(STRATEGIES))
+    check_choice("long_documents", long_documents, LONG_DOCUMENTS)
+    if (strategy, long_documents) == ("stream", "drop"):
+        raise ValueError(
+            'Expected long_documents="split" with strategy="stream", which cuts '
+            'documents of any length. Received: long_documents="drop". Leave it out, '
+            "or use another strategy."
+        )
     return PackedStream(
         _check_documents(documents),
         DocumentTokenizer(tokenizer, special_tokens),
         check_int("length", length, 1),
-        assign_rows=STRATEGIES[check_choice("strategy", strategy, list(STRATEGIES))],
-        split_long=check_choice("long_documents", long_documents, LONG_DOCUMENTS)
-        == "split",
+        strategy=strategy,
+        split_long=long_documents == "split",
         shard=_check_shard(shard),
         window_rows=check_int("window_rows", window_rows, 1),
     )
@@ -148,7 +160,7 @@ class PackedStream(Shown):
         tokenize: DocumentTokenizer,
         length: int,
         *,
-        assign_rows: Callable[..., Any],
+        strategy: str,
         split_long: bool,
         shard: tuple[int, int],
         window_rows: int,
@@ -157,19 +169,18 @@ class PackedStream(Shown):
         self.report = PackingReport(length)
         self._documents = documents
         self._tokenize = tokenize
-        self._assign_rows = assign_rows
+        self._strategy = strategy
         self._split_long = split_long
         self._shard = shard
         self._window_rows = window_rows
         self._start = self._position = _position(0, 0)
 
     def _shown_settings(self) -> dict[str, Any]:
-        names = {assign: name for name, assign in STRATEGIES.items()}
         return {
             "documents": self._documents,
             "tokenizer": self._tokenize.tokenizer,
             "length": self.length,
-            "strategy": names[self._assign_rows],
+            "strategy": self._strategy,
             "long_documents": "split" if self._split_long else "drop",
             "shard": self._shard,
             "window_rows": self._window_rows,
@@ -285,7 +296,12 @@ class PackedStream(Shown):
             yield before, self._window(held, report)
 
     def _window(self, documents: list[Any], report: PackingReport) -> TokenWindow:
-        window = TokenWindow(documents, self.length, self._assign_rows)
+        window = TokenWindow(
+            documents,
+            self.length,
+            STRATEGIES[self._strategy],
+            joined=self._strategy == "stream",
+        )
         report.split_documents += window.num_split
         return window
 

@@ -12,24 +12,26 @@ class TokenWindow:
         length: int, tokens per row.
         assign_rows: function of `(lengths, capacity)` from
             `keras_ebft.data.bin_packing`.
+        joined: bool, whether all documents are one text, cut where rows end.
 
     Attributes:
         num_rows: int.
-        num_split: int, documents that were longer than a row.
+        num_split: int, documents that were cut.
     """
 
-    def __init__(self, documents, length, assign_rows):
+    def __init__(self, documents, length, assign_rows, joined=False):
         self.length = length
         lengths = np.array([len(ids) for ids, _ in documents])
         self._token_ids = np.concatenate([ids for ids, _ in documents])
         self._answer_mask = _answer_mask(lengths, [start for _, start in documents])
-        starts, sizes = _cut(lengths, length)
+        texts = lengths.sum(keepdims=True) if joined else lengths
+        starts, sizes = _cut(texts, length)
         rows = assign_rows(sizes, length)
         order = np.argsort(rows, kind="stable")
         self._starts, self._sizes, self._rows = starts[order], sizes[order], rows[order]
         self._numbers, self._columns = _positions_in_rows(self._sizes, self._rows)
         self.num_rows = int(self._rows[-1]) + 1
-        self.num_split = int(np.sum(lengths > length))
+        self.num_split = _count_cut(lengths, length, joined)
 
     def rows(self, first, last):
         """Rows `first` to `last` (exclusive).
@@ -71,6 +73,12 @@ def _cut(lengths, longest):
     starts = np.repeat(document_starts, counts) + within * longest
     sizes = np.minimum(np.repeat(lengths, counts) - within * longest, longest)
     return starts, sizes
+
+
+def _count_cut(lengths, row, joined):
+    """Documents whose tokens lie in more than one row."""
+    starts = np.cumsum(lengths) - lengths if joined else np.zeros_like(lengths)
+    return int(np.sum((starts + lengths - 1) // row > starts // row))
 
 
 def _positions_in_rows(sizes, rows):
