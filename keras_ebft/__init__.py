@@ -24,6 +24,7 @@ from keras_ebft.rewards import (
 )
 from keras_ebft.samplers import BlockSampler, ReplaySampler
 from keras_ebft.training.checkpoints import TrainingCheckpoint
+from keras_ebft.training.compilation_cache import use_compilation_cache
 from keras_ebft.version import __version__
 
 __all__ = [
@@ -49,4 +50,5 @@ __all__ = [
     "plots",
     "recipes",
     "report",
+    "use_compilation_cache",
 ]

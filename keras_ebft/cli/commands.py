@@ -17,6 +17,9 @@ from keras_ebft.cli.settings import RunSettings, check_settings, read_settings
 
 logger = logging.getLogger("keras_ebft")
 
+# Settings of `training` that are no arguments of `fit`.
+NOT_OF_FIT = {"seed", "save_freq", "compilation_cache"}
+
 
 def train(options: Namespace) -> None:
     """Trains as a file says; on a folder with the same run, goes on with it."""
@@ -36,6 +39,8 @@ def train(options: Namespace) -> None:
             epochs,
         )
         return
+    if settings.training.compilation_cache:
+        keras_ebft.use_compilation_cache()
     training, validation = read_documents(settings.data)
     model = building.build(settings)
     pack = _pack(settings)
@@ -52,7 +57,7 @@ def train(options: Namespace) -> None:
             HistoryFile(folder.history),
             keras_ebft.TrainingCheckpoint(folder.checkpoint, save_freq=save_freq),
         ],
-        **settings.training.model_dump(exclude={"seed", "save_freq"}),
+        **settings.training.model_dump(exclude=NOT_OF_FIT),
     )
     model.save_weights(folder.weights)
     model.causal_lm.save_to_preset(str(folder.preset))

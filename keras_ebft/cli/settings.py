@@ -105,6 +105,7 @@ class TrainingSection(Section):
     save_freq: int | Literal["epoch"] = "epoch"
     progress: Literal["short", "full"] = "short"
     verbose: int | Literal["auto"] = "auto"
+    compilation_cache: bool = True
 
 
 RecipeSection = _section(
