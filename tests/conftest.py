@@ -90,8 +90,13 @@ def byte_lm():
     return helpers.byte_causal_lm()
 
 
-def only_on_torch(item):
-    """Whether compiling costs minutes and nothing is asked of the compiler."""
+def is_left_out(item):
+    """Whether compiling costs minutes here and nothing is asked of the compiler."""
+    backend = keras.backend.backend()
+    if backend == "torch":
+        return False
+    if backend == "tensorflow" and item.get_closest_marker("not_on_tensorflow"):
+        return True
     if any(map(item.get_closest_marker, ("on_torch", "slow_compiled"))):
         return True
     return bool(
@@ -102,11 +107,10 @@ def only_on_torch(item):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Leaves out what need not run where a backend compiles; see the markers."""
-    if keras.backend.backend() == "torch" or os.environ.get("EVERY_TEST"):
+    if os.environ.get("EVERY_TEST"):
         return
-    left_out = [item for item in items if only_on_torch(item)]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=[i for i in items if is_left_out(i)])
+    items[:] = [item for item in items if not is_left_out(item)]
 
 
 def pytest_generate_tests(metafunc):

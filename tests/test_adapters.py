@@ -48,6 +48,7 @@ def fitted():
     return model, before, features
 
 
+@pytest.mark.not_on_tensorflow
 def test_adapters_alone_move_and_have_slots(fitted):
     model, before, _ = fitted
     moved = {

@@ -116,15 +116,15 @@ def test_batches_may_change_their_shape():
     calls, call = [], model.call
     model.call = lambda *data, **options: calls.append(1) or call(*data, **options)
     measured = []
-    for count, length in ((2, 12), (3, 12), (2, 9), (2, 12)):
+    for count, length in ((2, 12), (3, 9), (2, 12)):
         x = documents(count, length)
         measured.append(model.evaluate(x, verbose=0, return_dict=True)["ce_loss"])
         assert model.fit(x, verbose=0).history["ce_loss"][0] == pytest.approx(
             measured[-1], rel=1e-5
         )
-    assert measured[3] < measured[0]
+    assert measured[2] < measured[0]
     # The last shape is known.
-    assert BACKEND == "torch" or len(calls) == 6
+    assert BACKEND == "torch" or len(calls) == 4
 
 
 def resident():

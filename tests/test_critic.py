@@ -99,6 +99,7 @@ def test_a_probe_learns_and_leaves_the_policy_alone(policy):
     assert not model.frozen_network.trainable_variables
 
 
+@pytest.mark.not_on_tensorflow
 def test_features_learn_with_the_critic(policy):
     causal_lm, weights = policy
     critic = keras_ebft.Critic("closest", "sgd", train_features=True)

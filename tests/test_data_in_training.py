@@ -70,6 +70,7 @@ FORMS = {
 UNKNOWN_LENGTH = pytest.mark.filterwarnings("ignore:Your input ran out of data")
 
 
+@pytest.mark.not_on_tensorflow
 @UNKNOWN_LENGTH
 def test_every_form_of_packed_rows_measures_the_same(model):
     stream = packed()
@@ -127,6 +128,7 @@ def noting(dataset):
     return dataset
 
 
+@pytest.mark.not_on_tensorflow
 def test_the_number_of_an_epoch_decides_the_order_of_a_py_dataset(model):
     """So that resumed training sees what it would have seen."""
     rows = packed().load()

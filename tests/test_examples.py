@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import keras
 import pytest
 from helpers import run_script
 
@@ -29,11 +28,10 @@ def run(name, folder, *arguments):
     return printed
 
 
+@pytest.mark.not_on_tensorflow
 @pytest.mark.slow
 @pytest.mark.compiled
 def test_unstructured_code(tmp_path, cache):
-    if keras.backend.backend() == "tensorflow":
-        pytest.skip("traces for minutes what test_fit.py and others train with")
     arguments = (*SHORT, *PART, "--cache", str(cache))
     printed = run("unstructured_code", tmp_path, *arguments, "--rollout-lengths", "2")
     assert "feature-matching loss" in printed

@@ -131,6 +131,7 @@ class Averaging(keras.Layer):
         return ops.squeeze(seen, -2)
 
 
+@pytest.mark.not_on_tensorflow
 def test_a_callable_of_ones_own(causal_lm):
     network = Averaging()
     model = build(causal_lm, network=network)
