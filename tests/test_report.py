@@ -1,8 +1,11 @@
 """The page about a run: whole, self-contained, and of what was written."""
 
+import html
 import html.parser
 import json
 import re
+import shutil
+import subprocess
 
 import keras
 import pytest
@@ -164,3 +167,49 @@ def test_a_history_knows_its_settings_and_data(tmp_path):
     assert re.search(r"rollout_length\s*3", text)
     assert re.search(r"seed\s*7", text)
     assert text.count("row 1, anchor 9") == 1
+
+
+# Written into the page's end, where `--dump-dom` finds it.
+MEASURE = """<script>
+document.title = JSON.stringify({
+  pictures: [...document.querySelectorAll("svg")].map(
+    s => s.getBoundingClientRect().width),
+  colours: [...document.querySelectorAll(".token")].map(
+    t => getComputedStyle(t).backgroundColor),
+  overflow: document.documentElement.scrollWidth - window.innerWidth,
+  failed: performance.getEntriesByType("resource").length,
+});
+</script>"""
+
+
+def seen(page, width):
+    """What a browser makes of a page."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium here")
+    measured = page.with_name("measured.html")
+    measured.write_text(page.read_text(encoding="utf-8") + MEASURE, encoding="utf-8")
+    options = ["--headless", "--no-sandbox", f"--window-size={width},900"]
+    done = subprocess.run(
+        [browser, *options, "--dump-dom", measured.as_uri()],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    return json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout)[1]))
+
+
+@pytest.mark.slow
+@pytest.mark.backend_independent
+@pytest.mark.parametrize("width", [1250, 500])
+def test_a_browser_shows_the_page(written, tmp_path, width):
+    page = keras_ebft.report({"one": HISTORY}, tmp_path / "r.html", written)
+    found = seen(page, width)
+    # Curves are as wide as the style says, and texts no wider than the window.
+    assert found["pictures"]
+    assert all(250 < picture <= width for picture in found["pictures"])
+    assert found["overflow"] <= 0
+    assert found["failed"] == 0
+    # 3 nats are half as red as a token that could not be.
+    assert found["colours"] == ["rgba(220, 60, 40, 0.35)", "rgba(220, 60, 40, 0.7)"] * 2
