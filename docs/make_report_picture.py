@@ -32,7 +32,7 @@ def train(folder, steps):
         path=folder / "completions.jsonl",
         show=False,
     )
-    model.compile(keras_ebft.recipes.qa_code().optimizer(steps, 1e-3))
+    model.compile(keras_ebft.recipes.qa_code().optimizer(steps, 2e-3))
     history = model.fit(
         training[: 2 * steps],
         batch_size=2,
@@ -50,7 +50,7 @@ def train(folder, steps):
 def main():
     """Trains, writes the page and photographs it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--folder", type=Path, default=Path("outputs/report"))
     arguments = parser.parse_args()
     browser = shutil.which("chromium") or shutil.which("google-chrome")
@@ -63,7 +63,7 @@ def main():
     page = train(arguments.folder, arguments.steps)
     picture = Path(__file__).parent / "report.png"
     options = ["--headless", "--no-sandbox", "--hide-scrollbars"]
-    options += ["--window-size=1250,1900", f"--screenshot={picture}"]
+    options += ["--window-size=1250,1250", f"--screenshot={picture}"]
     subprocess.run([browser, *options, page.resolve().as_uri()], check=True)
     print(picture)
 

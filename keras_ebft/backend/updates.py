@@ -8,6 +8,12 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_ebft.backend.rehearsed_updates import (
+    can_be_rehearsed,
+    rehearsing,
+    replaced,
+    without_interruption,
+)
 from keras_ebft.backend.runtime import dense, no_gradient
 from keras_ebft.typing import Tensor
 
@@ -45,7 +51,7 @@ def update_if_finite(
         metrics = [ops.copy(variable) for variable in model.metrics_variables]
         calls = ops.copy(_calls(optimizer))
     norms: list[Tensor] = []
-    with _replaced(optimizer, "apply", _apply_if_finite(optimizer, norms)):
+    with replaced(optimizer, apply=_apply_if_finite(optimizer, norms)):
         step()
     # Loss scaling, too, leaves the number as it is where it skips an update.
     updated = ops.not_equal(_calls(optimizer), calls)
@@ -65,7 +71,7 @@ def _update_in_state(
     optimizer = model.optimizer
     norms: list[Tensor] = []
     apply = _stateless_apply_if_finite(optimizer, norms)
-    with _replaced(optimizer, "stateless_apply", apply):
+    with replaced(optimizer, stateless_apply=apply):
         _, (*new, new_metrics) = step(*state)
     count = next(
         index
@@ -170,34 +176,45 @@ def _apply_if_finite(
         with no_gradient():
             norms.append(gradient_norm(grads, _loss_scale(optimizer)))
         changed = [*trainable_variables, *optimizer.variables]
-        before = [ops.copy(variable) for variable in changed]
-
-        def undo() -> None:
-            for variable, value in zip(changed, before):
-                variable.assign(value)
-
-        try:
+        large = [variable for variable in changed if not _is_small(variable)]
+        if large and can_be_rehearsed(optimizer, trainable_variables):
+            small = [variable for variable in changed if _is_small(variable)]
+            methods, made = rehearsing(optimizer, _all_finite)
+            with (
+                without_interruption(),
+                _undone_if_it_fails(small) as undo,
+                replaced(optimizer, **methods),
+            ):
+                apply(grads, trainable_variables)
+                ops.cond(made[0], lambda: None, undo)
+            return
+        with _undone_if_it_fails(changed) as undo:
             apply(grads, trainable_variables)
-        except BaseException:
-            # An interruption by the user, for example, between two weights.
-            undo()
-            raise
-        ops.cond(_all_finite(changed), lambda: None, undo)
+            ops.cond(_all_finite(changed), lambda: None, undo)
 
     return apply_if_finite
 
 
 @contextlib.contextmanager
-def _replaced(
-    optimizer: keras.optimizers.Optimizer, name: str, method: Callable[..., Any]
-) -> Iterator[None]:
-    """Context in which an optimizer has another method."""
-    # Past the trackers of Keras, which would keep it.
-    object.__setattr__(optimizer, name, method)
+def _undone_if_it_fails(
+    variables: Sequence[keras.Variable],
+) -> Iterator[Callable[[], None]]:
+    """Context with a function that makes variables what they were.
+
+    It is called if there is an exception: an interruption by the user, for example,
+    between two weights.
+    """
+    before = [ops.copy(variable) for variable in variables]
+
+    def undo() -> None:
+        for variable, value in zip(variables, before):
+            variable.assign(value)
+
     try:
-        yield
-    finally:
-        object.__delattr__(optimizer, name)
+        yield undo
+    except BaseException:
+        undo()
+        raise
 
 
 def check_finite(variables: Sequence[keras.Variable], path: Any) -> None:

@@ -1,0 +1,182 @@
+"""Updates of large weights, a few at a time: rehearsed first, and then made.
+
+To be whole or not at all, an update would have to keep a copy of everything that it
+changes. Here every weight's update is computed, looked at and forgotten before any is
+made: memory holds the numbers of one weight, and the optimizer computes twice.
+"""
+
+import contextlib
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+from keras import ops
+from keras.src.optimizers.base_optimizer import BaseOptimizer
+
+from keras_ebft.backend.runtime import after, dense, no_gradient
+from keras_ebft.typing import Tensor
+
+# Elements of weights that are updated in one call: Keras' optimizers on PyTorch hold
+# some numbers for each.
+BUCKET = 2**22
+
+
+def can_be_rehearsed(
+    optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
+) -> bool:
+    """Whether weights change by an optimizer's `update_step` and weight decay alone.
+
+    Args:
+        optimizer: Keras optimizer.
+        variables: list of Keras variables that it updates.
+    """
+    return (
+        # Others have an optimizer within them, which they call as they like.
+        type(optimizer).apply is BaseOptimizer.apply
+        and not optimizer.gradient_accumulation_steps
+        and not optimizer.use_ema
+        and all(variable.constraint is None for variable in variables)
+        and not any(variable.overwrite_with_gradient for variable in variables)
+    )
+
+
+def rehearsing(
+    optimizer: keras.optimizers.Optimizer,
+    all_finite: Callable[[Sequence[Any]], Tensor],
+) -> tuple[dict[str, Callable[..., Any]], list[Tensor]]:
+    """What an optimizer's methods are replaced by while it is applied.
+
+    Args:
+        optimizer: one that `can_be_rehearsed`.
+        all_finite: function of a list of tensors that returns a bool scalar.
+
+    Returns:
+        `(methods, made)`: methods by name, and a list that gets one bool scalar when
+        they have run, whether the update was finite and was made.
+    """
+    decay, update = optimizer._apply_weight_decay, optimizer._backend_update_step
+    made: list[Tensor] = []
+
+    def rehearse(gradient: Any, variable: Any, learning_rate: Any) -> Tensor:
+        with _seen_by_scopes(optimizer, variable), keras.StatelessScope() as scope:
+            BaseOptimizer._apply_weight_decay(optimizer, [variable])
+            optimizer.update_step(dense(gradient), variable, learning_rate)
+        return all_finite(list(scope.state_mapping.values()))
+
+    def rehearse_all(grads: Any, variables: Any, learning_rate: Any) -> Tensor:
+        found = all_finite([])
+        for gradient, variable in zip(grads, variables):
+            # One after the other on TensorFlow, too.
+            with no_gradient(), after(found):
+                finite = rehearse(gradient, variable, learning_rate)
+                found = ops.logical_and(found, finite)
+        return found
+
+    def update_in_buckets(grads: Any, variables: Any, learning_rate: Any) -> None:
+        made.append(rehearse_all(grads, variables, learning_rate))
+
+        def make() -> None:
+            with _saying_what_is_lost():
+                for places in buckets(variables):
+                    own = [variables[place] for place in places]
+                    decay(own)
+                    update([grads[place] for place in places], own, learning_rate)
+
+        ops.cond(made[0], make, lambda: None)
+
+    methods: dict[str, Callable[..., Any]] = {
+        # With the update that it belongs to.
+        "_apply_weight_decay": lambda variables: None,
+        "_backend_update_step": update_in_buckets,
+    }
+    return methods, made
+
+
+def buckets(variables: Sequence[keras.Variable]) -> Iterator[list[int]]:
+    """Places of variables that follow one another and are few enough together.
+
+    Args:
+        variables: list of Keras variables.
+
+    Yields:
+        lists of ints, of one place at least.
+    """
+    places: list[int] = []
+    elements = 0
+    for place, variable in enumerate(variables):
+        size = math.prod(variable.shape)
+        if places and elements + size > BUCKET:
+            yield places
+            places, elements = [], 0
+        places.append(place)
+        elements += size
+    if places:
+        yield places
+
+
+@contextlib.contextmanager
+def replaced(
+    optimizer: keras.optimizers.Optimizer, **methods: Callable[..., Any]
+) -> Iterator[None]:
+    """Context in which an optimizer has other methods."""
+    for name, method in methods.items():
+        # Past the trackers of Keras, which would keep it.
+        object.__setattr__(optimizer, name, method)
+    try:
+        yield
+    finally:
+        for name in methods:
+            object.__delattr__(optimizer, name)
+
+
+@contextlib.contextmanager
+def _seen_by_scopes(
+    optimizer: keras.optimizers.Optimizer, variable: keras.Variable
+) -> Iterator[None]:
+    """Context in which an optimizer updates one variable as a `StatelessScope` sees it.
+
+    TensorFlow's assigns past scopes, and knows variables by what is in them.
+    """
+    index = optimizer._get_variable_index(variable)
+    methods = {
+        name: getattr(BaseOptimizer, name).__get__(optimizer)
+        for name in ("assign", "assign_add", "assign_sub")
+    }
+    methods["_get_variable_index"] = lambda variable: index
+    with replaced(optimizer, **methods):
+        yield
+
+
+@contextlib.contextmanager
+def _saying_what_is_lost() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise RuntimeError(
+            "Expected the update of the weights to end: it has been rehearsed. "
+            f"Received: {type(error).__name__}: {error}, in the middle of it, so some "
+            "weights are updated and others are not. Build the model again and resume "
+            "from a TrainingCheckpoint; smaller batches or `micro_batches` need less "
+            "memory."
+        ) from error
+
+
+@contextlib.contextmanager
+def without_interruption() -> Iterator[None]:
+    """Context that a user's interruption (SIGINT) waits for."""
+    handler = signal.getsignal(signal.SIGINT)
+    # Only the main thread has handlers; one that is not Python's cannot be put back.
+    if handler is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if received:
+            signal.raise_signal(signal.SIGINT)
