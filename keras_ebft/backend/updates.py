@@ -8,10 +8,12 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ebft.backend.rehearsed_updates import (
-    can_be_rehearsed,
-    rehearsing,
+from keras_ebft.backend.large_updates import (
+    in_buckets,
+    lacks_memory,
+    rehearsed,
     replaced,
+    updates_in_steps,
     without_interruption,
 )
 from keras_ebft.backend.runtime import dense, no_gradient
@@ -176,23 +178,38 @@ def _apply_if_finite(
         with no_gradient():
             norms.append(gradient_norm(grads, _loss_scale(optimizer)))
         changed = [*trainable_variables, *optimizer.variables]
-        large = [variable for variable in changed if not _is_small(variable)]
-        if large and can_be_rehearsed(optimizer, trainable_variables):
-            small = [variable for variable in changed if _is_small(variable)]
-            methods, made = rehearsing(optimizer, _all_finite)
-            with (
-                without_interruption(),
-                _undone_if_it_fails(small) as undo,
-                replaced(optimizer, **methods),
-            ):
-                apply(grads, trainable_variables)
-                ops.cond(made[0], lambda: None, undo)
-            return
+        methods: dict[str, Callable[..., Any]] = {}
+        has_large = not all(map(_is_small, changed))
+        if has_large and updates_in_steps(optimizer, trainable_variables):
+            if lacks_memory(trainable_variables):
+                _apply_rehearsed(optimizer, apply, grads, trainable_variables)
+                return
+            methods = in_buckets(optimizer)
         with _undone_if_it_fails(changed) as undo:
-            apply(grads, trainable_variables)
+            with replaced(optimizer, **methods):
+                apply(grads, trainable_variables)
             ops.cond(_all_finite(changed), lambda: None, undo)
 
     return apply_if_finite
+
+
+def _apply_rehearsed(
+    optimizer: keras.optimizers.Optimizer,
+    apply: Callable[..., None],
+    grads: Sequence[Tensor],
+    trainable_variables: Sequence[keras.Variable],
+) -> None:
+    """Copies nothing that is large; an interruption waits until all is done."""
+    changed = [*trainable_variables, *optimizer.variables]
+    small = [variable for variable in changed if _is_small(variable)]
+    methods, made = rehearsed(optimizer, _all_finite)
+    with (
+        without_interruption(),
+        _undone_if_it_fails(small) as undo,
+        replaced(optimizer, **methods),
+    ):
+        apply(grads, trainable_variables)
+        ops.cond(made[0], lambda: None, undo)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import to_numpy
 
-from keras_ebft.backend import rehearsed_updates, updates
+from keras_ebft.backend import large_updates, updates
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() == "jax", reason="JAX chooses between states: updates.py"
@@ -30,9 +30,20 @@ OPTIMIZERS = {
 
 @pytest.fixture(autouse=True)
 def small_numbers(monkeypatch):
-    """Scalars alone are small, and a bucket holds two of the weights or three."""
+    """Scalars alone are small, and a bucket holds one or two of the weights."""
     monkeypatch.setattr(updates, "SMALL", 1)
-    monkeypatch.setattr(rehearsed_updates, "BUCKET", 16)
+    monkeypatch.setattr(large_updates, "BUCKET", 16)
+
+
+@pytest.fixture
+def rehearsed(monkeypatch):
+    monkeypatch.setattr(updates, "lacks_memory", lambda variables: True)
+
+
+@pytest.fixture(params=["rehearsed", "copied"])
+def either_way(request):
+    if request.param == "rehearsed":
+        request.getfixturevalue("rehearsed")
 
 
 def weights():
@@ -63,7 +74,7 @@ def same(first, second):
 
 
 def apply_if_finite(optimizer, found, variables):
-    with rehearsed_updates.replaced(
+    with large_updates.replaced(
         optimizer, apply=updates._apply_if_finite(optimizer, norms := [])
     ):
         optimizer.apply(found, variables)
@@ -78,10 +89,10 @@ def spoil(found, place):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_updates_are_those_of_keras(name):
+def test_updates_are_those_of_keras(either_way, name):
     expected = built(OPTIMIZERS[name])
     found = built(OPTIMIZERS[name])
-    assert rehearsed_updates.can_be_rehearsed(found[1], found[0])
+    assert large_updates.updates_in_steps(found[1], found[0])
     before = values(*found)
     for step in range(3):
         expected[1].apply(gradients(step), expected[0])
@@ -94,7 +105,7 @@ def test_updates_are_those_of_keras(name):
 
 @pytest.mark.parametrize("place", [0, 3])
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_nothing_is_left_of_an_update_that_is_not_finite(name, place):
+def test_nothing_is_left_of_an_update_that_is_not_finite(either_way, name, place):
     variables, optimizer = built(OPTIMIZERS[name])
     apply_if_finite(optimizer, gradients(0), variables)
     before = values(variables, optimizer)
@@ -123,9 +134,9 @@ def otherwise(kind):
 
 
 @pytest.mark.parametrize("kind", ["ema", "accumulation", "scaling"])
-def test_what_cannot_be_rehearsed_is_undone(kind):
+def test_other_updates_are_undone_as_a_whole(either_way, kind):
     variables, optimizer = built(lambda: otherwise(kind))
-    assert not rehearsed_updates.can_be_rehearsed(optimizer, variables)
+    assert not large_updates.updates_in_steps(optimizer, variables)
     for step in range(3):
         apply_if_finite(optimizer, gradients(step), variables)
     before = values(variables, optimizer)
@@ -133,19 +144,26 @@ def test_what_cannot_be_rehearsed_is_undone(kind):
     assert same(before, values(variables, optimizer))
 
 
-def test_constraints_cannot_be_rehearsed():
+def test_constraints_are_no_step():
     variables, optimizer = built(OPTIMIZERS["sgd"])
     variables[0].constraint = keras.constraints.NonNeg()
-    assert not rehearsed_updates.can_be_rehearsed(optimizer, variables)
+    assert not large_updates.updates_in_steps(optimizer, variables)
 
 
 def test_buckets_follow_one_another():
-    sizes = [len(places) for places in rehearsed_updates.buckets(weights())]
+    sizes = [len(places) for places in large_updates.buckets(weights())]
     # 12 and 1, 5, and 12 elements.
     assert sizes == [2, 1, 1]
 
 
-def test_an_interruption_waits_for_the_update_to_end(monkeypatch):
+def test_memory_is_dear_on_accelerators(monkeypatch):
+    assert not large_updates.lacks_memory(weights())
+    gpu = large_updates.device_of(weights()[0])._replace(platform="cuda")
+    monkeypatch.setattr(large_updates, "device_of", lambda variable: gpu)
+    assert large_updates.lacks_memory(weights())
+
+
+def test_an_interruption_waits_for_the_update_to_end(rehearsed, monkeypatch):
     variables, optimizer = built(OPTIMIZERS["adam"])
     expected = built(OPTIMIZERS["adam"])
     expected[1].apply(gradients(0), expected[0])
@@ -165,7 +183,7 @@ def test_an_interruption_waits_for_the_update_to_end(monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_failure_in_the_middle_says_what_is_lost(monkeypatch):
+def test_a_failure_in_the_middle_says_what_is_lost(rehearsed, monkeypatch):
     variables, optimizer = built(OPTIMIZERS["adam"])
     update, calls = type(optimizer)._backend_update_step, []
 

@@ -1,8 +1,9 @@
-"""Updates of large weights, a few at a time: rehearsed first, and then made.
+"""Updates of large weights, a few at a time; on accelerators rehearsed first.
 
-To be whole or not at all, an update would have to keep a copy of everything that it
-changes. Here every weight's update is computed, looked at and forgotten before any is
-made: memory holds the numbers of one weight, and the optimizer computes twice.
+To be whole or not at all, an update keeps a copy of everything that it changes. Where
+memory lacks more than time does, every weight's update is computed, looked at and
+forgotten instead before any is made: memory holds the numbers of one weight, and the
+optimizer computes twice.
 """
 
 import contextlib
@@ -16,15 +17,16 @@ import keras
 from keras import ops
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 
+from keras_ebft.backend.device import device_of
 from keras_ebft.backend.runtime import after, dense, no_gradient
 from keras_ebft.typing import Tensor
 
-# Elements of weights that are updated in one call: Keras' optimizers on PyTorch hold
-# some numbers for each.
-BUCKET = 2**22
+# Elements of weights that are updated in one call. Keras' optimizers on PyTorch hold
+# four more numbers for each: fewer take less time, too (docs/benchmarks.md).
+BUCKET = 2**20
 
 
-def can_be_rehearsed(
+def updates_in_steps(
     optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
 ) -> bool:
     """Whether weights change by an optimizer's `update_step` and weight decay alone.
@@ -43,21 +45,52 @@ def can_be_rehearsed(
     )
 
 
-def rehearsing(
+def lacks_memory(variables: Sequence[keras.Variable]) -> bool:
+    """Whether weights lie where memory is dearer than computing twice.
+
+    Args:
+        variables: list of Keras variables.
+    """
+    return device_of(variables[0]).platform != "cpu"
+
+
+def in_buckets(optimizer: keras.optimizers.Optimizer) -> dict[str, Callable[..., Any]]:
+    """Methods of an optimizer by name, with which it updates a few weights at a time.
+
+    Args:
+        optimizer: one that `updates_in_steps`.
+    """
+    decay, update = optimizer._apply_weight_decay, optimizer._backend_update_step
+
+    def update_in_buckets(grads: Any, variables: Any, learning_rate: Any) -> None:
+        for places in buckets(variables):
+            own = [variables[place] for place in places]
+            decay(own)
+            update([grads[place] for place in places], own, learning_rate)
+
+    return {
+        # With the update that it belongs to.
+        "_apply_weight_decay": lambda variables: None,
+        "_backend_update_step": update_in_buckets,
+    }
+
+
+def rehearsed(
     optimizer: keras.optimizers.Optimizer,
     all_finite: Callable[[Sequence[Any]], Tensor],
 ) -> tuple[dict[str, Callable[..., Any]], list[Tensor]]:
-    """What an optimizer's methods are replaced by while it is applied.
+    """The same methods, which update nothing unless all of it is finite.
 
     Args:
-        optimizer: one that `can_be_rehearsed`.
+        optimizer: one that `updates_in_steps`.
         all_finite: function of a list of tensors that returns a bool scalar.
 
     Returns:
         `(methods, made)`: methods by name, and a list that gets one bool scalar when
-        they have run, whether the update was finite and was made.
+        they have run, whether there was an update.
     """
-    decay, update = optimizer._apply_weight_decay, optimizer._backend_update_step
+    methods = in_buckets(optimizer)
+    update = methods["_backend_update_step"]
     made: list[Tensor] = []
 
     def rehearse(gradient: Any, variable: Any, learning_rate: Any) -> Tensor:
@@ -66,33 +99,22 @@ def rehearsing(
             optimizer.update_step(dense(gradient), variable, learning_rate)
         return all_finite(list(scope.state_mapping.values()))
 
-    def rehearse_all(grads: Any, variables: Any, learning_rate: Any) -> Tensor:
+    def update_if_finite(grads: Any, variables: Any, learning_rate: Any) -> None:
         found = all_finite([])
         for gradient, variable in zip(grads, variables):
             # One after the other on TensorFlow, too.
             with no_gradient(), after(found):
                 finite = rehearse(gradient, variable, learning_rate)
                 found = ops.logical_and(found, finite)
-        return found
-
-    def update_in_buckets(grads: Any, variables: Any, learning_rate: Any) -> None:
-        made.append(rehearse_all(grads, variables, learning_rate))
+        made.append(found)
 
         def make() -> None:
             with _saying_what_is_lost():
-                for places in buckets(variables):
-                    own = [variables[place] for place in places]
-                    decay(own)
-                    update([grads[place] for place in places], own, learning_rate)
+                update(grads, variables, learning_rate)
 
-        ops.cond(made[0], make, lambda: None)
+        ops.cond(found, make, lambda: None)
 
-    methods: dict[str, Callable[..., Any]] = {
-        # With the update that it belongs to.
-        "_apply_weight_decay": lambda variables: None,
-        "_backend_update_step": update_in_buckets,
-    }
-    return methods, made
+    return {**methods, "_backend_update_step": update_if_finite}, made
 
 
 def buckets(variables: Sequence[keras.Variable]) -> Iterator[list[int]]:
