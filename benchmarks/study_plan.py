@@ -27,7 +27,7 @@ LEAST_FALL = 0.01
 
 DEFAULTS = {
     "model": {"kind": "smollm2"},
-    "adapters": 8,
+    "adapters": 16,
     "length": 64,
     "batch_size": 4,
     "steps": 100,
@@ -44,7 +44,6 @@ BASE = {
     "batch_size": 4,
     "steps_each": 50,
     "most_steps": 1000,
-    "adapters": 16,
     "documents": 64,
 }
 AUDIT = {"rows": 24, "batch_size": 4}
@@ -227,6 +226,11 @@ def base_lines(records, task):
     """Lines of the base's training, in order."""
     found = records.kind("base", task)
     return [found[unit] for unit in sorted(found, key=lambda unit: unit[2])]
+
+
+def best_base(lines):
+    """Which stretch of the base's training ended with the lowest validation loss."""
+    return min(range(len(lines)), key=lambda index: lines[index]["cross_entropy"])
 
 
 def first_sft(plan):

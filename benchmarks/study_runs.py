@@ -45,17 +45,12 @@ class Workshop:
         Returns:
             dict of what the line of the unit holds.
         """
-        found = getattr(self, f"_{unit[0]}")(*unit[2:])
-        gc.collect()
-        return found
+        return getattr(self, f"_{unit[0]}")(*unit[2:])
 
     # The base.
 
     def _base(self, index):
         settings = self.plan["base"]
-        if index == 0:
-            # Nothing of an earlier study.
-            self._base_path(index).unlink(missing_ok=True)
         self._prepare_base_training()
         lines = study_plan.base_lines(self.records, self.name)
         model = self._base_model
@@ -74,8 +69,8 @@ class Workshop:
         seconds = time.process_time() - start
         save(model, self._base_path(index))
         pairs = self.task.parts["validation"][: settings["documents"]]
-        written, scores = self._base_judge.write(pairs)
-        likelihood = self._base_judge.likelihood("validation", pairs)
+        written, scores = self._base_answers.write(pairs)
+        likelihood = self._base_answers.likelihood("validation", pairs)
         return {
             "steps": (index + 1) * steps,
             "learning_rate": rate,
@@ -90,14 +85,13 @@ class Workshop:
     def _prepare_base_training(self):
         if getattr(self, "_base_model", None) is not None:
             return
-        rank = self.plan["base"]["adapters"]
-        if rank:
-            self.causal_lm.backbone.enable_lora(rank)
+        if self.plan["adapters"]:
+            self.causal_lm.backbone.enable_lora(self.plan["adapters"])
             draw_adapters(self.causal_lm, BASE_SEED)
         self._base_model = keras_ebft.EBFTModel.sft(self.causal_lm, seed=BASE_SEED)
         self._base_model.compile(make_optimizer(1.0))
         self._base_model.optimizer.build(self._base_model.trainable_variables)
-        self._base_judge = study_measures.Answers(
+        self._base_answers = study_measures.Answers(
             self.causal_lm, self.task, self.plan["evaluation"]
         )
 
@@ -108,25 +102,17 @@ class Workshop:
         """Brings the model to the base, with what every method trains on top of it."""
         if self.judge is not None:
             return
-        backbone, settings = self.causal_lm.backbone, self.plan["base"]
+        backbone = self.causal_lm.backbone
         lines = study_plan.base_lines(self.records, self.name)
         if any(method.get("network") for method in self.plan["methods"].values()):
             self.pretrained = load(self.plan["model"], self.plan["length"], self.task)
+        self._prepare_base_training()
         if lines:
-            self._prepare_base_training()
-            best = min(range(len(lines)), key=lambda i: lines[i]["cross_entropy"])
-            restore(self._base_model, self._base_path(best))
-        self._base_model = self._base_judge = None
-        if lines and settings["adapters"]:
-            # A model whose layers have never been adapted: Keras adapts once.
-            kernels = {
-                layer.path: to_numpy(layer.kernel) for layer in adapted_layers(backbone)
-            }
-            self.causal_lm = load(self.plan["model"], self.plan["length"], self.task)
-            backbone = self.causal_lm.backbone
-            set_kernels(backbone, kernels)
+            best = self._base_path(study_plan.best_base(lines))
+            restore(self._base_model, best)
+        self._base_model = self._base_answers = None
         if self.plan["adapters"]:
-            backbone.enable_lora(self.plan["adapters"])
+            merge(backbone)
         self.start = [to_numpy(v) for v in self.causal_lm.trainable_variables]
         self._reset(0)
         self.judge = study_measures.Judge(
@@ -185,18 +171,16 @@ class Workshop:
         if method["kind"] == "sft":
             return keras_ebft.EBFTModel.sft(self.causal_lm, seed=seed, **options)
         if method["kind"] == "rlvr":
-            sampler = {
-                "anchors": "answer_start",
-                "num_anchors": self._most_documents(),
-                "rollout_length": self.task.answer_tokens,
-                "temperature": 1.0,
-                **(method.get("sampler") or {}),
-            }
-            reward = keras_ebft.VerifierReward(self._verify)
+            whole_answers = keras_ebft.BlockSampler(
+                anchors="answer_start",
+                num_anchors=self._most_documents(),
+                rollout_length=self.task.answer_tokens,
+                temperature=1.0,
+            )
             return keras_ebft.EBFTModel(
                 self.causal_lm,
-                keras_ebft.BlockSampler(**sampler),
-                reward=reward,
+                _changed(whole_answers, method.get("sampler")),
+                reward=keras_ebft.VerifierReward(self._verify),
                 seed=seed,
                 **options,
             )
@@ -204,12 +188,18 @@ class Workshop:
         found = self._recommended() if method.get("audit") else {}
         return keras_ebft.EBFTModel(
             self.causal_lm,
-            _changed(recipe.sampler, method.get("sampler")),
+            _changed(recipe.sampler, self._blocks(method.get("sampler"))),
             self._features(recipe, method, found.get("features")),
             _reward(recipe, method, found.get("reward")),
             seed=seed,
             **{"ce_weight": recipe.ce_weight, **options},
         )
+
+    def _blocks(self, sampler):
+        """Settings of blocks; one for every answer of a row where answers begin."""
+        if sampler and sampler.get("anchors") == "answer_start":
+            return {"num_anchors": self._most_documents(), **sampler}
+        return sampler
 
     def _recommended(self):
         return self.records.get("audit", self.name)
@@ -277,7 +267,7 @@ class Workshop:
         history = fit_in_phases(model, rows, steps, size, rate)
         seconds = time.process_time() - start, time.monotonic() - wall
         save(model, self._path(method, budget, rate, seed), with_optimizer=False)
-        return {
+        found = {
             "steps": steps,
             "documents": count_documents(rows),
             "history": history,
@@ -288,6 +278,10 @@ class Workshop:
             "seconds": round(seconds[1], 1),
             "validation": self.judge("validation", whole=False),
         }
+        # Its slots and its frozen network, which refer to each other.
+        del model
+        gc.collect()
+        return found
 
     def _test(self, method, budget, rate, seed):
         self._open()
@@ -308,7 +302,11 @@ class Workshop:
         return self.folder / f"{self.name}_{name}_{budget}_{rate:g}_{seed}.npz"
 
     def tidy(self):
-        """Removes weights of runs that nobody needs any more."""
+        """Removes weights that nobody needs any more."""
+        lines = study_plan.base_lines(self.records, self.name)
+        for index in range(len(lines) - 1):
+            if index != study_plan.best_base(lines):
+                self._base_path(index).unlink(missing_ok=True)
         units = study_plan.finished_states(self.plan, self.records, self.name)
         for _, _, *settings in units:
             self._path(*settings).unlink(missing_ok=True)
@@ -443,15 +441,11 @@ def draw_adapters(causal_lm, seed):
         variable.assign(np.zeros(variable.shape) if zero else draw(variable.shape))
 
 
-def set_kernels(backbone, kernels):
-    """Assigns kernels by the paths of their layers, without the backbone's name."""
-    variables = {_within(variable.path): variable for variable in backbone.variables}
-    for path, kernel in kernels.items():
-        variables[_within(f"{path}/kernel")].assign(kernel)
-
-
-def _within(path):
-    return path.partition("/")[2]
+def merge(backbone):
+    """Makes adapters a part of the kernels below them, and new ones of them."""
+    for layer in adapted_layers(backbone):
+        layer._kernel.assign(to_numpy(layer.kernel))
+        layer.lora_kernel_b.assign(np.zeros(layer.lora_kernel_b.shape))
 
 
 def state_of(model, with_optimizer):

@@ -166,7 +166,13 @@ def _remainder_small(draw):
     return f"{a}%{b}=", f"{a % b}"
 
 
+def _largest_small(draw):
+    values = _several(draw, 3)
+    return f"max {' '.join(map(str, values))}=", f"{max(values)}"
+
+
 FAMILIES = {
+    "max_small": _largest_small,
     "add_small": _add_small,
     "subtract_small": _subtract_small,
     "multiply_small": _multiply_small,
