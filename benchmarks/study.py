@@ -16,11 +16,8 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import study_plan
 
@@ -135,7 +132,9 @@ def go_on(plan, records, arguments):
         records.add(unit, {**found, "unit_seconds": round(spent, 1), "machine": where})
         workshop.tidy()
         done += 1
-        print(f"[{spent:.0f} s] {' '.join(map(str, unit))}: {in_short(found)}", flush=True)
+        print(
+            f"[{spent:.0f} s] {' '.join(map(str, unit))}: {in_short(found)}", flush=True
+        )
     print("Everything is done. --tables makes the tables.", flush=True)
 
 

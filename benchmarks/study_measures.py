@@ -147,7 +147,9 @@ class Judge(Answers):
         per_document["sampled"] = [float(np.mean(s)) for s in scores]
         measured = {"sampled": float(np.mean(per_document["sampled"]))}
         for k in settings["k"]:
-            measured[f"best@{k}"] = float(np.mean([expected_best(s, k) for s in scores]))
+            measured[f"best@{k}"] = float(
+                np.mean([expected_best(s, k) for s in scores])
+            )
         return measured
 
     def _feature_matching(self, pairs):
@@ -219,7 +221,9 @@ def answer_log_probs(logits_of, pairs, tokenizer, batch_size=8):
     rows = single_documents(pack(pairs, tokenizer, length))
     rows = {name: _wide(values, length) for name, values in rows.items()}
     for start in range(0, len(pairs), batch_size):
-        batch = {name: value[start : start + batch_size] for name, value in rows.items()}
+        batch = {
+            name: value[start : start + batch_size] for name, value in rows.items()
+        }
         size = len(batch["token_ids"])
         inputs = [
             ops.convert_to_tensor(np.resize(batch[name], (batch_size, length)))

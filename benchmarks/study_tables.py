@@ -132,14 +132,13 @@ def test_table(plan, records, task, budget):
     for method, where in rows_of(plan, task, budget):
         rate, found = chosen_lines(plan, records, task, method, where)
         if found:
-            rows.append(
-                method_row(plan, method, rate, found, base, compared, names)
-            )
+            rows.append(method_row(plan, method, rate, found, base, compared, names))
     documents = len(base["per_document"]["greedy"])
     return (
-        table(columns, rows) + f"\n\n{documents} test documents. A number is the mean over "
+        table(columns, rows)
+        + f"\n\n{documents} test documents. A number is the mean over "
         "seeds, in brackets their standard deviation; ± is half of a 95 % interval of "
-        "the paired difference over documents, of which each has the mean of its seeds. "
+        "the paired difference over documents, each with the mean of its seeds. "
         "^: the rate is the lowest or highest that was tried."
     )
 

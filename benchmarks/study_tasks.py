@@ -212,9 +212,7 @@ def numbers(families, sizes, seed=0, answer_tokens=13):
             break
         prompt, answer = FAMILIES[families[attempt % len(families)]](draw)
         pairs[prompt] = answer
-    return Task(
-        cut(pairs.items(), sizes, seed), same_text(pairs), True, answer_tokens
-    )
+    return Task(cut(pairs.items(), sizes, seed), same_text(pairs), True, answer_tokens)
 
 
 def from_reasoning_gym(name, sizes, seed=0, answer_tokens=16, longest=160, **config):
@@ -236,7 +234,7 @@ def from_reasoning_gym(name, sizes, seed=0, answer_tokens=16, longest=160, **con
     except ImportError as error:
         raise ImportError(
             f"Expected the package 'reasoning-gym'. Received: {error}. Install it with "
-            "`pip install reasoning-gym==0.1.25`, or choose a task of another kind."
+            '`pip install "keras_ebft[study]"`, or choose a task of another kind.'
         ) from error
     names = [name] if isinstance(name, str) else name
     size = 2 * sum(sizes.values()) // len(names)
@@ -258,7 +256,7 @@ def from_reasoning_gym(name, sizes, seed=0, answer_tokens=16, longest=160, **con
 
 
 def translation(
-    sizes, config="en-de", longest=60, seed=0, answer_tokens=24, data_dir=None
+    sizes, config="en-de", longest=60, seed=0, answer_tokens=40, data_dir=None
 ):
     """Short messages of installed programs and their translations, judged by chrF.
 
@@ -286,13 +284,13 @@ def translation(
     )
     metric = sacrebleu.metrics.CHRF()
     answers = {}
-    for source, target in found:
+    for source, target in ([text.strip() for text in pair] for pair in found):
         # Two words or more: single ones have too many translations.
         if " " in source and len(source) <= longest >= len(target):
             answers.setdefault(f"{source}\n", target)
 
     def verify(prompt, completion):
-        written = completion.strip().split("\n")[0]
+        written = completion.strip().partition("\n")[0]
         return metric.sentence_score(written, [answers[prompt]]).score / 100.0
 
     return Task(cut(answers.items(), sizes, seed), verify, False, answer_tokens)

@@ -11,15 +11,16 @@ import pytest
 
 from keras_ebft.evaluation import pass_at_k
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-sys.path.append(str(BENCHMARKS))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import study
 import study_measures
 import study_plan
+import study_runs
 import study_tables
 import study_tasks
 
+BENCHMARKS = Path(study.__file__).parent
 SIZES = {"base": 8, "train": 6, "validation": 3, "test": 3}
 NUMBERS = {
     "kind": "numbers",
@@ -131,9 +132,7 @@ def test_screening_seeds_alone_choose_and_all_of_them():
     both = plan_of(screening_seeds=2)
     assert study_plan.choose_rate(both, Written(lines), "numbers", "SFT") is None
     more |= run_of(1e-2, (0.4, 0.9), (0, 0), seed=1)
-    assert (
-        study_plan.choose_rate(both, Written(lines | more), "numbers", "SFT") == 1e-2
-    )
+    assert study_plan.choose_rate(both, Written(lines | more), "numbers", "SFT") == 1e-2
 
 
 @pytest.mark.backend_independent
@@ -266,6 +265,25 @@ def test_the_plans_that_come_along_are_whole():
         plan = study_plan.read_plan(path)
         assert study_plan.first_sft(plan), path
         assert plan["about"], path
+
+
+@pytest.mark.on_torch
+def test_every_method_of_the_plans_can_be_built(tmp_path):
+    methods = {}
+    for name in ("cpu_small", "full"):
+        plan = study_plan.read_plan(BENCHMARKS / "plans" / f"{name}.json")
+        methods |= plan["methods"]
+    plan = plan_of(methods=methods, model={"kind": "tiny", "width": 8, "layers": 4})
+    found = {"features": {"layers": [0.5]}, "reward": {"whitening": "rollout"}}
+    records = Written({("audit", "numbers"): found})
+    workshop = study_runs.Workshop(plan, "numbers", tmp_path, records)
+    workshop.pretrained = study_runs.load(plan["model"], 32, workshop.task)
+    for name, method in methods.items():
+        model = workshop.build(method, seed=0)
+        trains_alone = study_measures.token_passes(model, 32, 1) == 96.0
+        assert trains_alone == (method["kind"] == "sft"), name
+        if method.get("audit"):
+            assert model.feature_network.layers == (0.5,)
 
 
 @pytest.mark.backend_independent
