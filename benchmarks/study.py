@@ -79,24 +79,29 @@ def keep_plan(plan, folder):
     path.write_text(text, "utf-8")
 
 
+def accelerators():
+    """Names of the devices that are no processors."""
+    import keras
+
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    found = keras.distribution.list_devices()
+    return [name for name in map(str, found) if "cpu" not in name.lower()]
+
+
 def check_device():
     """Ends the program where there is no accelerator.
 
     Raises:
         ValueError: if there is none.
     """
-    import keras
-
-    found = [str(device) for device in keras.distribution.list_devices()]
-    if keras.backend.backend() == "torch":
-        import torch
-
-        found = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
-    found = [name for name in found if "cpu" not in name.lower()]
+    found = accelerators()
     if not found:
         raise ValueError(
-            f"Expected a GPU or TPU, which this plan is made for. Received: backend "
-            f"{keras.backend.backend()} with processors alone. Take the plan cpu_small."
+            "Expected a GPU or TPU, which this plan is made for. Received: processors "
+            "alone. Take the plan cpu_small, or another backend."
         )
     print(f"Devices: {', '.join(found)}", flush=True)
 

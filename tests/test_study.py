@@ -360,3 +360,12 @@ def test_time_that_is_left():
     assert study.left_after(10, now - 300, [200.0, 250.0]) > 0
     assert study.left_after(10, now - 300, [310.0]) < 0
     assert study.left_after(10, now - 601, None) < 0
+
+
+def test_processors_are_no_accelerators(capsys):
+    if study.accelerators():
+        study.check_device()
+        assert "Devices: " in capsys.readouterr().out
+    else:
+        with pytest.raises(ValueError, match="processors alone"):
+            study.check_device()
