@@ -242,7 +242,9 @@ def _counted(sampler: BlockSampler, length: int, batch_size: int) -> tuple[int, 
     """Tokens of a batch's documents, and how many rollouts they carry."""
     length = check_int("length", length, 1)
     batch_size = check_int("batch_size", batch_size, 1)
-    blocks = sampler.num_anchors or sampler.geometry(length).num_blocks
+    blocks = sampler.num_anchors or 1
+    if sampler.anchors == "stride":
+        blocks = sampler.geometry(length).num_blocks
     return batch_size * length, batch_size * sampler.num_samples * blocks
 
 

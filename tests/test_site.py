@@ -1,4 +1,4 @@
-"""The site of the documentation: it builds, links lead somewhere, no name is missing."""
+"""The site of the documentation: it builds, links lead on, no name is missing."""
 
 import inspect
 import os
