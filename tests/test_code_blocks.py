@@ -50,6 +50,18 @@ def pages():
     return [path for path in found if any(blocks(path))]
 
 
+# What users read first; all pages take a minute of processor time.
+QUICK = ("README.md", "concepts.md", "kernels.md")
+PAGES = [
+    pytest.param(
+        path,
+        id=str(path.relative_to(ROOT)),
+        marks=[] if path.name in QUICK else [pytest.mark.slow],
+    )
+    for path in pages()
+]
+
+
 @functools.cache
 def byte_preprocessor():
     """A tokenizer takes longer to make than a model."""
@@ -148,7 +160,7 @@ def reader(monkeypatch, tmp_path):
     os.mkdir("run")
 
 
-@pytest.mark.parametrize("path", pages(), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", PAGES)
 def test_blocks_of_a_page(reader, path):
     names = {}
     for line, code in blocks(path):
@@ -168,6 +180,7 @@ def test_blocks_are_found():
     assert sum(1 for path in pages() for _ in blocks(path)) > 35
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs(reader):
     """Its cells in their order, in one place, as in a notebook."""
     notebook = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text("utf-8"))
@@ -184,6 +197,7 @@ def test_the_tutorial_runs(reader):
 HEADER = ("Title", "Author", "Date created", "Last modified", "Description")
 
 
+@pytest.mark.slow
 def test_the_example_for_keras_io_runs(reader, capsys):
     """And has the format: a header, then texts as strings between the code."""
     source = (ROOT / "examples" / "keras_io.py").read_text("utf-8")

@@ -1,5 +1,7 @@
 """What is estimated of a step, against what one takes."""
 
+from pathlib import Path
+
 import keras
 import keras_hub
 import numpy as np
@@ -128,6 +130,34 @@ def test_shapes_have_the_sizes_of_their_models():
     sizes = [SHAPES[name].parameters / 1e9 for name in ("1B", "7B", "27B")]
     # As their makers count them; Gemma's without its encoder of images.
     assert sizes == pytest.approx([1.236, 7.616, 27.0], rel=0.002)
+
+
+HALF = {"dtype": "bfloat16"}
+BOTH = {"rematerialize": True, "micro_batches": 4}
+# In the order of the table's rows.
+IN_THE_TABLE = (
+    {},
+    {"rematerialize": True},
+    BOTH,
+    {**HALF, **BOTH},
+    {**HALF, "lora_rank": 16},
+    {**HALF, "lora_rank": 16, **BOTH},
+)
+
+
+@pytest.mark.backend_independent
+def test_the_table_of_the_page_is_what_is_estimated():
+    page = Path(__file__).parent.parent / "docs" / "memory.md"
+    table = page.read_text("utf-8").split("|---|---|---|---|\n", 1)[1].split("\n\n")[0]
+    rows = [line.split("|")[2:5] for line in table.splitlines()]
+    assert len(rows) == len(IN_THE_TABLE)
+    for row, options in zip(rows, IN_THE_TABLE):
+        for cell, shape in zip(row, SHAPES.values()):
+            sizes = [
+                memory(shape, batch_size=size, backend="jax", **options).total / 2**30
+                for size in (1, 16)
+            ]
+            assert cell.strip() == " / ".join(f"{size:.0f}" for size in sizes)
 
 
 @pytest.mark.backend_independent

@@ -2,11 +2,13 @@
 
 import inspect
 import os
+import runpy
 import subprocess
 import sys
 import types
 import zlib
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -74,7 +76,12 @@ def members(name, value):
     for base in inspect.getmro(value):
         if base.__module__.split(".")[0] == "keras_ebft":
             for member, found in vars(base).items():
-                if not member.startswith("_") and inspect.getdoc(found):
+                is_alias = getattr(found, "__name__", member) != member
+                if (
+                    not member.startswith("_")
+                    and inspect.getdoc(found)
+                    and not is_alias
+                ):
                     yield f"{name}.{member}"
 
 
@@ -97,3 +104,12 @@ def test_pages_from_elsewhere_are_in_the_site(site):
         assert (site / page).exists(), page
     home = (site / "index.html").read_text("utf-8")
     assert 'href="evidence/"' in home and "docs/evidence.md" not in home
+
+
+def test_pictures_are_those_of_their_script():
+    script = runpy.run_path(str(ROOT / "docs" / "draw_concepts.py"))
+    kept = {path.name for path in (ROOT / "docs" / "pictures").iterdir()}
+    assert kept == set(script["PICTURES"])
+    for name, draw in script["PICTURES"].items():
+        assert (ROOT / "docs" / "pictures" / name).read_text("utf-8") == draw(), name
+        ElementTree.fromstring(draw())
