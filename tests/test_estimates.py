@@ -13,7 +13,7 @@ from keras_ebft.estimates import SHAPES, DecoderShape, memory, work
 ON_TORCH = keras.backend.backend() == "torch"
 # None of the sizes that the coefficients were taken from.
 SHAPE = DecoderShape(3, 80, 208, 5, 1, 16, 97, tied=False)
-SAMPLER = keras_ebft.BlockSampler(rollout_length=5, stride=7, num_samples=2)
+SAMPLER = keras_ebft.BlockSampler(rollout_length=5, stride=7, num_samples=4)
 DOCUMENTS = {"length": 40, "batch_size": 1, "sampler": SAMPLER}
 
 
@@ -175,6 +175,7 @@ def test_the_paper_s_rows_hold_127_blocks():
     assert one.seconds(1e12, 0.5) == pytest.approx(one.total / 5e11)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not ON_TORCH, reason="PyTorch counts what runs")
 def test_operations_of_a_step():
     from torch.utils.flop_counter import FlopCounterMode
