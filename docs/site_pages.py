@@ -26,7 +26,9 @@ def place_in_site(source):
     """The place in the site of a file of the repository, `None` for other files."""
     if source in ELSEWHERE:
         return ELSEWHERE[source]
-    return source.removeprefix("docs/") if source.startswith("docs/") else None
+    if not source.startswith("docs/"):
+        return None
+    return source.removeprefix("docs/").replace(".ipynb", ".md")
 
 
 def with_links_of_the_site(text, source):
@@ -62,13 +64,9 @@ def on_files(files, config):
         text = with_links_of_the_site((ROOT / source).read_text("utf-8"), source)
         files.append(File.generated(config, page, content=text))
     for path in sorted((ROOT / "docs").rglob("*.ipynb")):
-        place = path.relative_to(ROOT / "docs").as_posix()
-        page = File.generated(
-            config,
-            place.replace(".ipynb", ".md"),
-            content=as_markdown(path.read_text("utf-8")),
-        )
-        files.append(page)
+        place = place_in_site(path.relative_to(ROOT).as_posix())
+        text = as_markdown(path.read_text("utf-8"))
+        files.append(File.generated(config, place, content=text))
     return files
 
 
