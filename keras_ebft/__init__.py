@@ -3,6 +3,7 @@
 from keras_ebft import (
     callbacks,
     data,
+    estimates,
     evaluation,
     functional,
     models,
@@ -43,6 +44,7 @@ __all__ = [
     "__version__",
     "callbacks",
     "data",
+    "estimates",
     "evaluation",
     "export_to_hugging_face",
     "functional",

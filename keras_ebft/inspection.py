@@ -125,15 +125,17 @@ class Inspection:
             ints; `prompt`, what the block sees of its document, and `truth`, how the
             document goes on, strings; and `rollouts`, one dict per sample:
 
-            - `text`, a string;
-            - `alignment`, `diversity`, `reward`, `advantage`: floats, with `"token"`
-              pooling lists of one per token; `None` for what is not finite;
-            - `tokens`, a list of strings that make up the text and its markers, and
-              `log_prob`, as many floats, in nats at the sampling temperature;
-            - `ended`, whether it wrote a stop token; `None` where there are none.
+                - `text`, a string;
+                - `alignment`, `diversity`, `reward`, `advantage`: floats, with
+                    `"token"` pooling lists of one per token; `None` for what is not
+                    finite;
+                - `tokens`, a list of strings that make up the text and its markers,
+                    and `log_prob`, as many floats, in nats at the sampling
+                    temperature;
+                - `ended`, whether it wrote a stop token; `None` where there are none.
 
-            Start and end tokens are in `tokens` alone. Of a model without a
-            preprocessor texts are lists of token ids.
+                Start and end tokens are in `tokens` alone. Of a model without a
+                preprocessor texts are lists of token ids.
 
         Raises:
             ValueError: also for a model that does not learn from rollouts.

@@ -1,7 +1,8 @@
 """Pictures of training runs and of the geometry. Each returns a matplotlib figure.
 
 Figures are made without `pyplot`: nothing is shown or kept open, and no display is
-needed. In a notebook a figure as the last line of a cell shows itself.
+needed. In a notebook a figure as the last line of a cell shows itself. They need
+`pip install "keras_ebft[plots]"`.
 """
 
 from collections.abc import Sequence
@@ -278,8 +279,13 @@ def _audited_label(row: dict) -> str:
 
 
 def _figure(panels: int) -> Any:
-    from matplotlib.figure import Figure
-
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            f"Expected the package matplotlib, which draws. Received: {error}. "
+            'Install it: pip install "keras_ebft[plots]".'
+        ) from error
     figure = Figure(figsize=(4.6 * panels, 3.6), layout="constrained")
     return figure, np.ravel(figure.subplots(1, panels))
 

@@ -70,6 +70,12 @@ def fitted():
     return Fitted()
 
 
+@pytest.mark.parametrize("method", ["fit", "evaluate"])
+def test_without_compile_it_is_asked_for(method):
+    with pytest.raises(ValueError, match=r"must call `compile\(\)`"):
+        getattr(build(), method)(documents(2, 24))
+
+
 def test_history_has_every_metric(fitted):
     expected = METRICS | {f"val_{name}" for name in METRICS} | UPDATES
     assert set(fitted.history) == expected

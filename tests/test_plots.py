@@ -1,6 +1,7 @@
 """Pictures: what is drawn is what was given."""
 
 import io
+import sys
 
 import numpy as np
 import pytest
@@ -81,3 +82,9 @@ def test_figures_can_be_saved():
 def test_nothing_to_draw(draw):
     with pytest.raises(ValueError, match="at least one entry"):
         draw({})
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"matplotlib.*keras_ebft\[plots\]"):
+        plots.rollout_length_curves({"EBFT": {2: 0.5}})

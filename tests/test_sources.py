@@ -325,8 +325,11 @@ def test_load_refuses(tmp_path):
 
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match="pip install datasets"):
+    with pytest.raises(ImportError, match=r"'datasets'.*keras_ebft\[huggingface\]"):
         load("opencodeinstruct", "train")
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(ImportError, match=r"'tensorflow-datasets'.*ebft\[data\]"):
+        load("tfds:imdb_reviews", "train")
 
 
 @pytest.mark.parametrize(

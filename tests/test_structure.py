@@ -23,7 +23,7 @@ LAYERS = (
     ("kernels", "objectives"),
     ("networks",),
     ("samplers", "features", "rewards", "training", "export", "plots"),
-    ("step", "notices", "recipes", "completions"),
+    ("step", "notices", "recipes", "completions", "estimates"),
     ("inspection",),
     ("model",),
     ("evaluation",),

@@ -128,6 +128,15 @@ def test_files_of_records(files, tmp_path):
 
 
 @pytest.mark.backend_independent
+def test_slices_of_a_file_are_documents(tmp_path):
+    path = tmp_path / "notes.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n')
+    documents = keras_ebft.data.from_path(path)
+    assert documents[1:] == ["two", "three"]
+    assert documents[:-2] == ["one"]
+    assert documents[-1] == "three"
+
+
 def test_texts_are_whole(files):
     """Line ends within a field, and fields longer than a spreadsheet's."""
     text = "a\u2028b\n" + "c" * 200_000

@@ -86,8 +86,11 @@ class RecordSequence(RecordDocuments):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> str | tuple[str, ...]:
-        """Document `index`."""
+    def __getitem__(self, index: int | slice) -> Any:
+        """Document `index`, or a list of those of a slice."""
+        if isinstance(index, slice):
+            # One by one: a slice of records may be a dict of columns.
+            return [self[i] for i in range(*index.indices(len(self)))]
         return self._document(self.records[index])
 
 

@@ -150,7 +150,7 @@ def _languages(template: str | None, config: str | None) -> str | None:
 
 
 def _load_tfds(path: str, config: str | None, split: str, data_dir: str | None) -> Any:
-    tfds = _import("tensorflow_datasets", "tensorflow-datasets")
+    tfds = _import("tensorflow_datasets", "tensorflow-datasets", "data")
     from keras_ebft.data import builders
 
     own = builders.builder_class(path)
@@ -172,13 +172,13 @@ def _load_tfds(path: str, config: str | None, split: str, data_dir: str | None) 
 def _load_huggingface(
     path: str, config: str | None, split: str, data_dir: str | None, streaming: bool
 ) -> Any:
-    datasets = _import("datasets", "datasets")
+    datasets = _import("datasets", "datasets", "huggingface")
     return datasets.load_dataset(
         path, config, split=split, cache_dir=data_dir, streaming=streaming
     )
 
 
-def _import(module: str, package: str) -> Any:
+def _import(module: str, package: str, extra: str) -> Any:
     import importlib
 
     try:
@@ -186,7 +186,7 @@ def _import(module: str, package: str) -> Any:
     except ImportError as error:
         raise ImportError(
             f"Expected the package {package!r} for this data set. Received: {error}. "
-            f"Install it, for example with `pip install {package}`."
+            f'Install it: pip install "keras_ebft[{extra}]".'
         ) from error
 
 

@@ -101,7 +101,7 @@ def comet(
     except ImportError as error:
         raise ImportError(
             "Expected the package 'unbabel-comet' for COMET. Received: "
-            f"{error}. Install it with `pip install unbabel-comet`, or use `bleu` or "
+            f'{error}. Install it: pip install "keras_ebft[comet]", or use `bleu` or '
             "`chrf`."
         ) from error
     path = model if model.endswith(".ckpt") else library.download_model(model)
@@ -118,8 +118,8 @@ def _sacrebleu() -> Any:
         import sacrebleu
     except ImportError as error:
         raise ImportError(
-            f"Expected the package 'sacrebleu'. Received: {error}. Install it with "
-            "`pip install sacrebleu`."
+            f"Expected the package 'sacrebleu'. Received: {error}. Install it: "
+            'pip install "keras_ebft[data]".'
         ) from error
     return sacrebleu
 

@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,7 +159,7 @@ def implementations(op):
     return _registry[op]
 
 
-def set_implementation(op, name):
+def set_implementation(op: str, name: str | None) -> None:
     """Forces an implementation of a path, or returns to the automatic choice.
 
     What is compiled already stays as it is: call this before `fit`, or `compile`
@@ -241,7 +242,7 @@ def in_use(**options):
 
 
 @contextlib.contextmanager
-def watch_choices():
+def watch_choices() -> Iterator[dict[str, set[str]]]:
     """Context that yields a dict, filled with the implementations that are chosen.
 
     Compiled functions choose when they are traced, not when they run again.

@@ -85,7 +85,7 @@ class OwnBytePairs:
         """Everything but vocabulary and merges, which are files of their own."""
         return {**super().get_config(), **self._settings}
 
-    def write_hugging_face(self, path):
+    def write_hugging_face(self, path: str | Path) -> None:
         """Writes the tokenizer in the Hugging Face layout, template included.
 
         Args:

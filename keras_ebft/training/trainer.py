@@ -149,6 +149,8 @@ class DocumentTrainer(keras.Model):
         That can only be the optimizer's. Keras would trace the whole model in every
         `fit` and `evaluate`, because a tokenizer is a layer that is never built.
         """
+        # Keras asks in `fit` alone.
+        self._assert_compile_called()
         if self.optimizer is not None and not self.optimizer.built:
             self.optimizer.build(self.trainable_variables)
         self._post_build()

@@ -1,5 +1,9 @@
 """What a reward would reward, measured before anything is trained."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import keras
 import keras_hub
 import numpy as np
 from keras import ops
@@ -68,16 +72,20 @@ class RewardAudit(Shown):
 
     def __init__(
         self,
-        model,
-        layers=(DEFAULT_LAYERS, (0.25,), (0.75,)),
-        modes=("concat",),
-        poolings=("last_token", "mean", "concat"),
-        whitenings=("rollout", None),
-        scores=None,
-        sampler=None,
-        resamples=1000,
-        seed=0,
-    ):
+        model: keras.Model,
+        layers: Sequence[Sequence[int | float] | None] = (
+            DEFAULT_LAYERS,
+            (0.25,),
+            (0.75,),
+        ),
+        modes: Sequence[str] = ("concat",),
+        poolings: Sequence[str] = ("last_token", "mean", "concat"),
+        whitenings: Sequence[str | None] = ("rollout", None),
+        scores: dict[str, Any] | None = None,
+        sampler: BlockSampler | None = None,
+        resamples: int = 1000,
+        seed: int = 0,
+    ) -> None:
         causal_lm = causal_lm_of(model)
         check_lists(layers, modes, poolings, whitenings)
         self._resamples = check_int("resamples", resamples, 1)
@@ -111,7 +119,7 @@ class RewardAudit(Shown):
             "seed": self._seed,
         }
 
-    def __call__(self, x, batch_size=4):
+    def __call__(self, x: Any, batch_size: int = 4) -> AuditResult:
         """Audits on documents.
 
         Args:
