@@ -40,6 +40,7 @@ def fit(model, epochs, learning_rate=0.02):
     return model.fit(x, batch_size=12, epochs=epochs, verbose=0).history
 
 
+@pytest.mark.not_on_tensorflow
 @pytest.mark.parametrize("whitening", [None, "rollout"])
 def test_ebft_halves_the_exact_feature_matching_loss(whitening):
     model = keras_ebft.EBFTModel(
