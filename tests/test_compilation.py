@@ -11,6 +11,7 @@ from helpers import byte_causal_lm, documents, llama, value_and_gradients
 from keras import ops
 
 import keras_ebft
+from keras_ebft.backend import runtime
 from keras_ebft.backend.gradients import differentiable
 from keras_ebft.backend.process_memory import return_freed_memory
 
@@ -125,6 +126,61 @@ def test_batches_may_change_their_shape():
     assert measured[2] < measured[0]
     # The last shape is known.
     assert BACKEND == "torch" or len(calls) == 4
+
+
+in_graphs = pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's graphs")
+
+
+@in_graphs
+def test_deep_networks_are_looked_into_as_graphs(monkeypatch):
+    sampler = keras_ebft.BlockSampler(
+        rollout_length=2, stride=4, context_length=4, num_samples=2
+    )
+
+    def verify(*_):
+        raise KeyError("no such task")
+
+    rewards = keras_ebft.VerifierReward(verify, decode=False)
+    model = keras_ebft.EBFTModel(
+        llama(num_layers=1), sampler, feature_network=None, reward=rewards, seed=0
+    )
+    x = documents(2, 12)
+    expected = model.rollout(x, seed=1)
+    scores = model.score(x, expected)
+    monkeypatch.setattr(runtime, "MANY_VARIABLES", 1)
+    found = model.rollout(x, seed=1)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, atol=1e-5)
+    for name, value in model.score(x, expected).items():
+        np.testing.assert_allclose(value, scores[name], atol=1e-5)
+    # What Python code raises comes out as it was raised.
+    with pytest.raises(KeyError, match="no such task"):
+        model.rewards(x, expected)
+
+
+@in_graphs
+def test_graphs_are_traced_once_per_shape_and_variables(monkeypatch):
+    monkeypatch.setattr(runtime, "MANY_VARIABLES", 2)
+    calls, read = [], [keras.Variable(2.0)]
+
+    def function(x):
+        calls.append(1)
+        return x * sum(variable.value for variable in read)
+
+    run = runtime.compiled(function, lambda: list(read))
+    # One variable is not worth a graph.
+    assert [float(run(ops.ones(()))) for _ in range(2)] == [2.0, 2.0]
+    assert len(calls) == 2
+    read.append(keras.Variable(3.0))
+    assert [float(run(ops.ones(()))) for _ in range(2)] == [5.0, 5.0]
+    read[1].assign(4.0)
+    assert float(run(ops.ones(()))) == 6.0
+    assert len(calls) == 3
+    assert run(ops.ones((2,))).shape == (2,)
+    assert len(calls) == 4
+    read[1] = keras.Variable(1.0)
+    assert float(run(ops.ones(()))) == 3.0
+    assert len(calls) == 5
 
 
 def resident():

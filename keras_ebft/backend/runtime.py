@@ -10,6 +10,10 @@ import numpy as np
 
 from keras_ebft.typing import Tensor
 
+# Read by networks of about twelve layers, from which on TensorFlow traces one layer and
+# not all of them.
+MANY_VARIABLES = 100
+
 
 def backend_name() -> str:
     """Name of the running Keras backend."""
@@ -99,8 +103,9 @@ def compiled(
 ) -> Callable[..., Any]:
     """Compiles a function of tensors that reads Keras variables, where it pays.
 
-    Op by op, JAX compiles every loop anew in each call; TensorFlow and PyTorch
-    run op by op well enough that compiling for a few calls costs more.
+    Op by op, JAX compiles every loop anew in each call. TensorFlow runs a deep network
+    several times slower than as a graph, and a small one well enough that tracing for
+    a few calls costs more; PyTorch gains nothing.
 
     Args:
         function: function of tensors; must not assign variables.
@@ -109,6 +114,8 @@ def compiled(
     Returns:
         A function of the same tensors, differentiable as before.
     """
+    if keras.backend.backend() == "tensorflow":
+        return _Graphs(function, variables)
     if keras.backend.backend() != "jax":
         return function
     import jax
@@ -122,6 +129,34 @@ def compiled(
         return stateless([variable.value for variable in variables()], *tensors)
 
     return call
+
+
+class _Graphs:
+    """A function as a graph of TensorFlow, if the variables it reads are many."""
+
+    def __init__(
+        self, function: Callable[..., Any], variables: Callable[[], list[Any]]
+    ) -> None:
+        self.function = function
+        self.variables = variables
+        self.read: list[Any] = []
+        self.graph: Callable[..., Any] = function
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        import tensorflow as tf
+
+        read = self.variables()
+        if len(read) < MANY_VARIABLES or not tf.executing_eagerly():
+            return self.function(*tensors)
+        # Adapters may have come, which a graph that is known has not read.
+        if list(map(id, read)) != list(map(id, self.read)):
+            self.graph = tf.function(self.function, autograph=False)
+            self.read = read
+        with collected_errors() as errors:
+            found = self.graph(*tensors)
+        if errors:
+            raise errors[0]
+        return found
 
 
 def call_python(
