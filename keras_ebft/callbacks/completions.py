@@ -57,6 +57,9 @@ class Completions(Periodic):
     ```
     """
 
+    # Of several processes the first does it.
+    writes = True
+
     def __init__(
         self,
         documents: Any,

@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_ebft.backend.replicas import is_first
 from keras_ebft.backend.updates import check_finite
 from keras_ebft.networks import adapters
 from keras_ebft.objectives.objective import WEIGHTS
@@ -13,18 +14,26 @@ class Serialization(keras.Model):
     def save(self, filepath, *args, **kwargs):
         """Saves the whole model, as `keras.Model.save` does.
 
+        Of several processes the first writes, and the others go on.
+
         Raises:
             FloatingPointError: if a weight is not finite; nothing is written.
         """
+        if not is_first():
+            return
         check_finite(self.written_variables(), filepath)
         super().save(filepath, *args, **kwargs)
 
     def save_weights(self, filepath, *args, **kwargs):
         """Saves the weights, as `keras.Model.save_weights` does.
 
+        Of several processes the first writes, and the others go on.
+
         Raises:
             FloatingPointError: if a weight is not finite; nothing is written.
         """
+        if not is_first():
+            return
         check_finite(self.written_variables(), filepath)
         super().save_weights(filepath, *args, **kwargs)
 
