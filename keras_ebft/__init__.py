@@ -3,6 +3,7 @@
 from keras_ebft import (
     callbacks,
     data,
+    distribution,
     evaluation,
     functional,
     models,
@@ -42,6 +43,7 @@ __all__ = [
     "__version__",
     "callbacks",
     "data",
+    "distribution",
     "evaluation",
     "export_to_hugging_face",
     "functional",

@@ -1,7 +1,9 @@
 """Several devices: what does not run on them is refused before anything is computed."""
 
+import contextlib
 import os
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -56,6 +58,40 @@ def refuse_sharded(causal_lm: Any) -> None:
                 "low-rank adapters and `rematerialize` save memory, and on the JAX "
                 f"backend ModelParallel shares weights out. {GUIDE}"
             )
+
+
+class _Following:
+    """A distribution that knows variables in a scope by their names outside of it."""
+
+    def __init__(self, distribution: Any, scope: str) -> None:
+        self._distribution = distribution
+        self._scope = f"{scope}/"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._distribution, name)
+
+    def get_variable_layout(self, variable: keras.Variable) -> Any:
+        path = variable.path.removeprefix(self._scope)
+        known = types.SimpleNamespace(path=path, shape=variable.shape)
+        return self._distribution.get_variable_layout(known)
+
+
+@contextlib.contextmanager
+def layouts_without(scope: str) -> Iterator[None]:
+    """Context in which a copy is laid out over the devices as its original.
+
+    Args:
+        scope: str, the name scope that the copy is made in, and the original was not.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None or backend_name() != "jax":
+        yield
+        return
+    keras.distribution.set_distribution(_Following(distribution, scope))
+    try:
+        yield
+    finally:
+        keras.distribution.set_distribution(distribution)
 
 
 Found = tuple[str, str] | None

@@ -14,7 +14,9 @@ With one replica nothing of this computes or communicates anything.
 """
 
 import contextlib
+import os
 import pickle
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -57,6 +59,26 @@ def process_index() -> int:
 def is_first() -> bool:
     """Whether this is the process that writes files, logs and the progress bar."""
     return process_index() == 0
+
+
+@contextlib.contextmanager
+def own_path(path: Any) -> Iterator[Any]:
+    """Context with the path that this process writes a model to.
+
+    Args:
+        path: path of a file or folder.
+
+    Yields:
+        `path` in the first process. In others `None`, or on JAX, where all processes
+        take part in reading weights, a path that is gone afterwards.
+    """
+    if is_first():
+        yield path
+    elif backend_name() == "torch":
+        yield None
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            yield os.path.join(folder, os.path.basename(os.fspath(path)))
 
 
 def num_shares() -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 import keras_hub
 
-from keras_ebft.backend.replicas import is_first
+from keras_ebft.backend.replicas import own_path
 from keras_ebft.backend.updates import check_finite
 from keras_ebft.export.generation import write_generation, writer_of
 from keras_ebft.export.layouts import layout_of
@@ -63,8 +63,13 @@ def export_to_hugging_face(
     _check_not_quantized(backbone)
     layout, path = layout_of(backbone), Path(path)
     _check_packages()
-    if not is_first():
-        return
+    with own_path(path) as own:
+        if own is not None:
+            _export(causal_lm, layout, Path(own))
+
+
+def _export(causal_lm: Any, layout: Any, path: Path) -> None:
+    backbone = causal_lm.backbone
     check_finite(backbone.variables, path)
     with _written_whole(path) as folder:
         with adapters.merged(backbone):

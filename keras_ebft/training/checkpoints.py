@@ -241,6 +241,8 @@ class TrainingCheckpoint(Shown, keras.callbacks.Callback):
 
     def _save(self) -> None:
         if not is_first():
+            # On JAX all processes take part in reading weights.
+            self.model.save_weights(self.filepath)
             return
         found = checkpoint_files.stamp(self.filepath)
         if found is not None and found != self._stamp:

@@ -16,7 +16,6 @@ from keras_ebft.backend.replicas import (
 # What does nothing but write.
 WRITERS = (
     keras.callbacks.CSVLogger,
-    keras.callbacks.ModelCheckpoint,
     keras.callbacks.ProgbarLogger,
     keras.callbacks.RemoteMonitor,
     keras.callbacks.TensorBoard,

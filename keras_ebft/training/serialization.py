@@ -2,7 +2,7 @@
 
 import keras
 
-from keras_ebft.backend.replicas import is_first
+from keras_ebft.backend.replicas import own_path
 from keras_ebft.backend.updates import check_finite
 from keras_ebft.networks import adapters
 from keras_ebft.objectives.objective import WEIGHTS
@@ -19,10 +19,10 @@ class Serialization(keras.Model):
         Raises:
             FloatingPointError: if a weight is not finite; nothing is written.
         """
-        if not is_first():
-            return
-        check_finite(self.written_variables(), filepath)
-        super().save(filepath, *args, **kwargs)
+        with own_path(filepath) as path:
+            if path is not None:
+                check_finite(self.written_variables(), filepath)
+                super().save(path, *args, **kwargs)
 
     def save_weights(self, filepath, *args, **kwargs):
         """Saves the weights, as `keras.Model.save_weights` does.
@@ -32,10 +32,10 @@ class Serialization(keras.Model):
         Raises:
             FloatingPointError: if a weight is not finite; nothing is written.
         """
-        if not is_first():
-            return
-        check_finite(self.written_variables(), filepath)
-        super().save_weights(filepath, *args, **kwargs)
+        with own_path(filepath) as path:
+            if path is not None:
+                check_finite(self.written_variables(), filepath)
+                super().save_weights(path, *args, **kwargs)
 
     def written_variables(self):
         """Weights and the optimizer's variables, a list of `keras.Variable`."""
