@@ -25,3 +25,20 @@ def test_the_scope_of_a_strategy_is_refused():
     with tf.distribute.OneDeviceStrategy("CPU:0").scope():
         distribution.refuse_silent_distribution()
     distribution.refuse_silent_distribution()
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="of JAX")
+def test_several_processes_of_jax_that_would_not_train_together_are_refused(
+    monkeypatch,
+):
+    import jax
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"2 processes without a keras\.distrib"):
+        distribution.refuse_silent_distribution()
+    mesh = keras.distribution.DeviceMesh((1, 1), ("batch", "model"), ["cpu:0"])
+    layout = keras.distribution.LayoutMap(mesh)
+    parts = keras.distribution.ModelParallel(layout_map=layout)
+    monkeypatch.setattr(keras.distribution, "distribution", lambda: parts)
+    with pytest.raises(ValueError, match="a ModelParallel over 2 processes"):
+        distribution.refuse_silent_distribution()

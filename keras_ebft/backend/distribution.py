@@ -142,7 +142,16 @@ def _on_torch() -> Found:
 def _on_jax() -> Found:
     import jax
 
-    if keras.distribution.distribution() is None and jax.process_count() > 1:
+    distribution = keras.distribution.distribution()
+    if jax.process_count() == 1:
+        return None
+    if isinstance(distribution, keras.distribution.ModelParallel):
+        return (
+            f"a ModelParallel over {jax.process_count()} processes, whose weights no "
+            "process could copy or write",
+            "Use the devices of one process, or DataParallel.",
+        )
+    if distribution is None:
         return (
             f"one of {jax.process_count()} processes without a keras.distribution, "
             "which would train alone",
