@@ -3,6 +3,7 @@
 from keras_ebft import (
     callbacks,
     data,
+    distribution,
     estimates,
     evaluation,
     functional,
@@ -44,6 +45,7 @@ __all__ = [
     "__version__",
     "callbacks",
     "data",
+    "distribution",
     "estimates",
     "evaluation",
     "export_to_hugging_face",

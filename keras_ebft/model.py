@@ -7,7 +7,16 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from keras_ebft.backend.distribution import refuse_silent_distribution
+from keras_ebft.backend.distribution import (
+    refuse_sharded,
+    refuse_silent_distribution,
+)
+from keras_ebft.backend.replicas import (
+    counted_once,
+    follow_first,
+    from_first,
+    shared_step,
+)
 from keras_ebft.backend.runtime import after, no_gradient, run_in_state
 from keras_ebft.data.row_batches import Rows
 from keras_ebft.features import FeatureNetwork
@@ -141,9 +150,12 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         **kwargs: Any,
     ) -> None:
         refuse_silent_distribution()
+        refuse_sharded(causal_lm)
         check_supported(causal_lm)
         complete_config(causal_lm.backbone)
         adapters.freeze_base(causal_lm.backbone)
+        # Before it is copied.
+        follow_first(causal_lm.variables)
         # Not the global policy: the backbone's own decides on loss scaling.
         kwargs.setdefault("dtype", dtype_policy_name(causal_lm.backbone))
         super().__init__(**kwargs)
@@ -181,6 +193,8 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         self._num_adapted = len(adapters.adapted_layers(backbone))
         self._build_step()
         self._build_state(seed)
+        # A critic's head.
+        follow_first(self.variables)
         note_frozen_copies(self, self._training_steps)
         self.built = True
 
@@ -249,7 +263,7 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
     def _build_state(self, seed: int | None) -> None:
         """Random generators, the count of steps, and the running means."""
         if seed is None:
-            seed = int(np.random.randint(2**31 - 3))
+            seed = from_first(int(np.random.randint(2**31 - 3)))
         # Two generators more count on from it.
         self.seed = check_int("seed", seed, 0, MOST_INT - 2)
         self._training_seed = keras.random.SeedGenerator(self.seed)
@@ -331,7 +345,7 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         *state, data = state_and_data
         batch = Batch(read_documents(as_batch(data)))
         # Where the data are at their end, nothing of a step may have happened.
-        with after(batch.documents.token_ids):
+        with after(batch.documents.token_ids), shared_step():
             if not self.objective.repeats_updates:
                 return self._update(state, batch)
             experience, state = run_in_state(
@@ -358,7 +372,7 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         """`train_step` without gradients and update."""
         *state, data = state_and_data
         batch = Batch(read_documents(as_batch(data)))
-        with no_gradient(), after(batch.documents.token_ids):
+        with no_gradient(), after(batch.documents.token_ids), shared_step():
             returned = super().test_step(*state, (batch,))
         logs = returned[0] if state else returned
         # There are no updates.
@@ -393,7 +407,7 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         weighed_at = steps + 0 if training else ops.maximum(steps - 1, 0)
         weighted = self.objective.weighted(outputs.terms, weighed_at)
         if self.losses:
-            weighted["regularization"] = sum(self.losses)
+            weighted["regularization"] = counted_once(sum(self.losses))
         return outputs._replace(weighted=weighted)
 
     def compute_loss(

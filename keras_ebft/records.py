@@ -100,6 +100,11 @@ class Experience(NamedTuple):
     judged: Judged
     old_log_prob: Tensor | None = None
 
+    def without_features(self) -> "Experience":
+        """The same without what was rewarded already, by far the largest of it."""
+        frozen = self.frozen._replace(generated=None, target=None)
+        return self._replace(frozen=frozen)
+
 
 class RolloutScores(NamedTuple):
     """What the policy says of rollouts, with gradient.

@@ -14,6 +14,7 @@ from typing import Any, cast
 import keras_hub
 from keras import ops
 
+from keras_ebft.backend.replicas import all_rows
 from keras_ebft.backend.runtime import no_gradient
 from keras_ebft.backend.sample_groups import in_groups
 from keras_ebft.features import FeatureNetwork
@@ -118,6 +119,7 @@ class EBFTStep:
             state, documents, with_gradient=self.objective.trains_documents
         )
         if not self.objective.needs_rollouts:
+            document_scores = all_rows(document_scores)
             terms = self.objective.terms(document_scores)
             return StepOutputs(terms, document_scores)
 
@@ -127,11 +129,16 @@ class EBFTStep:
 
         # The policy scores what it sampled against the same reading, with gradient.
         scores = self.score_rollouts(state, experience.rollouts)
+        critic_terms = {} if self.critic is None else self.criticise(experience)
+
+        # What replicas found of their rows: all means are those of the whole batch.
+        document_scores, experience, scores = all_rows(
+            (document_scores, experience.without_features(), scores)
+        )
 
         # L = policy_weight L_PG + ce_weight L_CE + kl_weight L_KL - entropy_weight H
         terms = self.objective.terms(document_scores, experience, scores)
-        if self.critic is not None:
-            terms = terms._replace(**self.criticise(experience))
+        terms = terms._replace(**critic_terms)
         return StepOutputs(terms, document_scores, experience, scores)
 
     def read(self, documents: Documents) -> DocumentState:
@@ -387,11 +394,8 @@ class EBFTStep:
         if critic.train_features:
             # Once more, with gradient to the network that features come from.
             frozen = self.read_frozen(experience.rollouts, with_reference=False)
-        return critic.terms(
-            head(frozen.target),
-            head(frozen.generated),
-            experience.judged.mask,
-        )
+        logits = head(frozen.target), head(frozen.generated)
+        return critic.terms(*all_rows((*logits, experience.judged.mask)))
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:

@@ -3,7 +3,6 @@
 import io
 import logging
 import tracemalloc
-import types
 
 import helpers
 import keras
@@ -562,15 +561,3 @@ def test_a_distribution_that_keras_ignores_is_refused(model, way, monkeypatch):
         WAYS[way](model, IDS)
     with pytest.raises(ValueError, match="ignores"):
         keras_ebft.EBFTModel(llama(num_layers=1))
-
-
-def test_several_processes_of_torch_are_refused(model, monkeypatch):
-    torch = pytest.importorskip("torch")
-    parallel = types.SimpleNamespace(
-        is_available=lambda: True,
-        is_initialized=lambda: True,
-        get_world_size=lambda: 2,
-    )
-    monkeypatch.setattr(torch, "distributed", parallel)
-    with pytest.raises(ValueError, match="with 2 processes"):
-        model.fit(IDS, verbose=0)

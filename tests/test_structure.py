@@ -23,6 +23,7 @@ LAYERS = (
     ("kernels", "objectives"),
     ("networks",),
     ("samplers", "features", "rewards", "training", "export", "plots"),
+    ("distribution",),
     ("step", "notices", "recipes", "completions", "estimates"),
     ("inspection",),
     ("model",),

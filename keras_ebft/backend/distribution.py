@@ -1,12 +1,16 @@
 """Several devices: what does not run on them is refused before anything is computed."""
 
+import contextlib
+import os
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 
 from keras_ebft.backend.runtime import backend_name
 
-REMEDY = "Use one device, or keras.distribution on the JAX backend."
+GUIDE = "See docs/distribution.md."
 
 
 def refuse_silent_distribution() -> None:
@@ -14,76 +18,151 @@ def refuse_silent_distribution() -> None:
 
     Keras accepts a `keras.distribution` on TensorFlow and PyTorch and ignores it;
     replicas of TensorFlow's strategies draw the same numbers and sum their gradients;
-    processes of `torch.distributed` would train apart.
+    processes that know nothing of one another train apart.
 
     Raises:
         ValueError: for any of these.
     """
-    found = _FINDERS.get(backend_name(), lambda: None)()
+    found = _FINDERS[backend_name()]()
     if found is not None:
+        received, remedy = found
         raise ValueError(
-            f"Expected training on one device with the {backend_name()} backend. "
-            f"Received: {found}. {REMEDY}"
+            "Expected one device, or several that train one model together, with the "
+            f"{backend_name()} backend. Received: {received}. {remedy} {GUIDE}"
         )
 
 
-def check_batch_divides(batch_size: int) -> None:
-    """Raises where a batch cannot be shared out between the devices.
+def refuse_sharded(causal_lm: Any) -> None:
+    """Raises for a model, or layers of it, that `fully_shard` was called with.
+
+    It finds no parameters in them: Keras' layers keep theirs elsewhere. So every
+    process would go on holding all of them.
 
     Args:
-        batch_size: int, rows of a batch in this process.
+        causal_lm: `CausalLM`, or what else a user took for one.
 
     Raises:
-        ValueError: if the devices of a `keras.distribution` do not divide it.
+        ValueError: if there is one.
     """
-    distribution: Any = keras.distribution.distribution()
-    if distribution is None or backend_name() != "jax":
+    if backend_name() != "torch":
         return
-    import jax
+    from torch.distributed.fsdp import FSDPModule
 
-    mesh = distribution.device_mesh
-    sizes = dict(zip(mesh.axis_names, mesh.shape))
-    devices = int(sizes.get(distribution.batch_dim_name, 1))
-    total = batch_size * jax.process_count()
-    if total % devices:
-        raise ValueError(
-            f"Expected batches that {devices} devices share evenly, because of a "
-            f"keras.distribution.{type(distribution).__name__}. Received: batches of "
-            f"{total} rows. Use a batch size that is a multiple of "
-            f"{devices // _greatest_divisor(devices, jax.process_count())}."
-        )
-
-
-def _greatest_divisor(number: int, of: int) -> int:
-    return max(n for n in range(1, of + 1) if of % n == 0 and number % n == 0)
+    backbone = getattr(causal_lm, "backbone", None)
+    for layer in (causal_lm, backbone, *getattr(backbone, "layers", ())):
+        if isinstance(layer, FSDPModule):
+            raise ValueError(
+                "Expected layers that every process holds as a whole, with the torch "
+                f"backend. Received: '{layer.name}' after fully_shard, which finds "
+                "no parameters in Keras' layers and shares out none. Leave it out: "
+                "low-rank adapters and `rematerialize` save memory, and on the JAX "
+                f"backend ModelParallel shares weights out. {GUIDE}"
+            )
 
 
-def _ignored() -> str | None:
+class _Following:
+    """A distribution that knows variables in a scope by their names outside of it."""
+
+    def __init__(self, distribution: Any, scope: str) -> None:
+        self._distribution = distribution
+        self._scope = f"{scope}/"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._distribution, name)
+
+    def get_variable_layout(self, variable: keras.Variable) -> Any:
+        path = variable.path.removeprefix(self._scope)
+        known = types.SimpleNamespace(path=path, shape=variable.shape)
+        return self._distribution.get_variable_layout(known)
+
+
+@contextlib.contextmanager
+def layouts_without(scope: str) -> Iterator[None]:
+    """Context in which a copy is laid out over the devices as its original.
+
+    Args:
+        scope: str, the name scope that the copy is made in, and the original was not.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None or backend_name() != "jax":
+        yield
+        return
+    keras.distribution.set_distribution(_Following(distribution, scope))
+    try:
+        yield
+    finally:
+        keras.distribution.set_distribution(distribution)
+
+
+Found = tuple[str, str] | None
+
+
+def _ignored() -> Found:
     distribution = keras.distribution.distribution()
     if distribution is None:
         return None
-    return f"a keras.distribution.{type(distribution).__name__}, which it ignores"
+    name = type(distribution).__name__
+    remedy = "Use the JAX backend."
+    if backend_name() == "torch":
+        remedy = "Use torchrun and torch.distributed, or the JAX backend."
+    return f"a keras.distribution.{name}, which it ignores", remedy
 
 
-def _on_tensorflow() -> str | None:
+def _on_tensorflow() -> Found:
     import tensorflow as tf
 
     if tf.distribute.has_strategy():
         strategy = tf.distribute.get_strategy()
         if not isinstance(strategy, tf.distribute.OneDeviceStrategy):
-            return f"the scope of a tf.distribute.{type(strategy).__name__}"
+            name = type(strategy).__name__
+            return (
+                f"the scope of a tf.distribute.{name}",
+                "Use one device, or several with the JAX or PyTorch backend.",
+            )
     return _ignored()
 
 
-def _on_torch() -> str | None:
+def _on_torch() -> Found:
     import torch
 
     parallel = torch.distributed
-    if parallel.is_available() and parallel.is_initialized():
-        processes = parallel.get_world_size()
-        if processes > 1:
-            return f"torch.distributed with {processes} processes"
+    grouped = parallel.is_available() and parallel.is_initialized()
+    # What torchrun says to the processes that it starts.
+    started = "TORCHELASTIC_RUN_ID" in os.environ
+    processes = int(os.environ.get("WORLD_SIZE", "1")) if started else 1
+    if processes > 1 and not grouped:
+        return (
+            f"one of {processes} processes of torchrun without a group, which would "
+            "train alone",
+            "Call torch.distributed.init_process_group() before the model is made.",
+        )
     return _ignored()
 
 
-_FINDERS = {"tensorflow": _on_tensorflow, "torch": _on_torch}
+def _on_jax() -> Found:
+    import jax
+
+    distribution = keras.distribution.distribution()
+    if jax.process_count() == 1:
+        return None
+    if isinstance(distribution, keras.distribution.ModelParallel):
+        return (
+            f"a ModelParallel over {jax.process_count()} processes, whose weights no "
+            "process could copy or write",
+            "Use the devices of one process, or DataParallel.",
+        )
+    if distribution is None:
+        return (
+            f"one of {jax.process_count()} processes without a keras.distribution, "
+            "which would train alone",
+            "Call keras.distribution.set_distribution(keras.distribution."
+            "DataParallel()) before the model is made.",
+        )
+    return None
+
+
+_FINDERS: dict[str, Callable[[], Found]] = {
+    "jax": _on_jax,
+    "tensorflow": _on_tensorflow,
+    "torch": _on_torch,
+}

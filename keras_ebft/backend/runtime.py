@@ -63,6 +63,37 @@ def after(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return tf.control_dependencies([tensor])
 
 
+def without_values(make: Callable[[], Any]) -> Any:
+    """Calls a function that makes layers, whose variables get shapes and no memory.
+
+    Args:
+        make: function without arguments.
+
+    Returns:
+        What it returned: to be asked for shapes, not to be called.
+    """
+    if keras.backend.backend() == "torch":
+        with keras.device("meta"):
+            return make()
+    found: list[Any] = []
+
+    def trace() -> int:
+        with keras.StatelessScope():
+            found.append(make())
+        return 0
+
+    if keras.backend.backend() == "jax":
+        import jax
+
+        jax.eval_shape(trace)
+    else:
+        import tensorflow as tf
+
+        with tf.Graph().as_default():
+            trace()
+    return found[0]
+
+
 def resolve_jit_compile(
     jit_compile: bool | str, runs_python: bool = False
 ) -> bool | str:

@@ -16,6 +16,7 @@ from keras_ebft.backend.large_updates import (
     updates_in_steps,
     without_interruption,
 )
+from keras_ebft.backend.replicas import summed_gradients
 from keras_ebft.backend.runtime import dense, no_gradient
 from keras_ebft.typing import Tensor
 
@@ -176,6 +177,8 @@ def _apply_if_finite(
         if trainable_variables is None:
             trainable_variables = optimizer._trainable_variables
         with no_gradient():
+            # Of the whole batch: all replicas decide alike whether it is finite.
+            grads = summed_gradients(grads)
             norms.append(gradient_norm(grads, _loss_scale(optimizer)))
         changed = [*trainable_variables, *optimizer.variables]
         methods: dict[str, Callable[..., Any]] = {}

@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+from keras_ebft.backend.replicas import is_first
 from keras_ebft.callbacks.completion_writers import (
     JsonLines,
     MlflowTable,
@@ -96,6 +97,9 @@ class Completions(Periodic):
         """Checks what would otherwise fail hours later."""
         super().on_train_begin(logs)
         self.ebft_model.check_completions(self.documents)
+        if not is_first():
+            # All take part in what has to be computed.
+            self.writers = []
         for writer in self.writers:
             writer.begin()
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import keras_hub
 
+from keras_ebft.backend.replicas import own_path
 from keras_ebft.backend.updates import check_finite
 from keras_ebft.export.generation import write_generation, writer_of
 from keras_ebft.export.layouts import layout_of
@@ -33,7 +34,8 @@ def export_to_hugging_face(
     has no such layout is logged, and the files of the checkpoint that training
     began with serve. Adapters are merged into the
     exported weights; the model itself keeps them apart. The files are moved to the
-    folder when all are written. Needs `pip install "keras_ebft[export]"`.
+    folder when all are written; of several processes the first writes. Needs
+    `pip install "keras_ebft[export]"`.
 
     Exported and compared after loading back, with KerasHub and with `transformers`:
     Gemma, Gemma 2, Gemma 3 (text), GPT-2, Llama, Llama 3, Mistral, Qwen 2/2.5 and
@@ -61,6 +63,13 @@ def export_to_hugging_face(
     _check_not_quantized(backbone)
     layout, path = layout_of(backbone), Path(path)
     _check_packages()
+    with own_path(path) as own:
+        if own is not None:
+            _export(causal_lm, layout, Path(own))
+
+
+def _export(causal_lm: Any, layout: Any, path: Path) -> None:
+    backbone = causal_lm.backbone
     check_finite(backbone.variables, path)
     with _written_whole(path) as folder:
         with adapters.merged(backbone):

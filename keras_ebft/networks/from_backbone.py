@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_ebft.backend.distribution import layouts_without
 from keras_ebft.networks import adapters
 from keras_ebft.networks.families import family_of, num_layers, parts_of
 from keras_ebft.networks.routed_network import RoutedNetwork
@@ -95,7 +96,7 @@ def _copy(backbone, kept, with_head, name):
     config = _trimmed_config(backbone, kept, with_head)
     # Keras finds a PyTorch parameter by its variable's path: without a scope of
     # its own the copy would take the place of the trained weights.
-    with keras.name_scope(name):
+    with keras.name_scope(name), layouts_without(name):
         copy = type(backbone).from_config(config)
     for variable, original in copied_variables(copy, backbone):
         # By way of NumPy: `assign` may share a buffer, which JAX then donates.

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_ebft.backend.replicas import own_rows
 from keras_ebft.layout.blocks import Blocks
 from keras_ebft.networks import OutputHead, RoutedNetwork, RowNetwork
 from keras_ebft.networks.prefix_cache import DocumentState
@@ -75,14 +76,15 @@ class ReplaySampler(BlockSampler):
         uniform: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         """The given rollouts; see `BlockSampler.__call__`."""
-        if tuple(uniform.shape) != self.token_ids.shape:
+        token_ids = own_rows(ops.convert_to_tensor(self.token_ids), uniform.shape[0])
+        if tuple(uniform.shape) != tuple(token_ids.shape):
             raise ValueError(
                 "Expected rollouts for the batch, of shape [B, n, K, G] = "
                 f"{tuple(uniform.shape)}. Received: token_ids of shape "
                 f"{self.token_ids.shape}. Replay them on the documents, batch size "
                 "and geometry they were made with."
             )
-        return ops.convert_to_tensor(self.token_ids), None
+        return token_ids, None
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments as a dict that JSON can hold."""

@@ -14,10 +14,8 @@ from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 from keras.src.trainers.data_adapters.data_adapter_utils import get_torch_dataloader
 from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
 
-from keras_ebft.backend.distribution import (
-    check_batch_divides,
-    refuse_silent_distribution,
-)
+from keras_ebft.backend.distribution import refuse_silent_distribution
+from keras_ebft.backend.replicas import num_shares, rows_of_process
 from keras_ebft.backend.runtime import tensorflow_dataset
 from keras_ebft.data import PackedRows, PackedStream, RecordDocuments
 from keras_ebft.data.columns import columns_of
@@ -98,6 +96,8 @@ class TokenBatches(DataAdapter):
     that are all padding, shorter ones padded on the right; both count for
     nothing. A fixed shape means one compilation, and TensorFlow needs it.
 
+    Every process reads whole batches, and hands on its share of the rows.
+
     Args:
         source: `PyDataset` or iterable of batches of anything
             `to_token_rows` reads, or of tuples `(batch,)`. Its `begin_epoch(epoch)`,
@@ -106,8 +106,8 @@ class TokenBatches(DataAdapter):
         report: `DataReport` that counts what is read until it is complete.
 
     Raises:
-        ValueError: if there is no batch, if a batch is larger than the first, brings
-            targets, or cannot be shared out between the devices.
+        ValueError: if there is no batch, if a batch is larger than the first, or
+            brings targets.
     """
 
     def __init__(self, source, reader, report):
@@ -130,7 +130,6 @@ class TokenBatches(DataAdapter):
         first = self._read(self._first(), check=True)
         self._checksum = checksum_of(source, first)
         self.shape = first["token_ids"].shape
-        check_batch_divides(self.shape[0])
         self.signature = {
             name: (values.shape, values.dtype) for name, values in first.items()
         }
@@ -227,7 +226,7 @@ class TokenBatches(DataAdapter):
             self.report.count_blocks(filled, self.reader.live_blocks(filled))
         self.tokens_read += int(np.count_nonzero(filled["padding_mask"]))
         self.batches_read += 1
-        return filled
+        return share_of(filled)
 
     def get_jax_iterator(self):
         """One epoch of batches of arrays, which JAX takes as they are."""
@@ -259,7 +258,7 @@ class TokenBatches(DataAdapter):
 
     @property
     def batch_size(self):
-        """Documents per batch."""
+        """Documents per batch, of all processes together."""
         return self.shape[0]
 
     @property
@@ -307,6 +306,29 @@ class TokenBatches(DataAdapter):
         """Tells a `PyDataset` that an epoch has ended."""
         if not self.endless:
             self._end_pass()
+
+
+def share_of(rows):
+    """The rows of a batch that this process computes with.
+
+    Args:
+        rows: dict of arrays `[B, ...]`, the same in every process.
+
+    Returns:
+        dict of arrays `[b, ...]`. Where the devices do not divide B, rows that are
+        all padding fill the batch up; they count for nothing.
+    """
+    missing = -len(rows["token_ids"]) % num_shares()
+    if missing:
+        rows = {
+            name: np.pad(
+                values,
+                [(0, missing)] + [(0, 0)] * (values.ndim - 1),
+                constant_values=FILLING[name],
+            )
+            for name, values in rows.items()
+        }
+    return {name: rows_of_process(values) for name, values in rows.items()}
 
 
 def token_batches(x, reader, batch_size, shuffle, seed, report=None):

@@ -16,6 +16,7 @@ import keras
 import keras_hub
 import numpy as np
 
+from keras_ebft.backend.replicas import is_first
 from keras_ebft.backend.runtime import backend_name
 from keras_ebft.networks import adapters
 from keras_ebft.representation import Shown
@@ -239,6 +240,10 @@ class TrainingCheckpoint(Shown, keras.callbacks.Callback):
         self._save()
 
     def _save(self) -> None:
+        if not is_first():
+            # On JAX all processes take part in reading weights.
+            self.model.save_weights(self.filepath)
+            return
         found = checkpoint_files.stamp(self.filepath)
         if found is not None and found != self._stamp:
             raise ValueError(

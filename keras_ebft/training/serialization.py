@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_ebft.backend.replicas import own_path
 from keras_ebft.backend.updates import check_finite
 from keras_ebft.networks import adapters
 from keras_ebft.objectives.objective import WEIGHTS
@@ -13,20 +14,28 @@ class Serialization(keras.Model):
     def save(self, filepath, *args, **kwargs):
         """Saves the whole model, as `keras.Model.save` does.
 
+        Of several processes the first writes, and the others go on.
+
         Raises:
             FloatingPointError: if a weight is not finite; nothing is written.
         """
-        check_finite(self.written_variables(), filepath)
-        super().save(filepath, *args, **kwargs)
+        with own_path(filepath) as path:
+            if path is not None:
+                check_finite(self.written_variables(), filepath)
+                super().save(path, *args, **kwargs)
 
     def save_weights(self, filepath, *args, **kwargs):
         """Saves the weights, as `keras.Model.save_weights` does.
 
+        Of several processes the first writes, and the others go on.
+
         Raises:
             FloatingPointError: if a weight is not finite; nothing is written.
         """
-        check_finite(self.written_variables(), filepath)
-        super().save_weights(filepath, *args, **kwargs)
+        with own_path(filepath) as path:
+            if path is not None:
+                check_finite(self.written_variables(), filepath)
+                super().save_weights(path, *args, **kwargs)
 
     def written_variables(self):
         """Weights and the optimizer's variables, a list of `keras.Variable`."""

@@ -9,11 +9,9 @@ from keras import ops
 # What Keras' own `compile` uses to set a metric that is listed elsewhere.
 from keras.src.utils.tracking import DotNotTrackScope
 
-from keras_ebft.backend.distribution import (
-    check_batch_divides,
-    refuse_silent_distribution,
-)
+from keras_ebft.backend.distribution import refuse_silent_distribution
 from keras_ebft.backend.held_state import holding_state
+from keras_ebft.backend.replicas import is_first, num_processes
 from keras_ebft.backend.runtime import resolve_jit_compile
 from keras_ebft.backend.updates import update_if_finite
 from keras_ebft.data.row_batches import Rows
@@ -24,6 +22,7 @@ from keras_ebft.training.batches import (
     Reader,
     TokenBatches,
     refuse_targets,
+    share_of,
     split_rows,
     token_batches,
 )
@@ -32,6 +31,7 @@ from keras_ebft.training.data_report import DataLog, DataReport
 from keras_ebft.training.metrics import GradientNorm, LossMean, SkippedUpdates
 from keras_ebft.training.monitors import settle_monitors
 from keras_ebft.training.optimizers import policy_optimizer_config, with_critic
+from keras_ebft.training.processes import FollowFirst, without_writers
 from keras_ebft.training.progress import PROGRESS, ShortProgress
 from keras_ebft.training.small_steps import warn_of_small_steps
 from keras_ebft.training.timing import StepTimer
@@ -274,6 +274,7 @@ class DocumentTrainer(keras.Model):
         # What `Throughput` asks for.
         self.step_timer = StepTimer(train)
         bar = _progress_bar(progress, callbacks, kwargs, self.step_timer)
+        others = [*without_writers(_as_list(callbacks)), *bar, *_followers()]
         with watch_choices() as choices:
             log = DataLog(report, lambda: train.packing_report)
             own = [
@@ -284,7 +285,7 @@ class DocumentTrainer(keras.Model):
                 return super().fit(
                     train,
                     validation_data=validation_data,
-                    callbacks=[*own, *_as_list(callbacks), *bar],
+                    callbacks=[*own, *others],
                     **kwargs,
                 )
             finally:
@@ -322,7 +323,8 @@ class DocumentTrainer(keras.Model):
         # Within `fit`, its callbacks come as one object.
         if not isinstance(callbacks, keras.callbacks.CallbackList):
             bar = _progress_bar(progress, callbacks, kwargs)
-            callbacks = [CurrentWeights(), *_as_list(callbacks), *bar]
+            given = without_writers(_as_list(callbacks))
+            callbacks = [CurrentWeights(), *given, *bar]
         self._evaluation_seed.state.assign(self._evaluation_start.copy())
         return super().evaluate(
             self._batches(x, batch_size), callbacks=callbacks, **kwargs
@@ -381,9 +383,7 @@ class DocumentTrainer(keras.Model):
         return Reader(self.causal_lm, self._check_rows, self._live_blocks)
 
     def _one_batch(self, x: Any) -> Rows:
-        rows = self._reader.read(x)
-        check_batch_divides(len(rows["token_ids"]))
-        return rows
+        return share_of(self._reader.read(x))
 
     def _batches(
         self,
@@ -428,11 +428,17 @@ def _progress_bar(
 ) -> list[keras.callbacks.Callback]:
     """Ours, unless there is to be none, Keras' own, or one that was given."""
     progress = check_choice("progress", progress, PROGRESS)
+    if not is_first():
+        options["verbose"] = 0
     bars = keras.callbacks.ProgbarLogger
     given = any(isinstance(callback, bars) for callback in _as_list(callbacks))
     if progress == "full" or options.get("verbose") == 0 or given:
         return []
     return [ShortProgress(timer)]
+
+
+def _followers() -> list[keras.callbacks.Callback]:
+    return [FollowFirst()] if num_processes() > 1 else []
 
 
 def _refuse_orbax(callbacks: Sequence[keras.callbacks.Callback]) -> None:

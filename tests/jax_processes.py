@@ -1,0 +1,35 @@
+"""One of several processes of JAX that train together; run by a test.
+
+    python tests/jax_processes.py RANK SIZE FOLDER PORT
+
+Writes what came of it to the folder, a pickle.
+"""
+
+import pickle
+import sys
+from pathlib import Path
+
+import block_tensorflow  # noqa: F401 (before anything else)
+import jax
+import keras
+import numpy as np
+import pytest
+from helpers import llama
+from replica_cases import CASES, rows
+
+import keras_ebft
+
+rank, size, folder, port = sys.argv[1:]
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+keras.distribution.initialize(f"localhost:{port}", int(size), int(rank))
+with pytest.raises(ValueError, match=r"2 processes without a keras\.distribution"):
+    keras_ebft.EBFTModel.sft(llama(num_layers=1))
+keras.distribution.set_distribution(keras.distribution.DataParallel())
+found = CASES["supervised, three rows"]()
+np.random.seed(int(rank))
+model = keras_ebft.EBFTModel.sft(llama(num_layers=1))
+model.compile("sgd")
+checkpoint = keras_ebft.TrainingCheckpoint(Path(folder) / f"saved_{rank}.weights.h5")
+model.fit(rows(2), verbose=0, callbacks=[checkpoint])
+found = {"supervised": found, "seed": model.seed}
+(Path(folder) / f"found_{rank}.pkl").write_bytes(pickle.dumps(found))

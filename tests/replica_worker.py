@@ -1,0 +1,102 @@
+"""One of several processes that train together; run by a test.
+
+    python tests/replica_worker.py RANK SIZE FOLDER
+
+Writes what came of every case to the folder, a pickle.
+"""
+
+import contextlib
+import datetime
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import block_tensorflow  # noqa: F401 (before anything else)
+import keras
+import numpy as np
+import torch
+from helpers import llama, to_numpy
+from keras import ops
+from replica_cases import CASES, plain, rows, sampler
+
+import keras_ebft
+from keras_ebft.backend import replicas
+from keras_ebft.layout.documents import read_documents
+from keras_ebft.layout.draws import draw_numbers
+
+rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+torch.distributed.init_process_group(
+    "gloo",
+    init_method=f"file://{folder}/meeting",
+    rank=rank,
+    world_size=size,
+    timeout=datetime.timedelta(seconds=300),
+)
+
+
+class StopsAt(keras.callbacks.Callback):
+    """Ends the program in the middle of the second epoch."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.epoch:
+            raise SystemExit
+
+
+def weights(model):
+    return [to_numpy(variable.value) for variable in model.causal_lm.variables]
+
+
+def trained(*callbacks):
+    model = plain()
+    model.compile(keras.optimizers.Adam(0.01))
+    fitted = model.fit(rows(), batch_size=4, epochs=2, verbose=0, callbacks=callbacks)
+    return {"weights": weights(model), "history": fitted.history}
+
+
+def resumed():
+    """Uninterrupted, and interrupted; the file is seen by the first process alone."""
+    path = folder / f"of_{rank}" / "run.weights.h5"
+    checkpoint = keras_ebft.TrainingCheckpoint(path, save_freq=1)
+    with contextlib.suppress(SystemExit):
+        trained(checkpoint, StopsAt())
+    if path.exists():
+        shutil.copy(path, folder / f"interrupted_{rank}.weights.h5")
+    return {"whole": trained(), "resumed": trained(checkpoint)}
+
+
+def drawn():
+    """The numbers that decide rollouts, of two equal rows in every process."""
+    documents = read_documents(
+        {
+            "token_ids": ops.ones((2, 20), dtype="int32"),
+            "padding_mask": ops.ones((2, 20), dtype="bool"),
+        }
+    )
+    random = sampler(anchors="random", num_anchors=3)
+    with replicas.shared_step():
+        return [to_numpy(numbers) for numbers in draw_numbers(random, documents, 5)]
+
+
+def written():
+    """A model of other weights and another seed in every process, and its files."""
+    np.random.seed(rank)
+    causal_lm = llama()
+    causal_lm.set_weights([w + rank for w in causal_lm.get_weights()])
+    model = keras_ebft.EBFTModel.sft(causal_lm)
+    model.compile("sgd")
+    callbacks = [
+        keras.callbacks.CSVLogger(folder / f"log_{rank}.csv"),
+        keras.callbacks.ModelCheckpoint(folder / f"best_{rank}.keras"),
+    ]
+    model.fit(rows(2), verbose=0, callbacks=callbacks)
+    model.save(folder / f"saved_{rank}.keras")
+    return {"seed": model.seed, "weights": weights(model)}
+
+
+found = {name: case() for name, case in CASES.items()}
+found |= {"resumed": resumed(), "drawn": drawn(), "written": written()}
+(folder / f"found_{rank}.pkl").write_bytes(pickle.dumps(found))

@@ -1,0 +1,80 @@
+"""Several devices, and several processes, of JAX train as one does."""
+
+import os
+import pickle
+import socket
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from replica_cases import difference
+from together import run_together
+
+BACKEND = keras.backend.backend()
+TESTS = Path(__file__).parent
+# Seconds, of which most are spent compiling on a busy machine.
+BOUND = 550
+pytestmark = [
+    pytest.mark.skipif(BACKEND != "jax", reason="of JAX"),
+    pytest.mark.slow,
+    pytest.mark.compiled,
+]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What a program with four virtual devices found."""
+    folder = tmp_path_factory.mktemp("devices")
+    run_together(TESTS / "jax_devices.py", [[folder]], folder, BOUND, ENVIRONMENT)
+    return pickle.loads((folder / "found.pkl").read_bytes())
+
+
+def test_devices_train_as_one(found):
+    """Also where they do not divide a batch, under both distributions of Keras."""
+    for run, expected in (
+        ("four", "one"),
+        ("parts", "one"),
+        ("supervised on 2", "supervised on 1"),
+    ):
+        worst, where = difference(found[run], found[expected])
+        assert worst < 1e-5, (run, where)
+
+
+def test_copies_and_slots_are_held_in_parts_as_the_weights_are(found):
+    shares = found["shares"]
+    policy = {
+        path: share
+        for path, share in shares.items()
+        if path.startswith(("token_embedding/", "transformer_layer_0/"))
+    }
+    assert len(policy) == 9
+    for path, share in policy.items():
+        # Nothing divides a vocabulary of 31.
+        assert share == (0.5 if "embedding" in path else 0.25), path
+        assert shares[f"frozen_network/{path}"] == share
+        slot = f"{path.replace('/', '_')}_momentum"
+        assert [s for p, s in shares.items() if p.endswith(slot)] == [share]
+
+
+def test_what_four_devices_wrote_goes_on_on_one(found):
+    for one, other in zip(found["resumed"]["whole"], found["resumed"]["resumed"]):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_processes_with_the_same_data_train_as_one(found, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    arguments = [[rank, 2, tmp_path, port] for rank in range(2)]
+    run_together(TESTS / "jax_processes.py", arguments, tmp_path, BOUND, ENVIRONMENT)
+    files = [tmp_path / f"found_{rank}.pkl" for rank in range(2)]
+    first, second = (pickle.loads(file.read_bytes()) for file in files)
+    for own in (first, second):
+        worst, where = difference(own["supervised"], found["supervised on 1"])
+        assert worst < 1e-5, where
+    assert first["seed"] == second["seed"]
+    written = [(tmp_path / f"saved_{rank}.weights.h5").exists() for rank in range(2)]
+    assert written == [True, False]
