@@ -25,6 +25,9 @@ import keras_ebft
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^( *)```python\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+# Its blocks start processes and ask for devices: tests/test_replicas.py and
+# tests/test_jax_devices.py do.
+DEVICES = ROOT / "docs" / "distribution.md"
 TEXTS = [f"def f{i}(x):\n    return x + {i}  # and so it goes on" for i in range(4)]
 PAIRS = [(f"{i} + 1 = ", f"{i + 1}, which is more") for i in range(4)]
 
@@ -45,9 +48,9 @@ def blocks(path):
 
 
 def pages():
-    """README and the pages that have blocks."""
+    """README and the pages that have blocks which one process can run."""
     found = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-    return [path for path in found if any(blocks(path))]
+    return [path for path in found if any(blocks(path)) and path != DEVICES]
 
 
 # What users read first; all pages take a minute of processor time.
@@ -177,6 +180,7 @@ def test_blocks_of_a_page(reader, path):
 
 
 def test_blocks_are_found():
+    assert [ast.parse(code) for _, code in blocks(DEVICES)]
     assert sum(1 for path in pages() for _ in blocks(path)) > 35
 
 
