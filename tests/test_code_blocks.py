@@ -9,6 +9,7 @@ are objects that take everything. Names that a page takes for granted (`texts`, 
 import ast
 import functools
 import json
+import logging
 import os
 import re
 import sys
@@ -113,7 +114,7 @@ def given(causal_lm, model):
         "keras_hub": keras_hub,
         "keras_ebft": keras_ebft,
         "np": np,
-        "logging": __import__("logging"),
+        "logging": logging,
         "causal_lm": causal_lm,
         "model": model,
         "tokenizer": tokenizer,
@@ -137,7 +138,18 @@ def packed_pairs():
 
 
 @pytest.fixture
-def reader(monkeypatch, tmp_path):
+def as_it_was_logged():
+    """Pages turn on what is logged; tests after them expect that nobody has."""
+    loggers = logging.getLogger(), logging.getLogger("keras_ebft")
+    before = [(logger.level, list(logger.handlers)) for logger in loggers]
+    yield
+    for logger, (level, handlers) in zip(loggers, before):
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
+
+
+@pytest.fixture
+def reader(monkeypatch, tmp_path, as_it_was_logged):
     """Someone who has the models, files and accounts that pages ask for."""
     monkeypatch.chdir(tmp_path)
     # Pages set it; the backend of this process stays what it is.

@@ -40,6 +40,14 @@ def rehearsed(monkeypatch):
     monkeypatch.setattr(updates, "lacks_memory", lambda variables: True)
 
 
+@pytest.fixture
+def interruptible():
+    """As where a user can interrupt: what runs in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(params=["rehearsed", "copied"])
 def either_way(request):
     if request.param == "rehearsed":
@@ -163,7 +171,9 @@ def test_memory_is_dear_on_accelerators(monkeypatch):
     assert large_updates.lacks_memory(weights())
 
 
-def test_an_interruption_waits_for_the_update_to_end(rehearsed, monkeypatch):
+def test_an_interruption_waits_for_the_update_to_end(
+    rehearsed, interruptible, monkeypatch
+):
     variables, optimizer = built(OPTIMIZERS["adam"])
     expected = built(OPTIMIZERS["adam"])
     expected[1].apply(gradients(0), expected[0])
