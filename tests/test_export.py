@@ -78,7 +78,7 @@ CASES = [
 ]
 
 
-@pytest.mark.not_on_tensorflow
+@pytest.mark.on_torch
 @pytest.mark.parametrize(("name", "adapted"), CASES)
 def test_an_exported_model_loads_back_equal(name, adapted, tmp_path):
     causal_lm = exportable(name)

@@ -41,7 +41,9 @@ def fit(model, epochs, learning_rate=0.02):
 
 
 @pytest.mark.not_on_tensorflow
-@pytest.mark.parametrize("whitening", [None, "rollout"])
+@pytest.mark.parametrize(
+    "whitening", [pytest.param(None, marks=pytest.mark.on_torch), "rollout"]
+)
 def test_ebft_halves_the_exact_feature_matching_loss(whitening):
     model = keras_ebft.EBFTModel(
         policy(),

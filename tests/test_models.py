@@ -103,6 +103,7 @@ def test_texts_become_the_tokens_of_transformers(pre, tmp_path):
         assert tokenizer.detokenize(expected) == text
 
 
+@pytest.mark.on_torch
 def test_digits_stand_alone_and_lines_end_as_they_were_learned(tied):
     tokenizer = tied.preprocessor.tokenizer
     words = [tokenizer.detokenize([int(i)]) for i in tokenizer("x = 123\n    y")]
@@ -184,6 +185,7 @@ def test_the_dtype_and_length_are_the_users(tmp_path):
 
 # As of every KerasHub model.
 @pytest.mark.filterwarnings("ignore:`compile:UserWarning")
+@pytest.mark.on_torch
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 @pytest.mark.parametrize("layout", ["keras", "preset"])
 def test_saved_models_load_again(architecture, layout, tmp_path):
@@ -241,6 +243,7 @@ def test_exported_models_are_whole(architecture, tmp_path):
     assert template.prompt(QUESTION).endswith("<|im_start|>assistant\n")
 
 
+@pytest.mark.on_torch
 def test_texts_end_at_the_models_own_token(tied):
     preprocessor = tied.preprocessor
     row = to_numpy(preprocessor.generate_preprocess(["x"])["token_ids"])[0]

@@ -42,7 +42,9 @@ def fit(model, x=X, **options):
     return model.fit(x, batch_size=len(X), verbose=0, **options).history
 
 
-@pytest.mark.parametrize("kind", ["token", "sequence"])
+@pytest.mark.parametrize(
+    "kind", ["token", pytest.param("sequence", marks=pytest.mark.on_torch)]
+)
 def test_several_updates_per_rollout(policy, kind):
     """Two clipped steps against the same two from plain sequences."""
     model = build(
