@@ -103,12 +103,11 @@ def test_every_step_is_traced_once():
     model.call = lambda *data, **options: calls.append(1) or call(*data, **options)
     model.compile("adam")
     x = documents(4, 12)
-    for _ in range(2):
-        model.fit(x, batch_size=2, verbose=0)
-    assert len(calls) == 1
+    # What is measured before training is not traced again after it.
     for _ in range(2):
         model.evaluate(x, batch_size=2, verbose=0)
-    assert len(calls) == 2
+        model.fit(x, batch_size=2, verbose=0)
+        assert len(calls) == 2
 
 
 def test_batches_may_change_their_shape():
