@@ -50,7 +50,7 @@ def train(folder, steps):
 def main():
     """Trains, writes the page and photographs it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--folder", type=Path, default=Path("outputs/report"))
     arguments = parser.parse_args()
     browser = shutil.which("chromium") or shutil.which("google-chrome")
