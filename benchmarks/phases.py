@@ -57,8 +57,8 @@ class _Phases:
         return ops.convert_to_tensor(tokens.astype("int32"))
 
     def _compiled(self, function, *tensors):
-        run = _compile(function, self.model)
-        return lambda: _wait(run(*tensors))
+        run = compiled(function, self.model)
+        return lambda: wait(run(*tensors))
 
     def _read(self, token_ids):
         documents = self.documents._replace(token_ids=token_ids)
@@ -68,7 +68,7 @@ class _Phases:
         return self._compiled(self._read, self.documents.token_ids)
 
     def rollout(self):
-        state = _compile(self._read, self.model)(self.documents.token_ids)
+        state = compiled(self._read, self.model)(self.documents.token_ids)
 
         def sample(state, uniform):
             numbers = uniform, None
@@ -87,7 +87,7 @@ class _Phases:
         return self._compiled(self._features, tokens, self.rollouts())
 
     def rewards(self):
-        found = _compile(self._features, self.model)(
+        found = compiled(self._features, self.model)(
             self.documents.token_ids, self.rollouts()
         )
 
@@ -148,10 +148,10 @@ def _jax_optimizer(model, gradients):
         gradients,
         [variable.value for variable in model.trainable_variables],
     )
-    return lambda: _wait(update(*arguments))
+    return lambda: wait(update(*arguments))
 
 
-def _compile(function, model):
+def compiled(function, model):
     """A function of tensors as the backend's trainer would run it."""
     backend = keras.backend.backend()
     if backend == "jax":
@@ -191,7 +191,7 @@ def _gradient(loss, model, *tensors):
 
         gradient = jax.jit(jax.grad(stateless))
         values = [variable.value for variable in trained]
-        return lambda: _wait(gradient(values))
+        return lambda: wait(gradient(values))
     if backend == "tensorflow":
         import tensorflow as tf
 
@@ -201,7 +201,7 @@ def _gradient(loss, model, *tensors):
                 value = loss(*tensors)
             return tape.gradient(value, [variable.value for variable in trained])
 
-        return lambda: _wait(gradient(*tensors))
+        return lambda: wait(gradient(*tensors))
 
     def gradient():
         loss(*tensors).backward()
@@ -211,7 +211,7 @@ def _gradient(loss, model, *tensors):
     return gradient
 
 
-def _wait(outputs):
+def wait(outputs):
     """Returns when every tensor has been computed."""
     leaves = [leaf for leaf in keras.tree.flatten(outputs) if leaf is not None]
     with contextlib.ExitStack() as stack:

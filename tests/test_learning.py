@@ -61,6 +61,7 @@ def test_ebft_halves_the_exact_feature_matching_loss(whitening):
     assert after < 0.5 * before
 
 
+@pytest.mark.not_on_tensorflow
 def test_rlvr_solves_its_task():
     """Count on in steps of two, modulo 3: one rollout in sixteen at random."""
 

@@ -187,7 +187,12 @@ def test_gradients_are_the_same_in_half_precision(setting):
 def step_cases():
     for critic in (False, True):
         for setting in SETTINGS:
-            marks = [pytest.mark.slow] if critic or setting != "both" else []
+            # Where a backend compiles, once with everything.
+            marks = [
+                pytest.mark.slow
+                if critic or setting != "both"
+                else pytest.mark.on_torch
+            ]
             if critic and setting == "both":
                 marks.append(pytest.mark.compiled)
             yield pytest.param(setting, critic, marks=marks)
