@@ -60,8 +60,9 @@ class DocumentTokenizer:
         Raises:
             TypeError: for a document of another kind, or a tokenizer that does not
                 return ints.
-            ValueError: for a tokenizer that returns too few, bytes that are not UTF-8, strings without a tokenizer, or
-                token ids below 0 or beyond what an int32 holds.
+            ValueError: for a tokenizer that returns too few, bytes that are not UTF-8,
+                strings without a tokenizer, or token ids below 0 or beyond what an
+                int32 holds.
         """
         parts_of_each = (
             self._without_markers(_parts(document, index))
