@@ -1,8 +1,12 @@
 """Files of training: whole, finite, of the run that reads them, or refused by name."""
 
+import contextlib
 import errno
+import gc
 import os
 import shutil
+import signal
+import sys
 from collections import namedtuple
 
 import h5py
@@ -190,9 +194,66 @@ def test_a_full_disk(path, monkeypatch):
     assert fit(build(), path, epochs=3).epoch == [2]
 
 
+@contextlib.contextmanager
+def quota(size):
+    """Context in which no file may have more bytes, as where a disk is shared out."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="room is reserved on Linux")
+def test_a_quota_that_is_used_up(path):
+    """What no question about free space tells, and HDF5 does not survive."""
+    before = files(path.parent), path.read_bytes()
+    with quota(path.stat().st_size // 2):
+        for _ in range(2):
+            with pytest.raises(OSError, match=r"room for a file.*Make room") as caught:
+                fit(build(), path, epochs=3)
+            assert caught.value.errno == errno.EFBIG
+            assert (files(path.parent), path.read_bytes()) == before
+    assert fit(build(), path, epochs=3).epoch == [2]
+
+
+@pytest.mark.parametrize("adapters", [None, 2])
+def test_no_file_is_larger_than_what_is_reserved_for_it(adapters, path):
+    from keras_ebft.training import checkpoint_files
+
+    model = build(adapters=adapters)
+    path.unlink()
+    fit(model, path, epochs=1)
+    record = checkpoint_files.read_record(path)
+    size = path.stat().st_size
+    assert size <= checkpoint_files.most_bytes(model, record) < 5 * size
+
+
+def test_a_state_that_cannot_be_written_leaves_nothing(path, monkeypatch):
+    """While HDF5 has the file open; three times, and then it can."""
+
+    def fail(self, store):
+        raise RuntimeError("no state")
+
+    before = files(path.parent), path.read_bytes()
+    state = type(build().training_state)
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "save_own_variables", fail)
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="no state"):
+                fit(build(), path, epochs=3)
+            gc.collect()
+    assert (files(path.parent), path.read_bytes()) == before
+    assert fit(build(), path, epochs=3).epoch == [2]
+
+
 def test_writing_that_fails_leaves_nothing(path, monkeypatch):
     def fail(self, partial, **_):
-        partial.write_bytes(b"half a file")
+        partial.write(b"half a file")
         raise OSError(errno.ENOSPC, "disk full")
 
     before = files(path.parent), path.read_bytes()
@@ -202,6 +263,27 @@ def test_writing_that_fails_leaves_nothing(path, monkeypatch):
             fit(build(), path, epochs=3)
     assert (files(path.parent), path.read_bytes()) == before
     assert fit(build(), path, epochs=3).epoch == [2]
+
+
+def test_two_writers_at_once_do_not_meet(path, monkeypatch):
+    """The second begins and ends while the first is in the middle of its file."""
+    from keras_ebft.training import checkpoint_files
+
+    model, add_record = build(), checkpoint_files._add_record
+    written = []
+
+    def add(partial, record):
+        if record == {"run": 1}:
+            checkpoint_files.write_checkpoint(model, path, {"run": 2})
+            written.append(checkpoint_files.read_record(path))
+        add_record(partial, record)
+
+    monkeypatch.setattr(checkpoint_files, "_add_record", add)
+    checkpoint_files.write_checkpoint(model, path, {"run": 1})
+    written.append(checkpoint_files.read_record(path))
+    previous = checkpoint_files.read_record(path.with_name(f"previous-{NAME}"))
+    assert [*written, previous] == [{"run": 2}, {"run": 1}, {"run": 2}]
+    assert files(path.parent) == [NAME, f"previous-{NAME}"]
 
 
 def test_files_are_on_disk_before_they_replace_others(path, monkeypatch):
