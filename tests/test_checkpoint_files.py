@@ -24,11 +24,12 @@ LENGTH = 10
 NAME = "latest.weights.h5"
 
 
-def build(optimizer=None, adapters=None, seed=5):
+def build(optimizer=None, adapters=None, seed=5, **options):
     causal_lm = llama(num_layers=1)
     if adapters is not None:
         causal_lm.backbone.enable_lora(adapters)
-    model = keras_ebft.EBFTModel.sft(causal_lm, seed=seed)
+    options = options or {"policy_weight": 0.0, "ce_weight": 1.0}
+    model = keras_ebft.EBFTModel(causal_lm, seed=seed, **options)
     model.compile(optimizer or keras.optimizers.Adam(0.01))
     return model
 
@@ -135,6 +136,11 @@ OTHERS = {
     "setting": ({"optimizer": keras.optimizers.Adam(0.01, 0.5)}, {}, "beta_1 was 0.9"),
     "adapters": ({"adapters": 2}, {}, r"adapters was \[\]"),
     "seed": ({"seed": 6}, {}, "data order seed was 5 and is 6"),
+    "weight": (
+        {"policy_weight": 0.0, "ce_weight": 0.5},
+        {},
+        "settings ce_weight was 1.0 and is 0.5",
+    ),
     "data": ({}, {"data": 1}, "data checksum"),
     "batch size": ({}, {"batch_size": 4}, "data batch shape token_ids was"),
     "order": ({}, {"shuffle": False}, "shuffle was true and is false"),
@@ -150,6 +156,74 @@ def test_another_run_is_refused_by_name(path, name):
     with pytest.raises(ValueError, match=rf"{NAME}.*{message}.*strict=False"):
         fit(model, path, **fit_options)
     assert same(before, weights(model))
+
+
+def verify(prompts, completions, targets):
+    return np.zeros(np.shape(completions)[:3])
+
+
+def rollouts(temperature=0.6, reward=None, **options):
+    """Options of a model that learns from rollouts."""
+    sampler = keras_ebft.BlockSampler(
+        rollout_length=2,
+        stride=4,
+        context_length=2,
+        num_samples=2,
+        temperature=temperature,
+    )
+    reward = reward or keras_ebft.VerifierReward(verify, decode=False)
+    return {"sampler": sampler, "reward": reward, **options}
+
+
+OTHER_ROLLOUTS = {
+    "temperature": (rollouts(0.7), "settings sampler temperature was 0.6 and is 0.7"),
+    "advantage": (rollouts(advantage="reinforce"), 'advantage was "rloo" and is "rein'),
+    "verifier": (
+        rollouts(reward=keras_ebft.VerifierReward(max, decode=False)),
+        r"settings reward fn was .*verify\" and is \"builtins\.max",
+    ),
+    "reward": (
+        rollouts(reward=keras_ebft.FeatureMatchingReward()),
+        'settings reward class was "VerifierReward"',
+    ),
+    "replayed": (
+        rollouts(sampler=keras_ebft.ReplaySampler(np.ones((2, 2, 2, 2), int))),
+        'settings sampler class was "BlockSampler"',
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def rolled_out(tmp_path_factory):
+    """The file of an epoch on rollouts."""
+    path = tmp_path_factory.mktemp("rolled_out") / NAME
+    fit(build(**rollouts()), path, epochs=1)
+    return path
+
+
+@pytest.mark.parametrize("name", OTHER_ROLLOUTS)
+def test_other_rollouts_and_rewards_are_another_run(rolled_out, name):
+    options, message = OTHER_ROLLOUTS[name]
+    with pytest.raises(ValueError, match=message):
+        fit(build(**options), rolled_out)
+
+
+def test_a_run_with_less_memory_is_the_same(rolled_out, tmp_path):
+    shutil.copy(rolled_out, tmp_path / NAME)
+    options = rollouts(micro_batches=2, rematerialize=True)
+    assert fit(build(**options), tmp_path / NAME).epoch == [1]
+
+
+def test_a_record_that_says_less_is_of_an_earlier_version(rolled_out, tmp_path):
+    from keras_ebft.training import checkpoint_files
+
+    record = checkpoint_files.read_record(rolled_out)
+    assert record.pop("settings")["sampler"]["rollout_length"] == 2
+    model = build(**rollouts())
+    model.optimizer.build(model.trainable_variables)
+    model.load_weights(rolled_out)
+    checkpoint_files.write_checkpoint(model, tmp_path / NAME, record)
+    assert fit(build(**rollouts(0.7)), tmp_path / NAME).epoch == [1]
 
 
 def test_another_run_is_resumed_where_asked_to(path, caplog):

@@ -21,6 +21,7 @@ from keras_ebft.backend.runtime import backend_name
 from keras_ebft.networks import adapters
 from keras_ebft.representation import Shown
 from keras_ebft.training import checkpoint_files
+from keras_ebft.training.part_settings import part_settings
 from keras_ebft.validation import check_bool, check_int
 from keras_ebft.version import __version__
 
@@ -117,10 +118,11 @@ class TrainingCheckpoint(Shown, keras.callbacks.Callback):
 
     The file holds weights, optimizer, random generators, adapters and the place
     in the data, a checksum of them, and a record of the run: the optimizer and its
-    settings, the shapes of weights and batches, which data they come from and in
-    which order, and the versions. A file that is damaged or of another run is
-    refused by name, before a weight changes; other versions alone are logged. The
-    learning rate, where it is a number, is the file's.
+    settings, those of sampler, features, reward and loss, the shapes of weights and
+    batches, which data they come from and in which order, and the versions. A file
+    that is damaged or of another run is refused by name, before a weight changes;
+    other versions alone are logged. The learning rate, where it is a number, is the
+    file's.
 
     A file is written beside, flushed to disk, and moved to its place, so that there
     is a whole one even if the machine stops while writing; the one before is kept as
@@ -209,7 +211,12 @@ class TrainingCheckpoint(Shown, keras.callbacks.Callback):
             )
         found = list(
             checkpoint_files.differences(
-                {**written, "versions": None}, {**self._run, "versions": None}
+                {**written, "versions": None},
+                # Files of earlier versions do not have all of it.
+                {
+                    **{k: v for k, v in self._run.items() if k in written},
+                    "versions": None,
+                },
             )
         )
         if not found:
@@ -280,6 +287,7 @@ def run_record(model: Any) -> dict[str, Any]:
             for layer in adapters.adapted_layers(model.causal_lm.backbone)
         ],
         "optimizer": _settings(model.get_compile_config()["optimizer"]),
+        "settings": part_settings(model),
         "data": model.training_state.data,
     }
 
