@@ -287,7 +287,9 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         self._later_trackers = metrics.make_trackers(self._later_names())
         self._gradient_norm = metrics.GradientNorm()
         self.training_state = TrainingState(
-            self._saved_variables, lambda: self.metrics_variables
+            self._saved_variables,
+            lambda: self.metrics_variables,
+            lambda: adapters.alphas(self.causal_lm.backbone),
         )
 
     def __repr__(self) -> str:
