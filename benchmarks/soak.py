@@ -6,7 +6,8 @@ Two runs of the same program: one goes through, the other is ended by SIGKILL at
 moments, every second time while a checkpoint is being written, and started again. Each
 is a sequence of calls of `fit` on batches of changing shapes, packed and not, with
 random anchors and a `TrainingCheckpoint`. In the end weights, optimizer and random
-generators of both must be the same, bit for bit.
+generators of both must be the same, bit for bit; a run that ends before it was killed
+as often as asked for fails, too.
 
 `FOLDER/log.jsonl` gets a line with resident memory and open handles every 500 steps and
 one for every kill. The script itself may be ended and started again: it goes on.
@@ -29,8 +30,6 @@ SHAPES = ((2, 24), (1, 40), (3, 16), (2, 33))
 STEPS_PER_FIT = 50
 SAVE_FREQ = 5
 STEPS_PER_LINE = 500
-# The longest time from the first step of a run to its end by SIGKILL.
-MOST_SECONDS = 10.0
 
 
 def build():
@@ -166,8 +165,15 @@ def finish(process):
         sys.exit(f"A run ended with code {code}; see above.")
 
 
-def kill(process, folder, chance, while_writing):
+def kill(process, folder, chance, most_seconds, while_writing):
     """Ends a run at a random moment after its first step.
+
+    Args:
+        process: the run.
+        folder: `Path` of its files.
+        chance: `random.Random`.
+        most_seconds: float, the longest time from its first step to its end.
+        while_writing: bool, whether to wait for a checkpoint that is being written.
 
     Returns:
         the last step it had done, or `None` if it came to its end before.
@@ -181,7 +187,7 @@ def kill(process, folder, chance, while_writing):
 
     with ended_with_this_script(process):
         alive = wait_until((folder / "steps").exists)
-        alive = alive and wait_until(lambda: False, chance.uniform(0, MOST_SECONDS))
+        alive = alive and wait_until(lambda: False, chance.uniform(0, most_seconds))
         if while_writing:
             alive = alive and wait_until(lambda: any(folder.glob("partial-*")))
             time.sleep(chance.uniform(0, 0.02))
@@ -203,7 +209,7 @@ def same(one, other):
 
 
 def soak(arguments):
-    """Both runs; prints what came of them."""
+    """Both runs; prints what came of them, and says whether all went as asked for."""
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"steps": arguments.steps, "backend": arguments.backend}
@@ -221,7 +227,7 @@ def soak(arguments):
         if kills == arguments.kills:
             finish(process)
             continue
-        step = kill(process, parts, chance, while_writing=kills % 2 == 1)
+        step = kill(process, parts, chance, arguments.most_seconds, kills % 2 == 1)
         if step is not None:
             left = len(list(parts.glob("partial-*")))
             kills += 1
@@ -230,13 +236,24 @@ def soak(arguments):
     write(folder, {"kills": kills, "bit_identical": equal})
     print(f"{arguments.backend}: {arguments.steps} steps, {kills} kills, ", end="")
     print("bit-identical" if equal else "NOT the same")
-    return equal
+    if kills < arguments.kills:
+        print(
+            f"The run ended before it was killed {arguments.kills} times. Take a new "
+            "--folder, more --steps, fewer --kills or a smaller --most-seconds."
+        )
+    return equal and kills >= arguments.kills
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument(
+        "--most-seconds",
+        type=float,
+        default=10.0,
+        help="the longest time from the first step of a run to its end by SIGKILL",
+    )
     parser.add_argument("--backend", default="torch")
     parser.add_argument("--folder", type=Path, default=Path("outputs/soak"))
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)

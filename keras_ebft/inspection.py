@@ -5,7 +5,6 @@ from typing import Any, TypeAlias
 
 import keras
 import keras_hub
-import numpy as np
 from keras import ops
 
 from keras_ebft.backend.runtime import compiled, no_gradient
@@ -18,6 +17,7 @@ from keras_ebft.records import LossTerms, Rollouts
 from keras_ebft.samplers import BlockSampler
 from keras_ebft.step import EBFTStep
 from keras_ebft.training.batches import Reader
+from keras_ebft.training.token_rows import check_anchors, to_rollouts
 from keras_ebft.typing import Tensor
 
 # Tensors by name.
@@ -32,8 +32,9 @@ class Inspection:
 
     `x` is documents in memory, of any form `fit` accepts. `rollouts` is what
     `rollout` returned, or an int array `[B, n, K, G]`. All raise what `fit`
-    raises for unusable documents, and `ValueError` for rollouts of a wrong shape
-    or, with random anchors, without their anchors.
+    raises for unusable documents, `TypeError` for rollouts that are not integers, and
+    `ValueError` for rollouts of a wrong shape, with ids outside the vocabulary or
+    anchors outside the documents, or, with random anchors, without their anchors.
     """
 
     # What the model has that this is a part of.
@@ -202,10 +203,10 @@ class Inspection:
     ) -> tuple[Documents, Tensor, Tensor | None]:
         """`(documents, token ids, anchors)`, checked against each other."""
         documents = self._in_memory(x)
-        given = rollouts if isinstance(rollouts, dict) else {"token_ids": rollouts}
-        anchors = given.get("anchors")
+        token_ids, anchors = to_rollouts(rollouts, self.causal_lm)
         if anchors is not None:
-            anchors = ops.convert_to_tensor(anchors, dtype="int32")
+            check_anchors(anchors, documents.token_ids.shape)
+            anchors = ops.convert_to_tensor(anchors.astype("int32"))
             num_blocks = anchors.shape[1]
         elif self.sampler.draws_anchors and documents.anchors is None:
             raise ValueError(
@@ -215,7 +216,7 @@ class Inspection:
         else:
             num_blocks = self.sampler.num_blocks(documents)
         batch = documents.token_ids.shape[0]
-        shape = tuple(np.shape(given["token_ids"]))
+        shape = token_ids.shape
         fits = (batch, num_blocks, self.sampler.rollout_length)
         if len(shape) != 4 or (shape[0], *shape[2:]) != fits:
             raise ValueError(
@@ -223,8 +224,7 @@ class Inspection:
                 f"[{batch}, n, {fits[1]}, {fits[2]}] for these documents and "
                 f"this sampler. Received: shape {shape}."
             )
-        token_ids = ops.convert_to_tensor(given["token_ids"], dtype="int32")
-        return documents, token_ids, anchors
+        return documents, ops.convert_to_tensor(token_ids.astype("int32")), anchors
 
 
 def compile_stages(

@@ -29,6 +29,7 @@ from keras_ebft.networks import (
     complete_config,
     dtype_policy_name,
     resolve_rematerialize,
+    vocabulary_size,
 )
 from keras_ebft.networks.frozen_reader import (
     FrozenReader,
@@ -186,6 +187,7 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
             self.critic,
         )
         backbone = causal_lm.backbone
+        self.sampler.check_vocabulary(vocabulary_size(backbone))
         self.rematerialize = resolve_rematerialize(rematerialize, backbone)
         samples = self.sampler.num_samples
         self.micro_batches = check_micro_batches(micro_batches, samples)
@@ -207,8 +209,10 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
     ) -> "EBFTModel":
         """Plain supervised fine-tuning: next-token cross-entropy, no rollouts.
 
-        The gradient is that of `causal_lm.fit` on the same tokens; packed
-        documents and answer masks are honoured. Feature-matching loss is not
+        The gradient is that of `causal_lm.fit` on the same tokens up to a factor:
+        the loss is divided by the tokens that count, in place of all places of the
+        batch, padding too. Packed documents and answer masks are honoured.
+        Feature-matching loss is not
         measured: build an `EBFTModel` on the same `causal_lm` and `evaluate` it.
 
         Args:
@@ -283,7 +287,9 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         self._later_trackers = metrics.make_trackers(self._later_names())
         self._gradient_norm = metrics.GradientNorm()
         self.training_state = TrainingState(
-            self._saved_variables, lambda: self.metrics_variables
+            self._saved_variables,
+            lambda: self.metrics_variables,
+            lambda: adapters.alphas(self.causal_lm.backbone),
         )
 
     def __repr__(self) -> str:

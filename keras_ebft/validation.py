@@ -132,6 +132,39 @@ def check_stop_token_ids(value: Any) -> tuple[int, ...] | str | None:
     return tuple(check_int("stop_token_ids", token, 0) for token in value)
 
 
+def check_integers(name: str, values: np.ndarray) -> None:
+    """Checks that an array holds integers.
+
+    Raises:
+        TypeError: if it does not (booleans are none).
+    """
+    if values.dtype.kind not in "iu":
+        raise TypeError(
+            f"Expected `{name}` to be integers. Received: an array of dtype "
+            f"{values.dtype}. Convert them with .astype('int32')."
+        )
+
+
+def check_id_range(token_ids: np.ndarray, size: int | None = None) -> None:
+    """Checks that token ids are those of a vocabulary, or of any.
+
+    Args:
+        token_ids: int array of any shape.
+        size: int, how many the vocabulary has; `None` for all that an int32 holds.
+
+    Raises:
+        ValueError: for an id below 0 or beyond the vocabulary.
+    """
+    most = MOST_INT if size is None else size - 1
+    if token_ids.size and (token_ids.min() < 0 or token_ids.max() > most):
+        of = "what an int32 holds" if size is None else "the model's vocabulary"
+        raise ValueError(
+            f"Expected token ids from 0 to {most}, {of}. "
+            f"Received: ids from {token_ids.min()} to {token_ids.max()}. Use the "
+            "tokenizer the model was trained with."
+        )
+
+
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
     """Returns `value` if it is one of `choices`.
 

@@ -1,8 +1,12 @@
 """Files of training: whole, finite, of the run that reads them, or refused by name."""
 
+import contextlib
 import errno
+import gc
 import os
 import shutil
+import signal
+import sys
 from collections import namedtuple
 
 import h5py
@@ -20,11 +24,12 @@ LENGTH = 10
 NAME = "latest.weights.h5"
 
 
-def build(optimizer=None, adapters=None, seed=5):
+def build(optimizer=None, adapters=None, seed=5, **options):
     causal_lm = llama(num_layers=1)
     if adapters is not None:
         causal_lm.backbone.enable_lora(adapters)
-    model = keras_ebft.EBFTModel.sft(causal_lm, seed=seed)
+    options = options or {"policy_weight": 0.0, "ce_weight": 1.0}
+    model = keras_ebft.EBFTModel(causal_lm, seed=seed, **options)
     model.compile(optimizer or keras.optimizers.Adam(0.01))
     return model
 
@@ -131,6 +136,11 @@ OTHERS = {
     "setting": ({"optimizer": keras.optimizers.Adam(0.01, 0.5)}, {}, "beta_1 was 0.9"),
     "adapters": ({"adapters": 2}, {}, r"adapters was \[\]"),
     "seed": ({"seed": 6}, {}, "data order seed was 5 and is 6"),
+    "weight": (
+        {"policy_weight": 0.0, "ce_weight": 0.5},
+        {},
+        "settings ce_weight was 1.0 and is 0.5",
+    ),
     "data": ({}, {"data": 1}, "data checksum"),
     "batch size": ({}, {"batch_size": 4}, "data batch shape token_ids was"),
     "order": ({}, {"shuffle": False}, "shuffle was true and is false"),
@@ -146,6 +156,74 @@ def test_another_run_is_refused_by_name(path, name):
     with pytest.raises(ValueError, match=rf"{NAME}.*{message}.*strict=False"):
         fit(model, path, **fit_options)
     assert same(before, weights(model))
+
+
+def verify(prompts, completions, targets):
+    return np.zeros(np.shape(completions)[:3])
+
+
+def rollouts(temperature=0.6, reward=None, **options):
+    """Options of a model that learns from rollouts."""
+    sampler = keras_ebft.BlockSampler(
+        rollout_length=2,
+        stride=4,
+        context_length=2,
+        num_samples=2,
+        temperature=temperature,
+    )
+    reward = reward or keras_ebft.VerifierReward(verify, decode=False)
+    return {"sampler": sampler, "reward": reward, **options}
+
+
+OTHER_ROLLOUTS = {
+    "temperature": (rollouts(0.7), "settings sampler temperature was 0.6 and is 0.7"),
+    "advantage": (rollouts(advantage="reinforce"), 'advantage was "rloo" and is "rein'),
+    "verifier": (
+        rollouts(reward=keras_ebft.VerifierReward(max, decode=False)),
+        r"settings reward fn was .*verify\" and is \"builtins\.max",
+    ),
+    "reward": (
+        rollouts(reward=keras_ebft.FeatureMatchingReward()),
+        'settings reward class was "VerifierReward"',
+    ),
+    "replayed": (
+        rollouts(sampler=keras_ebft.ReplaySampler(np.ones((2, 2, 2, 2), int))),
+        'settings sampler class was "BlockSampler"',
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def rolled_out(tmp_path_factory):
+    """The file of an epoch on rollouts."""
+    path = tmp_path_factory.mktemp("rolled_out") / NAME
+    fit(build(**rollouts()), path, epochs=1)
+    return path
+
+
+@pytest.mark.parametrize("name", OTHER_ROLLOUTS)
+def test_other_rollouts_and_rewards_are_another_run(rolled_out, name):
+    options, message = OTHER_ROLLOUTS[name]
+    with pytest.raises(ValueError, match=message):
+        fit(build(**options), rolled_out)
+
+
+def test_a_run_with_less_memory_is_the_same(rolled_out, tmp_path):
+    shutil.copy(rolled_out, tmp_path / NAME)
+    options = rollouts(micro_batches=2, rematerialize=True)
+    assert fit(build(**options), tmp_path / NAME).epoch == [1]
+
+
+def test_a_record_that_says_less_is_of_an_earlier_version(rolled_out, tmp_path):
+    from keras_ebft.training import checkpoint_files
+
+    record = checkpoint_files.read_record(rolled_out)
+    assert record.pop("settings")["sampler"]["rollout_length"] == 2
+    model = build(**rollouts())
+    model.optimizer.build(model.trainable_variables)
+    model.load_weights(rolled_out)
+    checkpoint_files.write_checkpoint(model, tmp_path / NAME, record)
+    assert fit(build(**rollouts(0.7)), tmp_path / NAME).epoch == [1]
 
 
 def test_another_run_is_resumed_where_asked_to(path, caplog):
@@ -190,9 +268,66 @@ def test_a_full_disk(path, monkeypatch):
     assert fit(build(), path, epochs=3).epoch == [2]
 
 
+@contextlib.contextmanager
+def quota(size):
+    """Context in which no file may have more bytes, as where a disk is shared out."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="room is reserved on Linux")
+def test_a_quota_that_is_used_up(path):
+    """What no question about free space tells, and HDF5 does not survive."""
+    before = files(path.parent), path.read_bytes()
+    with quota(path.stat().st_size // 2):
+        for _ in range(2):
+            with pytest.raises(OSError, match=r"room for a file.*Make room") as caught:
+                fit(build(), path, epochs=3)
+            assert caught.value.errno == errno.EFBIG
+            assert (files(path.parent), path.read_bytes()) == before
+    assert fit(build(), path, epochs=3).epoch == [2]
+
+
+@pytest.mark.parametrize("adapters", [None, 2])
+def test_no_file_is_larger_than_what_is_reserved_for_it(adapters, path):
+    from keras_ebft.training import checkpoint_files
+
+    model = build(adapters=adapters)
+    path.unlink()
+    fit(model, path, epochs=1)
+    record = checkpoint_files.read_record(path)
+    size = path.stat().st_size
+    assert size <= checkpoint_files.most_bytes(model, record) < 5 * size
+
+
+def test_a_state_that_cannot_be_written_leaves_nothing(path, monkeypatch):
+    """While HDF5 has the file open; three times, and then it can."""
+
+    def fail(self, store):
+        raise RuntimeError("no state")
+
+    before = files(path.parent), path.read_bytes()
+    state = type(build().training_state)
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "save_own_variables", fail)
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="no state"):
+                fit(build(), path, epochs=3)
+            gc.collect()
+    assert (files(path.parent), path.read_bytes()) == before
+    assert fit(build(), path, epochs=3).epoch == [2]
+
+
 def test_writing_that_fails_leaves_nothing(path, monkeypatch):
     def fail(self, partial, **_):
-        partial.write_bytes(b"half a file")
+        partial.write(b"half a file")
         raise OSError(errno.ENOSPC, "disk full")
 
     before = files(path.parent), path.read_bytes()
@@ -202,6 +337,27 @@ def test_writing_that_fails_leaves_nothing(path, monkeypatch):
             fit(build(), path, epochs=3)
     assert (files(path.parent), path.read_bytes()) == before
     assert fit(build(), path, epochs=3).epoch == [2]
+
+
+def test_two_writers_at_once_do_not_meet(path, monkeypatch):
+    """The second begins and ends while the first is in the middle of its file."""
+    from keras_ebft.training import checkpoint_files
+
+    model, add_record = build(), checkpoint_files._add_record
+    written = []
+
+    def add(partial, record):
+        if record == {"run": 1}:
+            checkpoint_files.write_checkpoint(model, path, {"run": 2})
+            written.append(checkpoint_files.read_record(path))
+        add_record(partial, record)
+
+    monkeypatch.setattr(checkpoint_files, "_add_record", add)
+    checkpoint_files.write_checkpoint(model, path, {"run": 1})
+    written.append(checkpoint_files.read_record(path))
+    previous = checkpoint_files.read_record(path.with_name(f"previous-{NAME}"))
+    assert [*written, previous] == [{"run": 2}, {"run": 1}, {"run": 2}]
+    assert files(path.parent) == [NAME, f"previous-{NAME}"]
 
 
 def test_files_are_on_disk_before_they_replace_others(path, monkeypatch):

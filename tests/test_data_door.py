@@ -119,6 +119,11 @@ REFUSED = {
     "nothing in a pair": ([("text", None)], TypeError, "document 0, None"),
     "pairs in an array": (np.array([("a", "b")] * 2), ValueError, "list of tuples"),
     "one text": ("one text", TypeError, "several documents.*'one text'"),
+    "documents that int32 wraps": (
+        [np.array([2**32 + 1, 1]), IDS[0]],
+        ValueError,
+        "0 to 2147483647.*4294967297",
+    ),
     "a triple": ([("a", "b", "c")], ValueError, "a tuple of 3"),
 }
 

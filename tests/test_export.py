@@ -148,8 +148,6 @@ def continued(causal_lm, token_ids, length):
 GENERATED = [
     name if name in ("Llama", "Llama3") else pytest.param(name, marks=pytest.mark.slow)
     for name in EXPORTED
-    # The tokenizer of Gemma 2 is Gemma's.
-    if name != "Gemma2"
 ]
 
 
@@ -235,6 +233,47 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path, byte_lm, monkeypatch)
     keras_ebft.export_to_hugging_face(byte_lm, tmp_path / "new")
     assert {"config.json", "notes.txt"} < {p.name for p in (tmp_path / "new").iterdir()}
     assert [p.name for p in tmp_path.iterdir()] == ["new"]
+
+
+@pytest.mark.on_torch
+@pytest.mark.parametrize("failing", range(1, 7))
+def test_a_folder_that_is_there_is_replaced_whole_or_not_at_all(
+    failing, tmp_path, monkeypatch
+):
+    from keras_ebft.export import hugging_face
+
+    def contents(folder):
+        return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    names = ["config.json", "model.safetensors", "generation_config.json"]
+    folder = tmp_path / "there"
+    folder.mkdir()
+    for name in (*names[:2], "notes.txt"):
+        (folder / name).write_text(f"old {name}")
+    before, replace, calls = contents(folder), hugging_face.os.replace, []
+
+    def counted(source, target):
+        calls.append(target)
+        if len(calls) == failing:
+            raise OSError("no more")
+        replace(source, target)
+
+    def write():
+        with hugging_face._written_whole(folder) as partial:
+            for name in names:
+                (partial / name).write_text(f"new {name}")
+
+    monkeypatch.setattr(hugging_face.os, "replace", counted)
+    # Three files, two of them in place of others.
+    if failing <= 5:
+        with pytest.raises(OSError, match="no more"):
+            write()
+        assert contents(folder) == before
+    else:
+        write()
+        new = {name: f"new {name}".encode() for name in names}
+        assert contents(folder) == {**before, **new}
+    assert [file.name for file in tmp_path.iterdir()] == ["there"]
 
 
 def test_families_without_a_layout_are_refused(tmp_path):

@@ -4,10 +4,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import gradients, to_numpy
+from helpers import gradients, to_numpy, value_and_gradients
 from keras import Variable, ops
 
 from keras_ebft import functional
+from keras_ebft.functional.masking import masked_mean, only_where
+from keras_ebft.layout.blocks import Blocks
+from keras_ebft.objectives.critic import SELECTIONS, critic_accuracy, critic_loss
+from keras_ebft.objectives.objective import Objective
+from keras_ebft.records import (
+    DocumentScores,
+    Experience,
+    FrozenReading,
+    Judged,
+    Rollouts,
+    RolloutScores,
+)
 
 LOG_PROB = np.log(np.array([[[[0.5, 0.25], [0.1, 0.2]]]], dtype="float32"))
 OLD = np.log(np.array([[[[0.25, 0.25], [0.4, 0.1]]]], dtype="float32"))
@@ -117,6 +129,109 @@ def test_masked_tokens_reach_no_gradient_of_the_policy_loss(kind, masked):
     assert np.isfinite(expected).all() and expected.any()
     np.testing.assert_array_equal(gradient(masked, -1.0), expected)
     np.testing.assert_array_equal(gradient(-1.0, masked), expected)
+
+
+def value_and_gradient_of(function, values):
+    variable = Variable(values)
+    value, (gradient,) = value_and_gradients(
+        lambda: function(variable.value), [variable]
+    )
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+    return value, gradient
+
+
+@pytest.mark.parametrize("masked", MASKED)
+def test_masked_values_reach_no_mean(masked):
+    values = LOG_PROB.copy()
+
+    def mean(log_prob):
+        return masked_mean(ops.exp(only_where(MASK, log_prob)), MASK)
+
+    expected, slope = value_and_gradient_of(mean, values)
+    plain, ones = value_and_gradient_of(lambda v: masked_mean(v, MASK), values)
+    values[0, 0, 1, 0] = masked
+    found, gradient = value_and_gradient_of(mean, values)
+    assert found == expected == pytest.approx((0.5 + 0.25 + 0.2) / 3)
+    np.testing.assert_array_equal(gradient, slope)
+    found, gradient = value_and_gradient_of(lambda v: masked_mean(v, MASK), values)
+    assert found == plain
+    np.testing.assert_array_equal(gradient, ones)
+    compare(gradient, MASK / 3)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("masked", MASKED)
+def test_masked_logits_reach_nothing_of_a_critic(selection, masked):
+    """One rollout of the first block, and all of the second, truth too."""
+    mask = np.float32([[[1, 0], [1, 0], [0, 0]]])
+    true = np.float32([[0.5, 0.0]])
+    generated = np.float32([[[-1.0, 0.0], [2.0, 0.0], [0.0, 0.0]]])
+    other_true, other = true.copy(), generated.copy()
+    other_true[0, 1] = masked
+    other[mask == 0] = masked
+
+    def loss_of_generated(truth):
+        return lambda v: critic_loss(ops.convert_to_tensor(truth), v, mask, selection)
+
+    def loss_of_true(logit):
+        return lambda v: critic_loss(v, ops.convert_to_tensor(logit), mask, selection)
+
+    for function, one, two in (
+        (loss_of_generated, (true, generated), (other_true, other)),
+        (loss_of_true, (generated, true), (other, other_true)),
+    ):
+        expected, slope = value_and_gradient_of(function(one[0]), one[1])
+        found, gradient = value_and_gradient_of(function(two[0]), two[1])
+        assert found == expected and slope.any()
+        np.testing.assert_array_equal(gradient, slope)
+    chosen = {"first": [-1.0], "closest": [2.0]}.get(selection, [-1.0, 2.0])
+    log_sigmoid = [-np.log1p(np.exp(-value)) for value in (*chosen, 0.5)]
+    assert expected == pytest.approx(np.mean(log_sigmoid[:-1]) - log_sigmoid[-1])
+    accuracy = critic_accuracy(*map(ops.convert_to_tensor, (other_true, other)), mask)
+    compare(accuracy, 0.75)
+
+
+def experience_of(old, reference):
+    """Rollouts of which `MASK` counts."""
+    anchors = np.array([1, 3])
+    counted = ops.ones((1, 2, 2), "bool")
+    blocks = Blocks(anchors, None, counted[..., 0], counted, None, counted, counted)
+    advantage = np.float32([[[2.0, -1.0]]])
+    return Experience(
+        Rollouts(None, blocks, None, ops.convert_to_tensor(MASK > 0)),
+        FrozenReading(reference_log_prob=ops.convert_to_tensor(reference)),
+        Judged(None, None, None, advantage, None, {}),
+        ops.convert_to_tensor(old),
+    )
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("masked", MASKED)
+def test_masked_tokens_reach_no_term_of_the_loss(estimator, masked):
+    """All of them hang on the same log-probabilities, as all do on the weights."""
+    objective = Objective(1.0, 0.1, 0.1, 0.01, estimator, "token", 2, None)
+    plain = {"policy": LOG_PROB, "entropy": -LOG_PROB, "reference": OLD, "old": OLD}
+
+    def loss_with(value, place):
+        given = {name: array.copy() for name, array in plain.items()}
+        given[place][0, 0, 1, 0] = value
+        experience = experience_of(given["old"], given["reference"])
+
+        def loss(log_prob):
+            mask = ops.convert_to_tensor(MASK.reshape(1, 4))
+            documents = DocumentScores(ops.reshape(log_prob, (1, 4)), mask)
+            entropy = log_prob + ops.convert_to_tensor(given["entropy"])
+            scores = RolloutScores(log_prob, entropy)
+            return objective.loss(objective.terms(documents, experience, scores), 0)
+
+        return value_and_gradient_of(loss, given["policy"])
+
+    expected, slope = loss_with(-1.0, "policy")
+    assert np.count_nonzero(slope) == 3
+    for place in plain:
+        found, gradient = loss_with(masked, place)
+        assert found == expected, place
+        np.testing.assert_array_equal(gradient, slope, err_msg=place)
 
 
 @pytest.mark.parametrize("clip_range", [None, (0.2, 0.2)])

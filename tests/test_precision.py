@@ -210,6 +210,32 @@ def test_steps_that_round_away_are_said(caplog):
     assert 'dtype="mixed_bfloat16"' in text
 
 
+# Learning rates whose steps round away and arrive, and the share that then moves.
+RATE_SIZED = {
+    "Adamax": (1e-6, 1e-2, 0.5),
+    "Lion": (1e-6, 1e-2, 0.5),
+    "RMSprop": (1e-6, 1e-2, 0.5),
+    "Adagrad": (1e-6, 1e-2, 0.5),
+    # Shares of the size of the weights, or of the rate.
+    "Adafactor": (1e-5, 0.3, 0.5),
+    # In bfloat16 Keras divides by 1 - .999 = 0: all steps are skipped and counted,
+    "Lamb": (1e-5, 0.3, 0.0),
+    # or multiplies by it, in what Muon leaves to AdamW.
+    "Muon": (1e-6, 0.1, 0.3),
+}
+
+
+@pytest.mark.on_torch
+@pytest.mark.parametrize("name", RATE_SIZED)
+def test_steps_of_every_optimizer_that_has_a_size(caplog, name):
+    small, large, share = RATE_SIZED[name]
+    optimizer = getattr(keras.optimizers, name)
+    said, moved = said_of_steps(caplog, optimizer(small))
+    assert len(said) == 1 and moved < 0.05
+    said, moved = said_of_steps(caplog, optimizer(large))
+    assert not said and moved >= share
+
+
 @pytest.mark.on_torch
 def test_steps_that_arrive_are_not(caplog):
     schedules = keras.optimizers.schedules

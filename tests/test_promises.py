@@ -12,6 +12,19 @@ TESTS = Path(__file__).parent
 TABLE = TESTS.parent / "docs" / "promises.md"
 
 
+def test_nothing_promises_that_keras_backups_survive():
+    """They write over their only file: wherever they are named, that is said."""
+    reservation = re.compile(r"Not promised|over its only file|is refused")
+    named = 0
+    for page in [TABLE.parent.parent / "README.md", *TABLE.parent.rglob("*.md")]:
+        # Paragraphs, and points of a list.
+        for part in re.split(r"\n\s*\n|\n- ", page.read_text("utf-8")):
+            if "BackupAndRestore" in part:
+                named += 1
+                assert reservation.search(part), f"{page.name}: {part}"
+    assert named >= 3
+
+
 def test_every_promise_is_held_by_a_test():
     rows = [
         line.strip().strip("|").split("|")

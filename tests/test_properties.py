@@ -4,10 +4,15 @@ A few cases of each property run by default, always the same. `KERAS_EBFT_CASES=
 draws so many new ones for each (docs/contributing.md).
 """
 
+import csv
+import json
 import math
 import os
 import string
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import helpers
 import numpy as np
@@ -16,7 +21,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import keras_ebft
-from keras_ebft.data import ChatTemplate, from_records, limited_templates, pack
+from keras_ebft.data import (
+    ChatTemplate,
+    from_path,
+    from_records,
+    limited_templates,
+    pack,
+)
+from keras_ebft.evaluation import FeatureMatching, Sandbox, TextGenerator
 from keras_ebft.training.token_rows import to_token_rows
 
 pytestmark = pytest.mark.backend_independent
@@ -201,6 +213,69 @@ def test_texts_are_read_as_they_are(byte_lm, texts):
             begins = first if prompt else 1
             assert tokenizer.detokenize(ids[1:begins] or []) == prompt
             assert rows["answer_mask"][index][first : len(ids)].all()
+
+
+@given(
+    texts=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=4),
+    kind=st.sampled_from(["csv", "tsv", "jsonl", "json"]),
+    quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+)
+def test_files_hold_the_texts_that_were_written(texts, kind, quoting):
+    """By Python's own writers, with form feeds, quotes, line ends of all kinds."""
+    names = ("prompt", "answer")
+    records = [dict(zip(names, pair)) for pair in texts]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"a.{kind}"
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            if kind in ("csv", "tsv"):
+                delimiter = "\t" if kind == "tsv" else ","
+                writer = csv.writer(file, delimiter=delimiter, quoting=quoting)
+                writer.writerows([names, *texts])
+            elif kind == "json":
+                json.dump(records, file, ensure_ascii=False)
+            else:
+                lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in records]
+                file.writelines(lines)
+        # Python 3.10 reads no NUL in a table.
+        texts_are_read = kind in ("jsonl", "json") or "\0" not in str(texts)
+        if texts_are_read or sys.version_info >= (3, 11):
+            assert list(from_path(path)) == texts
+            assert list(from_path(path, text="{answer}")) == [a for _, a in texts]
+
+
+@given(
+    content=st.lists(
+        st.sampled_from(
+            [
+                "text",
+                "a",
+                ",",
+                "\t",
+                '"',
+                "\n",
+                "\r",
+                "\x0c",
+                "\0",
+                "{",
+                "}",
+                ":",
+                "[1]",
+            ]
+        ),
+        max_size=12,
+    ).map("".join),
+    kind=st.sampled_from(["csv", "tsv", "jsonl", "json"]),
+)
+def test_files_of_any_content(content, kind):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"a.{kind}"
+        path.write_bytes(
+            f"text\n{content}".encode() if "sv" in kind else content.encode()
+        )
+        documents = refused(from_path, path, text="{text}")
+        for index in range(len(documents) if documents is not None else 0):
+            found = refused(documents.__getitem__, index)
+            assert found is None or isinstance(found, str)
 
 
 # Packing
@@ -417,6 +492,9 @@ PARTS = {
     keras_ebft.RewardSum: "rewards weights",
     keras_ebft.Critic: "selection optimizer train_features",
     keras_ebft.callbacks.Measure: "function every prefix",
+    keras_ebft.TrainingCheckpoint: "filepath save_freq strict",
+    Sandbox: "wall_seconds cpu_seconds memory_bytes processes disk_bytes open_files "
+    "output_bytes require",
 }
 REQUIRED = {
     keras_ebft.BlockGeometry: {"length": 40},
@@ -424,6 +502,7 @@ REQUIRED = {
     keras_ebft.VerifierReward: {"fn": len},
     keras_ebft.RewardSum: {"rewards": [keras_ebft.FeatureMatchingReward()]},
     keras_ebft.callbacks.Measure: {"function": len},
+    keras_ebft.TrainingCheckpoint: {"filepath": "run.weights.h5"},
 }
 
 
@@ -436,3 +515,105 @@ def test_constructors_of_any_kind(part, data):
     if built is not None and hasattr(built, "get_config"):
         config = built.get_config()
         assert set(given_options) <= set(config) | {"geometry", "network"}
+
+
+# What is made of a language model, and of parts that are right by themselves.
+WITH_MODEL = {
+    keras_ebft.EBFTModel: "sampler feature_network reward advantage policy_weight "
+    "ce_weight kl_weight kl_estimator entropy_weight policy_loss updates_per_rollout "
+    "clip_range critic rematerialize micro_batches seed",
+    TextGenerator: "max_length num_samples temperature batch_size seed",
+    FeatureMatching: "rollout_lengths num_samples seed",
+}
+GOOD = st.sampled_from(
+    [
+        keras_ebft.BlockSampler(num_samples=2, stop_token_ids=(3,)),
+        keras_ebft.BlockSampler(num_samples=1),
+        keras_ebft.FeatureNetwork(layers=(1,), pooling="token"),
+        keras_ebft.CharacteristicFunctionReward(),
+        keras_ebft.VerifierReward(len, decode=False),
+        keras_ebft.Critic(),
+        *("rloo", "group_norm", "reinforce", "k1", "k3", "token", "sequence"),
+        (1, 3),
+    ]
+)
+
+
+@given(part=st.sampled_from(list(WITH_MODEL)), data=st.data())
+def test_what_is_made_of_a_model_of_any_kind(byte_lm, part, data):
+    names = st.sampled_from(WITH_MODEL[part].split())
+    values = st.one_of(GOOD, NUMBERS, WORDS, ANYTHING)
+    options = data.draw(st.dictionaries(names, values, max_size=3))
+    if part is FeatureMatching and data.draw(st.booleans()):
+        options["rollout_lengths"] = (2, 3)
+    if part is TextGenerator:
+        options = {"max_length": 9, **options}
+    built = refused(part, byte_lm, **options)
+    if built is not None:
+        assert len(repr(built)) < 4000
+        if part is keras_ebft.EBFTModel:
+            assert set(options) <= set(built.get_config())
+
+
+# Rollouts
+
+
+@pytest.fixture(scope="module")
+def rewarded():
+    sampler = keras_ebft.BlockSampler(
+        rollout_length=2, stride=3, context_length=3, num_samples=2
+    )
+    network = keras_ebft.FeatureNetwork(layers=(1,))
+    return keras_ebft.EBFTModel(
+        helpers.llama(num_layers=1, hidden_dim=8), sampler, network, seed=0
+    )
+
+
+# Two rows of 9 tokens hold 2 blocks each.
+ROLLED_OUT = (2, 2, 2, 2)
+WRONG = {
+    "below": lambda ids: (ids - helpers.VOCABULARY, None),
+    "beyond": lambda ids: (ids + helpers.VOCABULARY, None),
+    "wrapped": lambda ids: (ids + 2**32, None),
+    "floats": lambda ids: (ids + 0.0, None),
+    "truths": lambda ids: (ids > 0, None),
+    "blocks": lambda ids: (ids[:, :, :1], None),
+    "rows": lambda ids: (ids[:1], None),
+    "half places": lambda ids: (ids, np.full((2, 2), 3.5)),
+    "places beyond": lambda ids: (ids, np.full((2, 2), 9)),
+    "places of one": lambda ids: (ids, np.full((1, 2), 3)),
+}
+
+
+@given(
+    ids=st.lists(st.integers(0, helpers.VOCABULARY - 1), min_size=16, max_size=16).map(
+        lambda ids: np.array(ids).reshape(ROLLED_OUT)
+    ),
+    anchors=st.one_of(
+        st.none(),
+        st.lists(st.sampled_from([-1, 1, 3, 6, 8]), min_size=4, max_size=4).map(
+            lambda places: np.array(places).reshape(2, 2)
+        ),
+    ),
+    kind=st.sampled_from(["int32", "int64", "uint8"]),
+    wrong=st.sampled_from(["", "", *WRONG]),
+)
+def test_rollouts_are_rewarded_or_refused(rewarded, ids, anchors, kind, wrong):
+    ids = ids.astype(kind if not wrong else "int64")
+    if wrong:
+        ids, other = WRONG[wrong](ids)
+        anchors = anchors if other is None else other
+    given_rollouts = ids if anchors is None else {"token_ids": ids, "anchors": anchors}
+    x = helpers.documents(2, 9)
+    found = refused(rewarded.rewards, x, given_rollouts)
+    assert (found is None) == bool(wrong)
+    if found is not None:
+        reward = helpers.to_numpy(found["reward"])
+        assert reward.shape == ROLLED_OUT[:3] and np.isfinite(reward).all()
+
+
+@given(rollouts=ANYTHING, places=ANYTHING)
+def test_rollouts_of_any_kind(rewarded, rollouts, places):
+    x = helpers.documents(2, 9)
+    for one in (rollouts, {"token_ids": rollouts, "anchors": places}):
+        assert refused(rewarded.rewards, x, one) is None

@@ -374,3 +374,16 @@ def test_bad_state():
 def test_what_cannot_tokenize_is_refused(tokenizer):
     with pytest.raises(TypeError, match=r"function from a list.*tokenizer="):
         pack(["ab"], tokenizer, 8)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "error", "message"),
+    [
+        (lambda texts: [[0.5, 1.5] for _ in texts], TypeError, r"\[0\.5, 1\.5\]"),
+        (lambda texts: [[2**32 + 1] for _ in texts], ValueError, "4294967297"),
+        (lambda texts: [[1, 2]], ValueError, "1 for 2 texts"),
+    ],
+)
+def test_what_a_tokenizer_returns_is_checked(tokenizer, error, message):
+    with pytest.raises(error, match=message):
+        pack(["ab", "cd"], tokenizer, 4).load()

@@ -439,7 +439,10 @@ CODE = "def double(x):\n    return 2 * x\n"
 
 
 def test_check():
-    assert SANDBOX.check(CODE, "assert double(3) == 6").passed
+    right = SANDBOX.check(CODE, "assert double(3) == 6")
+    assert right.passed
+    # The verdict says what held around both processes.
+    assert set(right.protections) == FOUND
     wrong = SANDBOX.check(CODE, "assert double(3) == 7, 'seven'")
     assert (wrong.passed, wrong.status) == (False, "failed")
     assert wrong.message == "AssertionError: seven"

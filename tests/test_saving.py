@@ -15,6 +15,7 @@ from helpers import documents, llama, to_numpy
 from text_models import text_model
 
 import keras_ebft
+from keras_ebft.networks import adapters
 
 LENGTH = 14
 
@@ -235,6 +236,26 @@ def test_weights_of_other_adapters_are_refused():
     build(adapted=True).training_state.save_own_variables(file)
     with pytest.raises(ValueError, match=r"2 adapted layers.*with 0.*enable_lora"):
         build().training_state.load_own_variables(file)
+
+
+def test_weights_of_another_alpha_are_refused(tmp_path):
+    path = tmp_path / "model.weights.h5"
+    model = build(adapted=True)
+    model.save_weights(path)
+    build(adapted=True).load_weights(path)
+    other = build(adapted=True)
+    for layer in adapters.adapted_layers(other.causal_lm.backbone):
+        layer.lora_alpha = 5
+    with pytest.raises(ValueError, match=r"file of alpha 2 .*model of 5.*enable_lora"):
+        other.load_weights(path)
+    file, before = {}, state(other)
+    model.training_state.save_own_variables(file)
+    with pytest.raises(ValueError, match="alpha 2"):
+        other.training_state.load_own_variables(file)
+    assert_same(state(other), before)
+    # Files of before do not say it.
+    del file["alpha"]
+    other.training_state.load_own_variables(file)
 
 
 def test_a_loaded_model_stops_where_the_saved_one_does(tmp_path):

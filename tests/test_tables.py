@@ -142,6 +142,15 @@ def test_texts_are_whole(files):
     text = "a\u2028b\n" + "c" * 200_000
     assert list(from_path(files("a.jsonl", lines([{"text": text}])))) == [text]
     assert list(from_path(files("a.csv", f'text\n"{text}"\n'))) == [text]
+    # Where lines end for `str.splitlines` and nobody else; quoted or not.
+    unquoted = "a\u2028b\x0cc\x0bd\x85e\x1cf"
+    for name, content in (("c.csv", f"{unquoted},1"), ("c.tsv", f"{unquoted}\t1")):
+        header = "text,other" if name.endswith("csv") else "text\tother"
+        path = files(name, f"{header}\n{content}\n")
+        assert list(from_path(path)) == [unquoted]
+    path = files("d.csv", "")
+    path.write_bytes(b"text\r\na\r\nb\rc\nd")
+    assert list(from_path(path)) == ["a", "b", "c", "d"]
     # As some programs write UTF-8.
     assert list(from_path(files("b.csv", "\ufefftext\nab\n"))) == ["ab"]
     assert from_path(files("a.txt", text)) == [text]
@@ -163,6 +172,14 @@ def test_files_that_cannot_be_read_say_why(files, tmp_path):
         from_path(files("a.jsonl", '{"text": "a"}\n{oh\n'))
     with pytest.raises(ValueError, match=r"named columns.*\[1, 2\]"):
         from_path(files("b.jsonl", "[1, 2]\n"))
+    for content, reason in {
+        "text\na, b\n": r"line 2, 2 fields for the columns \['text'\]",
+        'text\n"a': "line 2, unexpected end",
+        'text\n"a" b\n': "line 2, ',' expected",
+        "text,text\na,b\n": "two columns of one name",
+    }.items():
+        with pytest.raises(ValueError, match=rf"c\.csv.*{reason}.*Mend"):
+            from_path(files("c.csv", content))
     with pytest.raises(ValueError, match=r"\.jsonl, .*a\.pdf"):
         from_path(files("a.pdf", ""))
     with pytest.raises(ValueError, match=r"in Parquet.*a\.parquet"):

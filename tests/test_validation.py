@@ -104,6 +104,14 @@ CONSTRUCTORS = [
     (keras_ebft.BlockSampler, {"temperature": "hot"}, TypeError, "'hot'.*str"),
     (keras_ebft.ReplaySampler, {"token_ids": TOKENS + 0.5}, TypeError, "float64"),
     (keras_ebft.ReplaySampler, {"token_ids": TOKENS[0]}, ValueError, "\\(2, 3, 4\\)"),
+    (keras_ebft.ReplaySampler, {"token_ids": TOKENS - 9}, ValueError, "to -9"),
+    (
+        keras_ebft.ReplaySampler,
+        {"token_ids": TOKENS.astype("int64") + 2**32 + 1},
+        ValueError,
+        "0 to 2147483647.*4294967297",
+    ),
+    (keras_ebft.ReplaySampler, {"token_ids": [[1, 2], [3]]}, ValueError, "unequal"),
     (
         keras_ebft.ReplaySampler,
         {"token_ids": TOKENS, "num_samples": 3},
@@ -217,6 +225,16 @@ TOKENS_APART = keras_ebft.FeatureNetwork(pooling="token")
 
 MODEL_OPTIONS = [
     ({"sampler": {"rollout_length": 8}}, TypeError, "BlockSampler.*dict"),
+    (
+        {"sampler": keras_ebft.ReplaySampler(TOKENS + 31)},
+        ValueError,
+        "0 to 30.*31 to 31",
+    ),
+    (
+        {"sampler": keras_ebft.BlockSampler(stop_token_ids=(30, 31))},
+        ValueError,
+        "stop_token_ids.*0 to 30.*31",
+    ),
     ({"feature_network": (0.5,)}, TypeError, "FeatureNetwork.*tuple"),
     ({"reward": "feature"}, TypeError, "Reward.*str.*FeatureMatchingReward"),
     ({"advantage": "gae"}, ValueError, "rloo.*'gae'"),
@@ -439,6 +457,41 @@ def test_stream_errors(model):
 def test_rollouts_must_fit_the_documents(model):
     with pytest.raises(ValueError, match=r"\[2, n, 4, 8\].*\(2, 4, 3, 8\)"):
         model.score(documents(2, 40), np.zeros((2, 4, 3, 8), dtype="int32"))
+
+
+IDS = np.zeros((2, 4, 4, 8), "int64")
+PLACES = np.full((2, 4), 8)
+GIVEN = {
+    "below 0": (IDS - 1, ValueError, "0 to 30.*-1 to -1"),
+    "beyond": (IDS + 31, ValueError, "0 to 30.*31 to 31"),
+    "floats": (IDS + 0.5, TypeError, "token_ids.*float64"),
+    "what int32 wraps": (IDS + 2**32 + 1, ValueError, "0 to 30.*4294967297"),
+    "truths": (IDS == 0, TypeError, "token_ids.*bool"),
+    "no ids": ({"anchors": PLACES}, ValueError, "'token_ids'.*anchors"),
+    "half anchors": (
+        {"token_ids": IDS, "anchors": PLACES + 0.5},
+        TypeError,
+        "anchors.*float64",
+    ),
+    "anchors beyond": (
+        {"token_ids": IDS, "anchors": PLACES + 32},
+        ValueError,
+        "1 to 39.*40",
+    ),
+    "anchors of others": (
+        {"token_ids": IDS, "anchors": PLACES[:1]},
+        ValueError,
+        r"\[2, K\].*\[1, 4\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", ["score", "features", "rewards", "loss_terms"])
+@pytest.mark.parametrize("kind", GIVEN)
+def test_rollouts_are_used_as_given_or_refused(model, way, kind):
+    rollouts, error, message = GIVEN[kind]
+    with pytest.raises(error, match=message):
+        getattr(model, way)(documents(2, 40), rollouts)
 
 
 def test_replayed_rollouts_must_fit_the_batch():

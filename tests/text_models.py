@@ -29,6 +29,7 @@ BYTE_PAIRS = (
 SENTENCE_PIECES = {
     # Start, end and padding.
     "Gemma": ("<bos>", "<eos>", "<pad>"),
+    "Gemma2": ("<bos>", "<eos>", "<pad>"),
     "Gemma3": ("<bos>", "<eos>", "<pad>"),
     "Gemma3n": ("<bos>", "<eos>", "<pad>"),
     "Gemma4": ("<bos>", "<eos>", "<pad>"),
@@ -37,7 +38,11 @@ SENTENCE_PIECES = {
     "Mixtral": ("<s>", "</s>", "<pad>"),
     "Phi3": ("<s>", "<|endoftext|>", "<pad>"),
 }
-FAMILIES = (*BYTE_PAIRS, *SENTENCE_PIECES, "RWKV7")
+# Models of one class, told apart by their settings.
+PREFIXES = {"Gemma2": "Gemma"}
+FAMILIES = tuple(
+    name for name in (*BYTE_PAIRS, *SENTENCE_PIECES, "RWKV7") if name not in PREFIXES
+)
 WITHOUT_IMAGES = {
     "Gemma3": {"has_vision_tokens": False},
     "Gemma4": {"has_vision_tokens": False, "has_video_tokens": False},
@@ -87,7 +92,8 @@ def text_model(name, **changes):
         # there are windows and no fused attention.
         sizes["use_sliding_window_attention"] = False
     causal_lm = family(name, **{**sizes, **changes})
-    preprocessor_class = getattr(keras_hub.models, f"{name}CausalLMPreprocessor")
+    prefix = PREFIXES.get(name, name)
+    preprocessor_class = getattr(keras_hub.models, f"{prefix}CausalLMPreprocessor")
     preprocessor = preprocessor_class(tokenizer, sequence_length=LENGTH)
     return type(causal_lm)(backbone=causal_lm.backbone, preprocessor=preprocessor)
 
@@ -99,7 +105,8 @@ def make_tokenizer(name):
         letters = ["", *(chr(code) for code in range(32, 127))]
         lines = [f"{i} {c!r} {len(c)}" for i, c in enumerate(letters)]
         return keras_hub.models.RWKVTokenizer(lines)
-    tokenizer_class = getattr(keras_hub.models, f"{name}Tokenizer")
+    prefix = PREFIXES.get(name, name)
+    tokenizer_class = getattr(keras_hub.models, f"{prefix}Tokenizer")
     options = WITHOUT_IMAGES.get(name, {})
     if name in BYTE_PAIRS:
         alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())

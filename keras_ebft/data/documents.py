@@ -6,6 +6,8 @@ import math
 import keras_hub
 import numpy as np
 
+from keras_ebft.validation import check_id_range
+
 # Long enough to amortise a tokenizer's call, small enough to keep memory flat.
 TEXTS_PER_CALL = 256
 CHARACTERS_PER_CALL = 1_000_000
@@ -56,9 +58,11 @@ class DocumentTokenizer:
             documents: iterable of documents.
 
         Raises:
-            TypeError: for a document of another kind.
-            ValueError: for bytes that are not UTF-8, or strings without a
-                tokenizer.
+            TypeError: for a document of another kind, or a tokenizer that does not
+                return ints.
+            ValueError: for a tokenizer that returns too few, bytes that are not UTF-8,
+                strings without a tokenizer, or token ids below 0 or beyond what an
+                int32 holds.
         """
         parts_of_each = (
             self._without_markers(_parts(document, index))
@@ -96,7 +100,14 @@ class DocumentTokenizer:
             )
         tokens = self.tokenizer(texts)
         tokens = tokens.to_list() if hasattr(tokens, "to_list") else tokens
-        return [np.asarray(ids, dtype="int32") for ids in tokens]
+        found = [_tokens(ids) for ids in tokens]
+        if len(found) != len(texts):
+            raise ValueError(
+                "Expected a tokenizer to return a list of ints for every text. "
+                f"Received: {len(found)} for {len(texts)} texts. Take a list of "
+                "strings, and return as many lists."
+            )
+        return found
 
     def _continue(self, texts):
         """Tokens of texts that go on where another ends.
@@ -206,7 +217,24 @@ def _part(part, index):
             "keras_ebft.data.from_records reads records with named columns, "
             "keras_ebft.data.ChatTemplate messages."
         )
-    return ids
+    return _as_int32(ids)
+
+
+def _tokens(ids):
+    """What a tokenizer made of a text."""
+    found = _vector(ids)
+    if found is None or (found.dtype.kind not in "iu" and found.size):
+        raise TypeError(
+            "Expected a tokenizer to return a list of ints for every text. Received: "
+            f"{' '.join(repr(ids).split())[:60]} for one. Return their ids."
+        )
+    return _as_int32(found)
+
+
+def _as_int32(ids):
+    if ids.dtype != "int32":
+        check_id_range(ids)
+    return ids.astype("int32", copy=False)
 
 
 def _vector(part):

@@ -1,6 +1,7 @@
 """Tables, files and folders as documents."""
 
 import csv
+import io
 import json
 import os
 import sys
@@ -150,7 +151,7 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
         )
     content = _read_text(path)
     if path.suffix in (".csv", ".tsv"):
-        return _read_csv(content, "\t" if path.suffix == ".tsv" else ",")
+        return _read_csv(content, path)
     records = list(_json_records(content, path))
     if not all(isinstance(record, dict) for record in records):
         wrong = next(r for r in records if not isinstance(r, dict))
@@ -181,14 +182,40 @@ def _json_records(content: str, path: Path) -> Iterator[Any]:
             yield found
 
 
-def _read_csv(content: str, delimiter: str) -> list[dict[str, Any]]:
+def _read_csv(content: str, path: Path) -> list[dict[str, Any]]:
     # Texts are longer than the fields that the module expects.
     limit = csv.field_size_limit(sys.maxsize)
+    # Not `splitlines`, which also ends lines within a text, at form feeds.
+    lines = io.StringIO(content, newline="")
+    delimiter = "\t" if path.suffix == ".tsv" else ","
+    reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
     try:
-        lines = content.splitlines(keepends=True)
-        return list(csv.DictReader(lines, delimiter=delimiter, restkey="more"))
+        records = list(_whole_records(reader))
+    except csv.Error as error:
+        raise _damaged(path, reader.reader.line_num, error) from error
     finally:
         csv.field_size_limit(limit)
+    return records
+
+
+def _whole_records(reader: "csv.DictReader[str]") -> Iterator[dict[str, Any]]:
+    names = list(reader.fieldnames or ())
+    if len(set(names)) < len(names):
+        raise csv.Error(f"two columns of one name among {names}")
+    for record in reader:
+        # What is left where a text holds a delimiter and has no quotes.
+        if None in record:
+            more = len(record[None])
+            raise csv.Error(f"{len(names) + more} fields for the columns {names}")
+        yield record
+
+
+def _damaged(path: Path, line: int, reason: Exception) -> ValueError:
+    return ValueError(
+        f"Expected '{path}' to hold a line of names, and as many fields in every line "
+        "after it, those with delimiters, quotes or line ends in quotes. Received: "
+        f"line {line}, {reason}. Mend the file."
+    )
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:

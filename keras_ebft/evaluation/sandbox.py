@@ -125,6 +125,12 @@ class Sandbox(Shown):
             "open_files": check_int("open_files", open_files, 8),
         }
         self.output_bytes = check_int("output_bytes", output_bytes, 1, MOST_BYTES)
+        if not isinstance(require, (list, tuple, set, frozenset)):
+            raise TypeError(
+                "Expected `require` to be a tuple of protections. Received: "
+                f"require={require!r} (of type {type(require).__name__}). Pass for "
+                'example ("network",).'
+            )
         self.require = tuple(
             check_choice("require", name, PROTECTIONS) for name in require
         )

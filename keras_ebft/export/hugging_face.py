@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +35,8 @@ def export_to_hugging_face(
     has no such layout is logged, and the files of the checkpoint that training
     began with serve. Adapters are merged into the
     exported weights; the model itself keeps them apart. The files are moved to the
-    folder when all are written; of several processes the first writes. Needs
+    folder when all are written, and where one cannot be moved the folder stays as it
+    was; other files in it stay. Of several processes the first writes. Needs
     `pip install "keras_ebft[export]"`.
 
     Exported and compared after loading back, with KerasHub and with `transformers`:
@@ -100,12 +102,33 @@ def _written_whole(path: Path) -> Iterator[Path]:
     try:
         yield partial
         if path.exists():
-            for file in partial.iterdir():
-                os.replace(file, path / file.name)
+            with tempfile.TemporaryDirectory(dir=partial) as replaced:
+                names = [file.name for file in partial.iterdir()]
+                names.remove(os.path.basename(replaced))
+                _replace_files(partial, path, names, Path(replaced))
         else:
             os.replace(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace_files(source: Path, path: Path, names: list[str], replaced: Path) -> None:
+    """Moves files to a folder: all of them, or none and the folder is as it was.
+
+    Args:
+        source: folder that the files are in.
+        path: folder that they go to.
+        names: their names.
+        replaced: folder for those that they replace.
+    """
+    with contextlib.ExitStack() as undo:
+        for name in names:
+            if os.path.lexists(path / name):
+                os.replace(path / name, replaced / name)
+                undo.callback(os.replace, replaced / name, path / name)
+            os.replace(source / name, path / name)
+            undo.callback(os.replace, path / name, source / name)
+        undo.pop_all()
 
 
 def _export_backbone(causal_lm: keras_hub.models.CausalLM, path: Path) -> None:

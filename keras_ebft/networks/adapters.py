@@ -67,6 +67,11 @@ def adapter_variables(layers: Iterable[keras.Layer]) -> list[keras.Variable]:
     return [getattr(layer, name) for layer in layers for name in ADAPTER_VARIABLES]
 
 
+def alphas(backbone: keras_hub.models.Backbone) -> list[float]:
+    """How much the adapters of every adapted layer count, times its rank."""
+    return [float(layer.lora_alpha) for layer in adapted_layers(backbone)]
+
+
 def are_trained(backbone: keras_hub.models.Backbone) -> bool:
     """Whether any adapter changes its layer; new ones, whose B is 0, do not."""
     return any(

@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from keras_ebft.configurable import Configurable
-from keras_ebft.functional.masking import masked_mean
+from keras_ebft.functional.masking import masked_mean, only_where
 from keras_ebft.typing import Tensor
 from keras_ebft.validation import check_bool, check_choice
 
@@ -112,6 +112,9 @@ def critic_loss(
     check_choice("selection", selection, SELECTIONS)
     mask = ops.convert_to_tensor(mask)
     true_logit = ops.broadcast_to(true_logit[:, None], generated_logit.shape)
+    # What is masked may be NaN: compared, chosen and differentiated as 0.
+    true_logit = only_where(mask, true_logit)
+    generated_logit = only_where(mask, generated_logit)
     different = ops.cast(true_logit != generated_logit, "float32")
     generated_mask = true_mask = mask
     if selection == "first":

@@ -135,6 +135,24 @@ class BlockSampler(Configurable):
             length, self.context_length, self.rollout_length, self.stride
         )
 
+    def check_vocabulary(self, size: int) -> None:
+        """Raises if a token that was named is outside a model's vocabulary.
+
+        Args:
+            size: int, how many token ids the model knows.
+
+        Raises:
+            ValueError: for stop tokens that no rollout can ever hold.
+        """
+        named = self.stop_token_ids
+        wrong = [] if isinstance(named, str) else [t for t in named or () if t >= size]
+        if wrong:
+            raise ValueError(
+                f"Expected `stop_token_ids` from 0 to {size - 1}, the model's "
+                f"vocabulary. Received: {wrong[0]}, at which no rollout can end. Use "
+                "ids of the model's tokenizer."
+            )
+
     def check_rows(self, rows: Rows) -> None:
         """Raises if rows of this shape cannot be sampled from.
 

@@ -12,6 +12,7 @@ from keras_ebft.networks import OutputHead, RoutedNetwork, RowNetwork
 from keras_ebft.networks.prefix_cache import DocumentState
 from keras_ebft.samplers.block_sampler import BlockSampler
 from keras_ebft.typing import Tensor
+from keras_ebft.validation import check_id_range, check_integers
 
 
 @keras.saving.register_keras_serializable("keras_ebft")
@@ -28,8 +29,9 @@ class ReplaySampler(BlockSampler):
 
     Raises:
         TypeError: if `token_ids` are not integers.
-        ValueError: if `token_ids` has not four axes, or, when called, does not
-            fit the batch.
+        ValueError: if `token_ids` has not four axes or ids below 0 or beyond what an
+            int32 holds; from `EBFTModel`, if they are outside its vocabulary; when
+            called, if they do not fit the batch.
 
     Example:
     >>> import numpy as np
@@ -39,12 +41,15 @@ class ReplaySampler(BlockSampler):
     """
 
     def __init__(self, token_ids: Any, **geometry: Any) -> None:
-        token_ids = np.asarray(token_ids)
-        if not np.issubdtype(token_ids.dtype, np.integer):
-            raise TypeError(
-                "Expected `token_ids` to be integers. Received: dtype "
-                f"{token_ids.dtype}. Convert them with .astype('int32')."
-            )
+        try:
+            token_ids = np.asarray(token_ids)
+        except ValueError as error:
+            raise ValueError(
+                "Expected `token_ids` of shape [B, n, K, G]. Received: lists of "
+                "unequal lengths. Pad them to one rollout length."
+            ) from error
+        check_integers("token_ids", token_ids)
+        check_id_range(token_ids)
         if token_ids.ndim != 4:
             raise ValueError(
                 "Expected `token_ids` of shape [B, n, K, G] (documents, samples, "
@@ -61,6 +66,11 @@ class ReplaySampler(BlockSampler):
                 f"Received: {given[0]} and {given[1]}. Leave them out."
             )
         self.token_ids = token_ids.astype("int32")
+
+    def check_vocabulary(self, size: int) -> None:
+        """Raises if tokens are outside a vocabulary; see `BlockSampler`."""
+        super().check_vocabulary(size)
+        check_id_range(self.token_ids, size)
 
     @property
     def draws_tokens(self) -> bool:

@@ -22,6 +22,7 @@ import keras
 import numpy as np
 
 from keras_ebft.backend.updates import check_finite
+from keras_ebft.training.reserved_files import ReservedFile, reserved
 
 RECORD = "run_record"
 # What was left by a process that was killed while writing. Nobody writes so long
@@ -39,8 +40,9 @@ def previous_path(path: Path) -> Path:
 def write_checkpoint(model: Any, path: Path, record: dict[str, Any]) -> None:
     """Writes a model's weights and a record, the file before them being kept.
 
-    Written beside, flushed to disk, and moved to its place: whenever the machine
-    stops, `path` is one whole file, the old one or the new one.
+    Written beside, in room that was taken before, flushed to disk, and moved to its
+    place: whenever the machine stops, `path` is one whole file, the old one or the
+    new one.
 
     Args:
         model: `EBFTModel`.
@@ -53,10 +55,12 @@ def write_checkpoint(model: Any, path: Path, record: dict[str, Any]) -> None:
     """
     check_finite(model.written_variables(), path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(model, path)
+    size = most_bytes(model, record)
+    _check_space(path, size)
     with _moved_into_place(path) as partial:
-        model.save_weights(partial, overwrite=True)
-        _add_record(partial, record)
+        with reserved(partial, size) as file:
+            model.save_weights(file, overwrite=True)
+            _add_record(file, record)
         if path.exists():
             with _moved_into_place(previous_path(path)) as other:
                 _link(path, other)
@@ -143,14 +147,29 @@ def _damaged(path: Path, reason: str) -> ValueError:
     )
 
 
-def _check_space(model: Any, path: Path) -> None:
-    # HDF5 does not survive a disk that fills up while it writes.
-    variables = [*model.written_variables(), *model._saved_variables().values()]
-    needed = sum(
-        int(np.prod(v.shape)) * _bytes(v.dtype) + BYTES_PER_ENTRY for v in variables
-    )
-    if path.exists():
-        needed = max(needed, path.stat().st_size)
+def most_bytes(model: Any, record: dict[str, Any]) -> int:
+    """What the file of a checkpoint has at most.
+
+    Args:
+        model: `EBFTModel`.
+        record: dict that JSON can hold.
+
+    Returns:
+        int, bytes.
+    """
+    variables = [
+        *model.written_variables(),
+        *model._saved_variables().values(),
+        # Running means, with the model and with the state of training.
+        *model.metrics_variables,
+        *model.metrics_variables,
+    ]
+    values = sum(int(np.prod(v.shape)) * _bytes(v.dtype) for v in variables)
+    return values + (len(variables) + 16) * BYTES_PER_ENTRY + len(json.dumps(record))
+
+
+def _check_space(path: Path, needed: int) -> None:
+    # Where files cannot be reserved, a disk that is full now is told all the same.
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise OSError(
@@ -200,8 +219,8 @@ def _link(path: Path, other: Path) -> None:
         shutil.copyfile(path, other)
 
 
-def _add_record(path: Path, record: dict[str, Any]) -> None:
-    with h5py.File(path, "r+") as file:
+def _add_record(partial: ReservedFile, record: dict[str, Any]) -> None:
+    with h5py.File(partial, "r+") as file:
         content = {"checksum": _checksum(file), "run": record}
         file[RECORD] = np.frombuffer(json.dumps(content).encode(), "uint8")
 

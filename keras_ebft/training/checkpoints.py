@@ -21,10 +21,14 @@ from keras_ebft.backend.runtime import backend_name
 from keras_ebft.networks import adapters
 from keras_ebft.representation import Shown
 from keras_ebft.training import checkpoint_files
+from keras_ebft.training.part_settings import part_settings
 from keras_ebft.validation import check_bool, check_int
 from keras_ebft.version import __version__
 
 logger = logging.getLogger("keras_ebft")
+
+# Files of before do not say it.
+ALPHA = "alpha"
 
 
 @keras.saving.register_keras_serializable("keras_ebft")
@@ -40,17 +44,21 @@ class TrainingState(keras.layers.Layer):
             variables by name.
         metrics: function without arguments that returns the variables of the
             running means.
+        alphas: function without arguments that returns the alpha of every adapted
+            layer, a list of floats.
     """
 
     def __init__(
         self,
         variables: Callable[[], dict[str, keras.Variable]],
         metrics: Callable[[], list[keras.Variable]],
+        alphas: Callable[[], list[float]],
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.variables_by_name = variables
         self.metric_variables = metrics
+        self.alphas = alphas
         self.epoch = 0
         self.batch = 0
         # What tells the data of a `fit` from others, a dict that JSON can hold.
@@ -59,12 +67,15 @@ class TrainingState(keras.layers.Layer):
         self.first_pass = 0
         self.next_pass = 0
         self.loaded_metrics: list[np.ndarray] | None = None
+        self._refusal: ValueError | None = None
         self.built = True
 
     def save_own_variables(self, store: Any) -> None:
         """Writes generators, adapters, running means and the place in the data."""
         for name, variable in self.variables_by_name().items():
             store[name] = variable
+        if self.alphas():
+            store[ALPHA] = np.array(self.alphas(), dtype="float64")
         passes = [self.first_pass, self.next_pass]
         store["position"] = np.array([self.epoch, self.batch, *passes], dtype="int64")
         for index, variable in enumerate(self.metric_variables()):
@@ -74,15 +85,24 @@ class TrainingState(keras.layers.Layer):
         """Reads what `save_own_variables` wrote.
 
         Raises:
-            ValueError: if the file is of a model with other adapters.
+            ValueError: if the file is of a model with other adapters, or with
+                adapters of another alpha.
         """
+        names = set(store.keys())
+        if not names and self._refusal is not None:
+            # Keras asks again by another name of the layer, and shows the last error.
+            raise self._refusal
+        self._refusal = None
+        try:
+            self._load(store, names)
+        except ValueError as error:
+            self._refusal = error
+            raise
+
+    def _load(self, store: Any, names: set[str]) -> None:
         variables = self.variables_by_name()
-        names = list(store.keys())
-        stored = {
-            name
-            for name in names
-            if name != "position" and not name.startswith("metric_")
-        }
+        means = {name for name in names if name.startswith("metric_")}
+        stored = names - means - {"position", ALPHA}
         if stored != set(variables):
             raise ValueError(
                 "Expected weights of a model with the same adapters. Received: a "
@@ -91,13 +111,15 @@ class TrainingState(keras.layers.Layer):
                 "causal_lm.backbone.enable_lora() as it was called for the saved "
                 "model, before EBFTModel is built."
             )
+        if ALPHA in names:
+            _check_alphas(np.array(store[ALPHA]).tolist(), self.alphas())
         for name, variable in variables.items():
             variable.assign(store[name])
         # Files of before have no numbers of passes.
         self.epoch, self.batch, *passes = (int(value) for value in store["position"])
         self.first_pass, self.next_pass = passes or (0, self.epoch + 1)
-        count = len(names) - len(stored) - 1
-        self.loaded_metrics = [np.array(store[f"metric_{i}"]) for i in range(count)]
+        count = range(len(means))
+        self.loaded_metrics = [np.array(store[f"metric_{i}"]) for i in count]
 
     def restore_metrics(self) -> None:
         """Sets the running means of the interrupted epoch."""
@@ -117,10 +139,11 @@ class TrainingCheckpoint(Shown, keras.callbacks.Callback):
 
     The file holds weights, optimizer, random generators, adapters and the place
     in the data, a checksum of them, and a record of the run: the optimizer and its
-    settings, the shapes of weights and batches, which data they come from and in
-    which order, and the versions. A file that is damaged or of another run is
-    refused by name, before a weight changes; other versions alone are logged. The
-    learning rate, where it is a number, is the file's.
+    settings, those of sampler, features, reward and loss, the shapes of weights and
+    batches, which data they come from and in which order, and the versions. A file
+    that is damaged or of another run is refused by name, before a weight changes;
+    other versions alone are logged. The learning rate, where it is a number, is the
+    file's.
 
     A file is written beside, flushed to disk, and moved to its place, so that there
     is a whole one even if the machine stops while writing; the one before is kept as
@@ -209,7 +232,12 @@ class TrainingCheckpoint(Shown, keras.callbacks.Callback):
             )
         found = list(
             checkpoint_files.differences(
-                {**written, "versions": None}, {**self._run, "versions": None}
+                {**written, "versions": None},
+                # Files of earlier versions do not have all of it.
+                {
+                    **{k: v for k, v in self._run.items() if k in written},
+                    "versions": None,
+                },
             )
         )
         if not found:
@@ -280,6 +308,7 @@ def run_record(model: Any) -> dict[str, Any]:
             for layer in adapters.adapted_layers(model.causal_lm.backbone)
         ],
         "optimizer": _settings(model.get_compile_config()["optimizer"]),
+        "settings": part_settings(model),
         "data": model.training_state.data,
     }
 
@@ -296,6 +325,21 @@ def _settings(config: Any) -> Any:
     }
     # Tuples and other numbers as they come out of a file.
     return json.loads(json.dumps(kept, default=float))
+
+
+def _check_alphas(written: list[float], now: list[float]) -> None:
+    if written != [float(alpha) for alpha in now]:
+        raise ValueError(
+            "Expected weights of a model whose adapters have the same alpha. Received: "
+            f"a file of alpha {_distinct(written)} for a model of {_distinct(now)}, "
+            "which would say other things with the same weights. Call "
+            "causal_lm.backbone.enable_lora() as it was called for the saved model, "
+            "before EBFTModel is built, or set lora_alpha of the adapted layers."
+        )
+
+
+def _distinct(alphas: list[float]) -> str:
+    return ", ".join(f"{alpha:g}" for alpha in sorted(set(alphas)))
 
 
 def _count_adapters(names: Iterable[str]) -> int:

@@ -9,7 +9,8 @@ from keras import ops
 
 logger = logging.getLogger("keras_ebft")
 
-# Their step is about the learning rate, whatever the gradient is.
+# Their step is about the learning rate, or a share of it that the weights decide,
+# whatever the gradient is.
 RATE_SIZED = (
     keras.optimizers.Adam,
     keras.optimizers.Adamax,
@@ -17,6 +18,9 @@ RATE_SIZED = (
     keras.optimizers.Lion,
     keras.optimizers.RMSprop,
     keras.optimizers.Adagrad,
+    keras.optimizers.Adafactor,
+    keras.optimizers.Lamb,
+    keras.optimizers.Muon,
 )
 HALVES = ("bfloat16", "float16")
 # Values that are looked at in each weight.
@@ -35,16 +39,17 @@ def warn_of_small_steps(model: keras.Model) -> None:
     Args:
         model: compiled `EBFTModel`.
     """
-    rate = greatest_rate(_policy_optimizer(model.optimizer))
+    optimizer = _policy_optimizer(model.optimizer)
+    rate = greatest_rate(optimizer)
     if rate is None:
         return
     policy = [v for v in model.causal_lm.trainable_variables if v.dtype in HALVES]
-    share = share_that_moves(policy, rate)
+    share = share_that_moves(policy, [step_size(optimizer, v, rate) for v in policy])
     if share is None or share >= 0.5:
         return
     dtype = policy[0].dtype
     logger.warning(
-        "The weights are %s, and an optimizer step of the learning rate, %.3g, changes "
+        "The weights are %s, and an optimizer step at the learning rate %.3g changes "
         "%.2g %% of them: the others are rounded back to what they were. Keep the "
         'weights in float32 with dtype="mixed_%s" when the model is made, or raise '
         "the learning rate.",
@@ -73,23 +78,51 @@ def greatest_rate(optimizer: keras.optimizers.Optimizer) -> float | None:
     return _number(optimizer.learning_rate)
 
 
-def share_that_moves(variables: list[keras.Variable], rate: float) -> float | None:
+def step_size(
+    optimizer: keras.optimizers.Optimizer, variable: keras.Variable, rate: float
+) -> float:
+    """How far an optimizer of `RATE_SIZED` moves the weights of a variable at once.
+
+    Args:
+        optimizer: Keras optimizer.
+        variable: Keras variable.
+        rate: float, the learning rate.
+
+    Returns:
+        float, the root of the mean square of a whole step.
+    """
+    if isinstance(optimizer, keras.optimizers.Adafactor):
+        return rate * max(optimizer.epsilon_2, _size(variable))
+    if isinstance(optimizer, keras.optimizers.Lamb):
+        return rate * (_size(variable) or 1.0)
+    if isinstance(optimizer, keras.optimizers.Muon):
+        if optimizer._should_use_adamw(variable):
+            return rate * optimizer.adam_lr_ratio
+        # Its steps are about orthogonal matrices, of n rows or columns at most.
+        scale = optimizer.rms_rate
+        return rate * (max(variable.shape) ** -0.5 if scale is None else scale)
+    return rate
+
+
+def share_that_moves(
+    variables: list[keras.Variable], steps: list[float]
+) -> float | None:
     """The share of weights that adding or subtracting a number changes.
 
     Args:
         variables: list of Keras variables.
-        rate: float.
+        steps: list of floats, the number for each.
 
     Returns:
         float, or `None` if there are no weights.
     """
     moved = total = 0.0
-    for variable in variables:
+    for variable, size_of_step in zip(variables, steps, strict=True):
         values = ops.reshape(ops.convert_to_tensor(variable), (-1,))
         size = int(values.shape[0])
         places = np.linspace(0, size - 1, min(size, MOST_VALUES)).astype("int32")
         values = ops.take(values, places)
-        step = ops.cast(rate, values.dtype)
+        step = ops.cast(size_of_step, values.dtype)
         changed = ops.logical_or(
             ops.not_equal(values + step, values), ops.not_equal(values - step, values)
         )
@@ -102,6 +135,12 @@ def _policy_optimizer(optimizer: Any) -> keras.optimizers.Optimizer:
     for name in ("inner_optimizer", "policy_optimizer"):
         optimizer = getattr(optimizer, name, optimizer)
     return optimizer
+
+
+def _size(variable: keras.Variable) -> float:
+    """The root of the mean square of a variable."""
+    values = ops.cast(ops.convert_to_tensor(variable), "float32")
+    return _number(ops.sqrt(ops.mean(ops.square(values))))
 
 
 def _number(value: Any) -> float:

@@ -6,6 +6,7 @@ from keras_ebft.data import PackedRows, TextFiles
 from keras_ebft.data.tables import as_documents
 from keras_ebft.networks import maximum_length, to_numpy, vocabulary_size
 from keras_ebft.training.texts import listed, rows_of_documents
+from keras_ebft.validation import MOST_INT, check_id_range, check_integers
 
 # What a row may consist of, and what fills up rows and batches.
 DTYPES = {
@@ -25,7 +26,7 @@ FILLING = {
 # Zeros and ones.
 FLAGS = ("padding_mask", "answer_mask")
 # What int32 holds.
-MOST_SEGMENTS = 2**31 - 1
+MOST_SEGMENTS = MOST_INT
 
 
 def to_token_rows(x, causal_lm, trim=True, report=None):
@@ -81,13 +82,46 @@ def to_token_rows(x, causal_lm, trim=True, report=None):
         )
     _check_token_ids(rows["token_ids"], causal_lm)
     _check_masks(rows)
-    _check_anchors(rows)
+    if "anchors" in rows:
+        check_anchors(rows["anchors"], rows["token_ids"].shape)
     rows = {name: values.astype(DTYPES[name]) for name, values in rows.items()}
     if report is not None:
         report.count(rows, lost)
         if packing is not None:
             report.count_packing(packing)
     return rows
+
+
+def to_rollouts(rollouts, causal_lm):
+    """Rollouts that were given as checked arrays, before their shape is looked at.
+
+    Args:
+        rollouts: dict of `token_ids` and optionally `anchors`, or token ids alone.
+        causal_lm: the `CausalLM` they are of.
+
+    Returns:
+        `(token_ids, anchors)`, integer arrays; `None` in place of anchors not given.
+
+    Raises:
+        TypeError: for token ids or anchors that are not integers.
+        ValueError: for a dict without token ids, or ids outside the vocabulary.
+    """
+    given = rollouts if isinstance(rollouts, dict) else {"token_ids": rollouts}
+    if given.get("token_ids") is None:
+        raise ValueError(
+            "Expected rollouts with 'token_ids'. Received: a dict with "
+            f"{sorted(map(str, given))}. Pass what `rollout` returned."
+        )
+    found = {
+        name: _array(name, given[name])
+        for name in ("token_ids", "anchors")
+        if given.get(name) is not None
+    }
+    for name, values in found.items():
+        check_integers(name, values)
+    size = vocabulary_size(causal_lm.backbone)
+    check_id_range(found["token_ids"], size)
+    return found["token_ids"], found.get("anchors")
 
 
 def check_row_fits(shape, fixed_shape):
@@ -166,13 +200,7 @@ def _check_token_ids(token_ids, causal_lm):
             "Expected token ids of shape [documents, tokens]. Received: shape "
             f"{token_ids.shape}. Add or remove an axis."
         )
-    size = vocabulary_size(causal_lm.backbone)
-    if token_ids.size and (token_ids.min() < 0 or token_ids.max() >= size):
-        raise ValueError(
-            f"Expected token ids from 0 to {size - 1}, the model's vocabulary. "
-            f"Received: ids from {token_ids.min()} to {token_ids.max()}. Use the "
-            "tokenizer the model was trained with."
-        )
+    check_id_range(token_ids, vocabulary_size(causal_lm.backbone))
     limit = maximum_length(causal_lm)
     if limit is not None and token_ids.shape[1] > limit:
         raise ValueError(
@@ -201,7 +229,7 @@ def _check_masks(rows):
 
 
 def _check_segments(segment_ids):
-    _check_integers("segment_ids", segment_ids)
+    check_integers("segment_ids", segment_ids)
     if segment_ids.size and (
         segment_ids.min() < 0 or segment_ids.max() > MOST_SEGMENTS
     ):
@@ -212,12 +240,19 @@ def _check_segments(segment_ids):
         )
 
 
-def _check_anchors(rows):
-    anchors = rows.get("anchors")
-    if anchors is None:
-        return
-    _check_integers("anchors", anchors)
-    documents, length = rows["token_ids"].shape
+def check_anchors(anchors, shape):
+    """Checks where blocks of documents stand.
+
+    Args:
+        anchors: array `[B, K]`.
+        shape: `[B, T]` of the documents.
+
+    Raises:
+        TypeError: for anchors that are not integers.
+        ValueError: for a wrong shape, or places outside the documents.
+    """
+    check_integers("anchors", anchors)
+    documents, length = shape
     if anchors.ndim != 2 or anchors.shape[0] != documents or not anchors.shape[1]:
         raise ValueError(
             f"Expected `anchors` of shape [documents, blocks] = [{documents}, K]. "
@@ -228,12 +263,4 @@ def _check_anchors(rows):
         raise ValueError(
             f"Expected `anchors` from 1 to {length - 1}, how many tokens a block sees, "
             f"or -1 for none. Received: {anchors[outside][0]}."
-        )
-
-
-def _check_integers(name, values):
-    if values.dtype.kind not in "iu":
-        raise TypeError(
-            f"Expected `{name}` to be integers. Received: an array of dtype "
-            f"{values.dtype}. Convert them with .astype('int32')."
         )
