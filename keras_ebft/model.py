@@ -351,7 +351,11 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         *state, data = state_and_data
         batch = Batch(read_documents(as_batch(data)))
         # Where the data are at their end, nothing of a step may have happened.
-        with after(batch.documents.token_ids), shared_step():
+        with (
+            after(batch.documents.token_ids),
+            shared_step(),
+            self._whole_step(state),
+        ):
             if not self.objective.repeats_updates:
                 return self._update(state, batch)
             experience, state = run_in_state(

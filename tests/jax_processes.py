@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import pytest
 from helpers import llama
+from jax.experimental import multihost_utils
 from replica_cases import CASES, rows
 
 import keras_ebft
@@ -32,4 +33,21 @@ model.compile("sgd")
 checkpoint = keras_ebft.TrainingCheckpoint(Path(folder) / f"saved_{rank}.weights.h5")
 model.fit(rows(2), verbose=0, callbacks=[checkpoint])
 found = {"supervised": found, "seed": model.seed}
+
+
+def trained(epochs, *callbacks):
+    """Steps and weights of a model that is made anew."""
+    model = keras_ebft.EBFTModel.sft(llama(num_layers=1), seed=1)
+    model.compile("sgd")
+    model.fit(rows(2), epochs=epochs, verbose=0, callbacks=list(callbacks))
+    return [int(model.optimizer.iterations), *model.causal_lm.get_weights()]
+
+
+# All processes are given the same file.
+one_path = Path(folder) / "one.weights.h5"
+trained(1, keras_ebft.TrainingCheckpoint(one_path))
+found["files"] = sorted(path.name for path in one_path.parent.glob("*one.weights.h5"))
+multihost_utils.sync_global_devices("looked")
+found["resumed"] = trained(2, keras_ebft.TrainingCheckpoint(one_path))
+found["whole"] = trained(2)
 (Path(folder) / f"found_{rank}.pkl").write_bytes(pickle.dumps(found))

@@ -68,6 +68,18 @@ def resumed():
     return {"whole": trained(), "resumed": trained(checkpoint)}
 
 
+def at_one_path():
+    """Interrupted and resumed; all processes are given the same file."""
+    checkpoint = keras_ebft.TrainingCheckpoint(folder / "one.weights.h5", save_freq=1)
+    with contextlib.suppress(SystemExit):
+        trained(checkpoint, StopsAt())
+    torch.distributed.barrier()
+    files = sorted(path.name for path in folder.glob("*one.weights.h5"))
+    # No process may write before all have looked.
+    torch.distributed.barrier()
+    return {"files": files, "weights": trained(checkpoint)["weights"]}
+
+
 def drawn():
     """The numbers that decide rollouts, of two equal rows in every process."""
     documents = read_documents(
@@ -98,5 +110,6 @@ def written():
 
 
 found = {name: case() for name, case in CASES.items()}
-found |= {"resumed": resumed(), "drawn": drawn(), "written": written()}
+found |= {"resumed": resumed(), "at_one_path": at_one_path()}
+found |= {"drawn": drawn(), "written": written()}
 (folder / f"found_{rank}.pkl").write_bytes(pickle.dumps(found))

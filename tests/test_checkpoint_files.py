@@ -440,5 +440,6 @@ class Orbax(keras.callbacks.OrbaxCheckpoint):
 
 
 def test_orbax_is_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match=r"OrbaxCheckpoint.*TrainingCheckpoint"):
-        fit(build(), tmp_path / NAME, callbacks=[Orbax()])
+    for callbacks in ([Orbax()], [keras.callbacks.CallbackList([Orbax()])]):
+        with pytest.raises(ValueError, match=r"OrbaxCheckpoint.*TrainingCheckpoint"):
+            fit(build(), tmp_path / NAME, callbacks=callbacks)

@@ -78,3 +78,8 @@ def test_processes_with_the_same_data_train_as_one(found, tmp_path):
     assert first["seed"] == second["seed"]
     written = [(tmp_path / f"saved_{rank}.weights.h5").exists() for rank in range(2)]
     assert written == [True, False]
+    for own in (first, second):
+        assert own["files"] == ["one.weights.h5"]
+        # The optimizer's steps are in the file, too.
+        assert own["resumed"][0] == own["whole"][0] == 2
+        assert all(map(np.array_equal, own["resumed"], own["whole"]))

@@ -72,6 +72,15 @@ def test_training_resumes_bit_for_bit_from_what_the_first_process_wrote(together
 
 @on_torch
 @pytest.mark.slow
+def test_one_path_for_all_processes_is_written_by_one(together):
+    for found in together[1]:
+        shared, whole = found["at_one_path"], found["resumed"]["whole"]
+        assert shared["files"] == ["one.weights.h5", "previous-one.weights.h5"]
+        assert all(map(np.array_equal, shared["weights"], whole["weights"]))
+
+
+@on_torch
+@pytest.mark.slow
 def test_one_process_goes_on_where_two_were_interrupted(together):
     folder, (found, _), _ = together
     model = plain()

@@ -2,16 +2,18 @@
 
 JAX's trainer takes the values out of all variables while it runs, and hands them back
 when it ends as expected; here they come back whatever ends it. A graph of TensorFlow's
-that is broken off may have assigned some variables and not others.
+that is broken off may have assigned some variables and not others; here it is not: what
+Python code within it raises, data too, is raised at its end.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 
-from keras_ebft.backend.runtime import backend_name, collected_errors
+from keras_ebft.backend.runtime import backend_name, raising_collected
+from keras_ebft.backend.updates import calls_of, undo_without_update
 from keras_ebft.typing import Tensor
 
 # The parts of the state that train, test and predict functions are given.
@@ -57,6 +59,7 @@ def holding_state(
     step: Callable[..., Any],
     make_function: Callable[..., Callable[..., Any]],
     runs_python: bool,
+    moved: Sequence[keras.Variable],
     **options: Any,
 ) -> Callable[..., Any]:
     """A trainer's function of a step, after whose failure the model is whole.
@@ -66,16 +69,18 @@ def holding_state(
         step: one step, function of `(state, batch)` or `(batch)`.
         make_function: makes the function that Keras' trainer calls out of a step.
         runs_python: bool, whether steps call Python (`call_python`).
+        moved: list of small variables that a train step moves beside its update.
         **options: for `make_function`.
 
     Returns:
         A function of the same arguments as that of `make_function`.
     """
-    if backend_name() != "jax":
+    if backend_name() == "tensorflow":
         make = functools.partial(make_function, step, **options)
-        function = _PerShape(make) if backend_name() == "tensorflow" else make()
-        return functools.partial(_call, function) if runs_python else function
-    held = _Held(model, step, runs_python)
+        return functools.partial(raising_collected, _PerShape(make))
+    if backend_name() != "jax":
+        return make_function(step, **options)
+    held = _Held(model, step, runs_python, moved)
     held.function = make_function(held.run_step, **options)
     return held
 
@@ -98,14 +103,6 @@ class _PerShape:
         return self.functions[shapes](iterator)
 
 
-def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    with collected_errors() as errors:
-        returned = function(*arguments)
-    if errors:
-        raise errors[0]
-    return returned
-
-
 class _Held:
     """Keeps hold of the state before and after every step of a call."""
 
@@ -114,12 +111,16 @@ class _Held:
         model: keras.Model,
         step: Callable[..., Any],
         runs_python: bool,
+        moved: Sequence[keras.Variable],
     ) -> None:
         self.model = model
         self.step = step
         self.runs_python = runs_python
+        self.moved = moved
         self.function: Callable[..., Any] = self.run_step
         self.state: tuple[list[Tensor], ...] = ()
+        # Of a step whose Python code has not come to its end.
+        self.before: list[tuple[keras.Variable, Tensor]] = []
 
     def __call__(self, state: tuple[list[Tensor], ...], iterator: Any) -> Any:
         self.state = state
@@ -130,16 +131,43 @@ class _Held:
                 hand_back(self.model, self.state)
             except RuntimeError as lost:
                 raise lost from error
+            undo_without_update(self.before)
             raise
         finally:
-            self.state = ()
+            self.state, self.before = (), []
 
     def run_step(self, state: tuple[list[Tensor], ...], batch: Any) -> Any:
         """One step, after which its state is the one that is kept."""
         if not self.runs_python:
             outputs, self.state = self.step(state, batch)
             return outputs, self.state
-        return _call(self._whole_step, state, batch)
+        self.before = self._copies(state)
+        returned = raising_collected(self._whole_step, state, batch)
+        self.before = []
+        return returned
+
+    def _copies(
+        self, state: tuple[list[Tensor], ...]
+    ) -> list[tuple[keras.Variable, Tensor]]:
+        """What a train step moves, and its values: their memory is handed over."""
+        import jax
+
+        if len(state) != len(PARTS[4]):
+            return []
+        calls = calls_of(self.model.optimizer)
+        wanted = {id(variable) for variable in (calls, *self.moved)}
+        kinds = (
+            self.model.non_trainable_variables,
+            self.model.optimizer.variables,
+            self.model.metrics_variables,
+        )
+        found = {
+            id(variable): (variable, jax.numpy.copy(value))
+            for variables, values in zip(kinds, state[1:])
+            for variable, value in zip(variables, values)
+            if id(variable) in wanted
+        }
+        return [found[id(variable)] for variable in (calls, *self.moved)]
 
     def _whole_step(self, state: tuple[list[Tensor], ...], batch: Any) -> Any:
         import jax

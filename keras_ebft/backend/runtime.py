@@ -183,11 +183,7 @@ class _Graphs:
         if list(map(id, read)) != list(map(id, self.read)):
             self.graph = tf.function(self.function, autograph=False)
             self.read = read
-        with collected_errors() as errors:
-            found = self.graph(*tensors)
-        if errors:
-            raise errors[0]
-        return found
+        return raising_collected(self.graph, *tensors)
 
 
 def call_python(
@@ -222,11 +218,11 @@ def call_python(
 
 
 # While `collected_errors` is open: what Python code within a step raised.
-_collected: list[list[Exception]] = []
+_collected: list[list[BaseException]] = []
 
 
 @contextlib.contextmanager
-def collected_errors() -> Iterator[list[Exception]]:
+def collected_errors() -> Iterator[list[BaseException]]:
     """Context in which Python code that a compiled step calls does not end the step.
 
     A step that ends by an exception has lost the memory of the weights that it was
@@ -237,7 +233,7 @@ def collected_errors() -> Iterator[list[Exception]]:
     Yields:
         list, what was raised.
     """
-    errors: list[Exception] = []
+    errors: list[BaseException] = []
     _collected.append(errors)
     try:
         yield errors
@@ -245,16 +241,65 @@ def collected_errors() -> Iterator[list[Exception]]:
         _collected.remove(errors)
 
 
+def raising_collected(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a compiled function; what Python code within it raised comes at its end.
+
+    Args:
+        function: any function.
+        *arguments: its arguments.
+
+    Returns:
+        What it returned.
+
+    Raises:
+        BaseException: what Python code that it calls raised first, as it was raised.
+    """
+    returned = None
+    with collected_errors() as errors:
+        try:
+            returned = function(*arguments)
+        except BaseException:
+            # Data that failed are data that end.
+            if not errors:
+                raise
+    if errors:
+        raise errors[0]
+    return returned
+
+
+def python_failed(known: Tensor) -> Tensor:
+    """Whether Python code raised that this call of a compiled function has called.
+
+    Args:
+        known: tensor; what it is computed from has been asked when this is found.
+
+    Returns:
+        bool scalar tensor; false on backends whose steps end by an exception.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return keras.ops.convert_to_tensor(False)
+    import tensorflow as tf
+
+    failed = tf.numpy_function(lambda _: np.bool_(_has_failed()), (known,), tf.bool)
+    return tf.ensure_shape(failed, ())
+
+
+def _has_failed() -> bool:
+    return bool(_collected and _collected[-1])
+
+
 def _call(
     function: Callable[..., np.ndarray], shape: tuple[int, ...], *arrays: Any
 ) -> np.ndarray:
     try:
-        return function(*(np.asarray(array) for array in arrays))
-    except Exception as error:
+        # Steps of one call that follow a failure have no update, as it has none.
+        if not _has_failed():
+            return function(*(np.asarray(array) for array in arrays))
+    except BaseException as error:
         if not _collected:
             raise
         _collected[-1].append(error)
-        return np.full(shape, np.nan, "float32")
+    return np.full(shape, np.nan, "float32")
 
 
 def tensorflow_dataset(
@@ -262,6 +307,10 @@ def tensorflow_dataset(
     signature: dict[str, tuple[Any, Any]],
 ) -> Any:
     """Batches of arrays as TensorFlow reads them.
+
+    They end where reading fails: an exception would break off what else the graph that
+    asks for them is doing, the update of the batch before. It is collected
+    (`collected_errors`) when that batch is asked for, not when it is read ahead.
 
     Args:
         read: function without arguments that returns an iterator of dicts of arrays.
@@ -273,8 +322,43 @@ def tensorflow_dataset(
     import tensorflow as tf
 
     specs = {name: tf.TensorSpec(*spec) for name, spec in signature.items()}
-    dataset = tf.data.Dataset.from_generator(read, output_signature=specs)
-    return dataset.prefetch(1)
+    failures: list[BaseException] = []
+
+    def batches() -> Iterator[tuple[dict[str, np.ndarray], bool]]:
+        iterator = iter(read())
+        while True:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            except BaseException as error:
+                failures.append(error)
+                nothing = {name: np.zeros(*spec) for name, spec in signature.items()}
+                yield nothing, False
+                return
+            yield batch, True
+
+    def goes_on(_: Any, was_read: Tensor) -> Tensor:
+        collect = functools.partial(_collect_unless, failures)
+        return tf.ensure_shape(tf.numpy_function(collect, (was_read,), tf.bool), ())
+
+    dataset = tf.data.Dataset.from_generator(
+        batches, output_signature=(specs, tf.TensorSpec((), "bool"))
+    )
+    dataset = dataset.prefetch(1).take_while(goes_on)
+    options = tf.data.Options()
+    # They would read ahead once more.
+    options.experimental_optimization.apply_default_optimizations = False
+    return dataset.map(lambda batch, _: batch).with_options(options)
+
+
+def _collect_unless(failures: list[BaseException], was_read: np.bool_) -> np.bool_:
+    if not was_read:
+        error = failures.pop()
+        if not _collected:
+            raise error
+        _collected[-1].append(error)
+    return was_read
 
 
 def run_in_state(

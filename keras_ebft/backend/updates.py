@@ -17,11 +17,60 @@ from keras_ebft.backend.large_updates import (
     without_interruption,
 )
 from keras_ebft.backend.replicas import summed_gradients
-from keras_ebft.backend.runtime import dense, no_gradient
+from keras_ebft.backend.runtime import dense, no_gradient, python_failed
 from keras_ebft.typing import Tensor
 
 # Elements of a tensor that may be in memory twice during an update, and be copied.
 SMALL = 2**18
+
+
+@contextlib.contextmanager
+def whole_step(
+    optimizer: keras.optimizers.Optimizer,
+    variables: Sequence[keras.Variable],
+    runs_python: bool,
+) -> Iterator[None]:
+    """Context of a step: if it fails before its update, nothing of it has happened.
+
+    On JAX, `held_state` does it: the state is no variable there.
+
+    Args:
+        optimizer: Keras optimizer that makes the update.
+        variables: list of small variables that a step moves beside the update.
+        runs_python: bool, whether the step calls Python (`call_python`), whose
+            exceptions TensorFlow raises when the step has come to its end.
+    """
+    with no_gradient():
+        before = [(v, ops.copy(v)) for v in (calls_of(optimizer), *variables)]
+    try:
+        yield
+    except BaseException:
+        undo_without_update(before)
+        raise
+    if runs_python:
+        undo_without_update(before, python_failed)
+
+
+def undo_without_update(
+    before: Sequence[tuple[keras.Variable, Tensor]],
+    failed: Callable[[Tensor], Any] = lambda calls: True,
+) -> None:
+    """Makes variables what they were before a step that failed and has no update.
+
+    Args:
+        before: list of variables and their values, the optimizer's `calls_of` first.
+        failed: function of the number of calls, bool or bool scalar tensor.
+    """
+    if not before:
+        return
+    (calls, calls_before), *others = before
+    with no_gradient():
+        calls_now = ops.copy(calls)
+        has_none = ops.equal(calls_before, calls_now)
+        undone = ops.logical_and(failed(calls_now), has_none)
+        for variable, value in others:
+            now = ops.convert_to_tensor(variable)
+            variable.assign(ops.where(undone, value, now))
 
 
 def update_if_finite(
@@ -52,12 +101,12 @@ def update_if_finite(
     optimizer = model.optimizer
     with no_gradient():
         metrics = [ops.copy(variable) for variable in model.metrics_variables]
-        calls = ops.copy(_calls(optimizer))
+        calls = ops.copy(calls_of(optimizer))
     norms: list[Tensor] = []
     with replaced(optimizer, apply=_apply_if_finite(optimizer, norms)):
         step()
     # Loss scaling, too, leaves the number as it is where it skips an update.
-    updated = ops.not_equal(_calls(optimizer), calls)
+    updated = ops.not_equal(calls_of(optimizer), calls)
     with no_gradient():
         for variable, before in zip(model.metrics_variables, metrics):
             variable.assign(ops.where(updated, variable, before))
@@ -79,7 +128,7 @@ def _update_in_state(
     count = next(
         index
         for index, variable in enumerate(optimizer.variables)
-        if variable is _calls(optimizer)
+        if variable is calls_of(optimizer)
     )
     updated = ops.not_equal(new[-1][count], optimizer_variables[count])
     chosen = [ops.where(updated, *both) for both in zip(new_metrics, metrics)]
@@ -90,8 +139,8 @@ def _update_in_state(
     return logs, (*new, new_metrics)
 
 
-def _calls(optimizer: keras.optimizers.Optimizer) -> keras.Variable:
-    """How many gradients were taken; `iterations` leaves out accumulated ones."""
+def calls_of(optimizer: keras.optimizers.Optimizer) -> keras.Variable:
+    """Variable of how many gradients were taken, also where they accumulate."""
     return getattr(optimizer, "inner_optimizer", optimizer)._iterations
 
 

@@ -1,6 +1,8 @@
 """Whatever `fit` accepts, as a stream of token batches of one fixed shape."""
 
 import itertools
+import threading
+import weakref
 import zlib
 from typing import Any, NamedTuple
 
@@ -89,6 +91,23 @@ class Reader(NamedTuple):
         report.check_counts()
 
 
+class _Standing:
+    """At which pass a source stands, for all who read it.
+
+    Attributes:
+        number: int, that of the pass it was told last; `None` where it has moved on.
+        lock: held while it is told or read; some backends read ahead in a thread.
+    """
+
+    def __init__(self):
+        self.number = None
+        self.lock = threading.Lock()
+
+
+# By the identity of the source, while it is read.
+_STANDINGS = weakref.WeakValueDictionary()
+
+
 class TokenBatches(DataAdapter):
     """Token batches of one shape on every backend.
 
@@ -124,9 +143,9 @@ class TokenBatches(DataAdapter):
         self._unread = None
         self._batches_to_skip = 0
         self._epoch = 0
-        if hasattr(source, "begin_epoch"):
-            # An earlier `fit` left it at its last pass.
-            source.begin_epoch(0)
+        self._standing = _STANDINGS.setdefault(id(source), _Standing())
+        # An earlier `fit` left it at its last pass.
+        self._tell_pass()
         first = self._read(self._first(), check=True)
         self._checksum = checksum_of(source, first)
         self.shape = first["token_ids"].shape
@@ -181,9 +200,26 @@ class TokenBatches(DataAdapter):
 
     def _one_pass(self):
         if self.keras_adapter is not None:
-            return self.keras_adapter.get_numpy_iterator()
-        source, self._unread = self._unread or self.source, None
-        return source
+            found = self.keras_adapter.get_numpy_iterator()
+        else:
+            found, self._unread = self._unread or self.source, None
+        return self._told(found) if hasattr(self.source, "begin_epoch") else found
+
+    def _told(self, batches):
+        """Batches of one pass, also where others read the source meanwhile.
+
+        Validation on the data that is trained on, for example, in the middle of a pass.
+        """
+        iterator = iter(batches)
+        while True:
+            with self._standing.lock:
+                if self._standing.number != self._epoch:
+                    self._tell_pass()
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    return
+            yield batch
 
     def _passes(self, start):
         """Whole passes over the data, however many of them make up an epoch.
@@ -209,15 +245,22 @@ class TokenBatches(DataAdapter):
                 # It is used up.
                 return
 
-    def _begin_pass(self):
+    def _tell_pass(self):
         if hasattr(self.source, "begin_epoch"):
             self.source.begin_epoch(self._epoch)
-        if self.keras_adapter is not None:
-            self.keras_adapter.on_epoch_begin()
+        self._standing.number = self._epoch
+
+    def _begin_pass(self):
+        with self._standing.lock:
+            self._tell_pass()
+            if self.keras_adapter is not None:
+                self.keras_adapter.on_epoch_begin()
 
     def _end_pass(self):
-        if self.keras_adapter is not None:
-            self.keras_adapter.on_epoch_end()
+        with self._standing.lock:
+            if self.keras_adapter is not None:
+                self.keras_adapter.on_epoch_end()
+            self._standing.number = None
 
     def _counted(self, batch):
         complete = self.report.complete

@@ -1,9 +1,11 @@
 """The callbacks that `fit` brings itself, before those of the user."""
 
 import logging
+import math
 from typing import Any
 
 import keras
+from keras import ops
 
 from keras_ebft.training.batches import TokenBatches
 from keras_ebft.training.checkpoints import TrainingState
@@ -21,7 +23,8 @@ class DataPosition(keras.callbacks.Callback):
     Args:
         state: `TrainingState`.
         batches: `TokenBatches` that `fit` reads.
-        steps_per_epoch: int or `None`, as given to `fit`.
+        steps_per_epoch: int or `None`, as given to `fit`; where a call of the train
+            function has several steps, an epoch is of whole calls.
         initial_epoch: int, as given to `fit`. Where it is 0 the data goes on with an
             order that it has not had, otherwise with that of the epoch's number.
     """
@@ -42,6 +45,10 @@ class DataPosition(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Forgets weights that were loaded before."""
+        if self.steps_per_epoch:
+            # Keras makes whole calls.
+            calls = math.ceil(self.steps_per_epoch / self.model.steps_per_execution)
+            self.steps_per_epoch = calls * self.model.steps_per_execution
         self.state.loaded_metrics = None
         self.state.data = {
             **self.batches.record(),
@@ -83,6 +90,13 @@ class DataPosition(keras.callbacks.Callback):
             self.batches.begin_epoch(state.first_pass)
 
     def _resume(self, epoch: int, batch: int) -> None:
+        if batch % self.model.steps_per_execution:
+            raise ValueError(
+                "Expected a file that was written after whole calls of "
+                f"{self.model.steps_per_execution} steps (`steps_per_execution`). "
+                f"Received: one of after batch {batch} of an epoch. Compile with the "
+                "number of steps that the interrupted training had."
+            )
         if self.steps_per_epoch:
             self.batches.skip(epoch * self.steps_per_epoch)
         if batch:
@@ -91,6 +105,34 @@ class DataPosition(keras.callbacks.Callback):
             forward.logs = self.model.get_metrics_result()
             forward.batches_to_pass = batch
         logger.info("Training resumes in epoch %d after batch %d.", epoch + 1, batch)
+
+
+class AveragedWeights(keras.callbacks.Callback):
+    """Puts averaged weights (`use_ema`) in their places where training has ended.
+
+    Keras does that itself, on JAX also where training has failed: the model would not
+    hold what the last step left. `EBFTModel.fit` keeps Keras from it, and puts this
+    before all other callbacks, which find what Keras would have left them.
+
+    Args:
+        optimizer: the `keras.optimizers.Optimizer` of the model.
+    """
+
+    def __init__(self, optimizer: keras.optimizers.Optimizer) -> None:
+        super().__init__()
+        self._optimizer = optimizer
+        self._finalize = optimizer.finalize_variable_values
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Puts them there, unless there were no epochs."""
+        if (self.params or {}).get("epochs", 1) <= 0:
+            return
+        self._finalize(self.model.trainable_weights)
+        # JAX's steps take over the memory of weights, and the averages would lose it.
+        averages = {id(variable.value) for variable in self._optimizer.variables}
+        for weight in self.model.trainable_weights:
+            if id(weight.value) in averages:
+                weight.assign(ops.copy(weight))
 
 
 class CurrentWeights(keras.callbacks.Callback):

@@ -1,9 +1,11 @@
 """What `EBFTModel` puts around the train function that Keras makes."""
 
+import itertools
 import logging
 
 from keras_ebft.backend.held_state import hand_back
 from keras_ebft.backend.process_memory import return_freed_memory
+from keras_ebft.backend.runtime import raising_collected
 
 logger = logging.getLogger("keras_ebft")
 
@@ -40,11 +42,21 @@ class TrainFunction:
             return self._train(state_and_data)
         self.batches_to_pass -= self.steps_per_execution
         *state, data = state_and_data
-        if hasattr(data, "__next__"):
-            # Where the function itself takes batches from the iterator.
-            for _ in range(self.steps_per_execution):
-                next(data)
+        try:
+            self._pass_over(data)
+        except BaseException:
+            hand_back(self.model, state[0] if state else ())
+            raise
         return (self.logs, *state) if state else self.logs
+
+    def _pass_over(self, data):
+        if not hasattr(data, "__next__"):
+            # Keras took a batch from the iterator itself.
+            return
+        calls = itertools.islice(data, self.steps_per_execution)
+        # An epoch may end within a call, as it did when it was trained on.
+        if not raising_collected(lambda: sum(1 for _ in calls)):
+            raise StopIteration
 
     def _train(self, state_and_data):
         returned = self.train_function(*state_and_data)

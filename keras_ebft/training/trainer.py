@@ -1,5 +1,6 @@
 """`compile`, `fit` and `evaluate` for models that train on documents alone."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -11,9 +12,10 @@ from keras.src.utils.tracking import DotNotTrackScope
 
 from keras_ebft.backend.distribution import refuse_silent_distribution
 from keras_ebft.backend.held_state import holding_state
+from keras_ebft.backend.large_updates import replaced
 from keras_ebft.backend.replicas import is_first, num_processes
 from keras_ebft.backend.runtime import resolve_jit_compile
-from keras_ebft.backend.updates import update_if_finite
+from keras_ebft.backend.updates import update_if_finite, whole_step
 from keras_ebft.data.row_batches import Rows
 from keras_ebft.kernels import watch_choices
 from keras_ebft.networks import adapters
@@ -26,7 +28,12 @@ from keras_ebft.training.batches import (
     split_rows,
     token_batches,
 )
-from keras_ebft.training.callbacks import CurrentWeights, DataPosition, KernelLog
+from keras_ebft.training.callbacks import (
+    AveragedWeights,
+    CurrentWeights,
+    DataPosition,
+    KernelLog,
+)
 from keras_ebft.training.data_report import DataLog, DataReport
 from keras_ebft.training.metrics import GradientNorm, LossMean, SkippedUpdates
 from keras_ebft.training.monitors import settle_monitors
@@ -54,9 +61,10 @@ Callbacks: TypeAlias = (
 class DocumentTrainer(keras.Model):
     """A Keras model whose data are documents, without targets.
 
-    A subclass has `causal_lm`, `seed`, an `_evaluation_seed` that starts at
-    `_evaluation_start`, `critic`, `_check_rows`, `_live_blocks`, `_runs_python` and a
-    `training_state` and the metrics `_skipped_updates` and `_gradient_norm`.
+    A subclass has `causal_lm`, `seed`, a `_training_seed` and `_training_steps`, an
+    `_evaluation_seed` that starts at `_evaluation_start`, `critic`, `_check_rows`,
+    `_live_blocks`, `_runs_python` and a `training_state` and the metrics
+    `_skipped_updates` and `_gradient_norm`.
     """
 
     train_function: Any
@@ -161,8 +169,21 @@ class DocumentTrainer(keras.Model):
             step_function,
             super()._make_function,
             runs_python=self._runs_python,
+            moved=self._moved_variables,
             **options,
         )
+
+    @property
+    def _moved_variables(self) -> list[keras.Variable]:
+        """What a train step moves beside weights, optimizer and means."""
+        skipped = self._skipped_updates.variables
+        return [self._training_seed.state, self._training_steps, *skipped]
+
+    def _whole_step(self, state: list[Any]) -> contextlib.AbstractContextManager[None]:
+        """Context of a train step that happens whole or not at all."""
+        if state:
+            return contextlib.nullcontext()
+        return whole_step(self.optimizer, self._moved_variables, self._runs_python)
 
     def _update(self, state: list[Any], batch: Any) -> Any:
         """Keras' train step on a batch; an update that is not finite is skipped."""
@@ -264,8 +285,8 @@ class DocumentTrainer(keras.Model):
             )
         steps = kwargs.get("steps_per_epoch")
         train = self._batches(x, batch_size, shuffle, report, endless=bool(steps))
-        if self.compiled:
-            warn_of_small_steps(self)
+        self._assert_compile_called("fit")
+        warn_of_small_steps(self)
         # Keras would keep the epoch that an earlier `fit` resumed at.
         self._initial_epoch = None
         position = DataPosition(
@@ -275,10 +296,14 @@ class DocumentTrainer(keras.Model):
         self.step_timer = StepTimer(train)
         bar = _progress_bar(progress, callbacks, kwargs, self.step_timer)
         others = [*without_writers(_as_list(callbacks)), *bar, *_followers()]
-        with watch_choices() as choices:
+        averages = AveragedWeights(self.optimizer)
+        with (
+            watch_choices() as choices,
+            replaced(self.optimizer, finalize_variable_values=lambda variables: None),
+        ):
             log = DataLog(report, lambda: train.packing_report)
             own = [
-                *(position, self.step_timer),
+                *(averages, position, self.step_timer),
                 *(log, KernelLog(choices), CurrentWeights()),
             ]
             try:
@@ -320,8 +345,8 @@ class DocumentTrainer(keras.Model):
             ValueError: for anything else wrong with the documents.
         """
         refuse_targets(y=y, **kwargs)
-        # Within `fit`, its callbacks come as one object.
-        if not isinstance(callbacks, keras.callbacks.CallbackList):
+        # Within `fit`, its callbacks come as one object, with all of these.
+        if not kwargs.get("_use_cached_eval_dataset"):
             bar = _progress_bar(progress, callbacks, kwargs)
             given = without_writers(_as_list(callbacks))
             callbacks = [CurrentWeights(), *given, *bar]
@@ -453,6 +478,9 @@ def _refuse_orbax(callbacks: Sequence[keras.callbacks.Callback]) -> None:
 
 
 def _as_list(callbacks: Callbacks) -> list[keras.callbacks.Callback]:
+    """All callbacks, also of lists within lists, which Keras takes."""
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        callbacks = callbacks.callbacks
     if isinstance(callbacks, (list, tuple)):
-        return list(callbacks)
+        return [callback for part in callbacks for callback in _as_list(part)]
     return [] if callbacks is None else [callbacks]
