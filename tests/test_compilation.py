@@ -1,6 +1,7 @@
 """What compiling a step costs: how often Python is traced, and what stays in memory."""
 
 import ctypes
+import subprocess
 import sys
 from pathlib import Path
 
@@ -204,3 +205,45 @@ def test_freed_memory_goes_back():
     return_freed_memory()
     assert before - resident() > 100 * MIB
     library.free(ctypes.c_void_p(parts[-1]))
+
+
+@in_graphs
+def test_reading_batches_leaves_the_allocator_as_it_is():
+    """Or every tensor of more than 128 KiB is made of pages that must be cleared.
+
+    `tf.data.Dataset.from_generator` would see to that, for the whole process.
+    """
+    script = """
+import ctypes, resource, sys
+import numpy as np
+sys.path.insert(0, "tests")
+from helpers import documents, llama
+import keras_ebft
+model = keras_ebft.EBFTModel.sft(llama(num_layers=1), seed=0)
+model.compile("sgd")
+model.fit(documents(2, 12), verbose=0)
+stream = keras_ebft.data.pack(list(documents(2, 12)), None, 12)
+list(stream.tf_dataset(1))
+malloc, free = (getattr(ctypes.CDLL(None), name) for name in ("malloc", "free"))
+malloc.restype, malloc.argtypes, free.argtypes = (
+    ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(50):
+        block = malloc(8 * 2**20)
+        ctypes.memset(block, 1, 8 * 2**20)
+        free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    # One by one each of the 50 blocks has 2048 pages.
+    assert int(done.stdout.split()[-1]) < 10_000

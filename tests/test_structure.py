@@ -16,7 +16,8 @@ PACKAGE = Path(keras_ebft.__file__).parent
 LAYERS = (
     ("version", "typing", "validation", "representation"),
     ("configurable",),
-    ("backend", "data"),
+    ("backend",),
+    ("data",),
     ("layout", "models"),
     ("records",),
     ("functional",),

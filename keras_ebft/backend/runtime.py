@@ -296,69 +296,19 @@ def _call(
         if not _has_failed():
             return function(*(np.asarray(array) for array in arrays))
     except BaseException as error:
-        if not _collected:
-            raise
-        _collected[-1].append(error)
+        collect(error)
     return np.full(shape, np.nan, "float32")
 
 
-def tensorflow_dataset(
-    read: Callable[[], Iterator[dict[str, np.ndarray]]],
-    signature: dict[str, tuple[Any, Any]],
-) -> Any:
-    """Batches of arrays as TensorFlow reads them.
-
-    They end where reading fails: an exception would break off what else the graph that
-    asks for them is doing, the update of the batch before. It is collected
-    (`collected_errors`) when that batch is asked for, not when it is read ahead.
+def collect(error: BaseException) -> None:
+    """Keeps what Python code within a step raised for the end of the step.
 
     Args:
-        read: function without arguments that returns an iterator of dicts of arrays.
-        signature: dict from their names to `(shape, dtype)`.
-
-    Returns:
-        `tf.data.Dataset`.
+        error: what was raised; raised again where no `collected_errors` is open.
     """
-    import tensorflow as tf
-
-    specs = {name: tf.TensorSpec(*spec) for name, spec in signature.items()}
-    failures: list[BaseException] = []
-
-    def batches() -> Iterator[tuple[dict[str, np.ndarray], bool]]:
-        iterator = iter(read())
-        while True:
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            except BaseException as error:
-                failures.append(error)
-                nothing = {name: np.zeros(*spec) for name, spec in signature.items()}
-                yield nothing, False
-                return
-            yield batch, True
-
-    def goes_on(_: Any, was_read: Tensor) -> Tensor:
-        collect = functools.partial(_collect_unless, failures)
-        return tf.ensure_shape(tf.numpy_function(collect, (was_read,), tf.bool), ())
-
-    dataset = tf.data.Dataset.from_generator(
-        batches, output_signature=(specs, tf.TensorSpec((), "bool"))
-    )
-    dataset = dataset.prefetch(1).take_while(goes_on)
-    options = tf.data.Options()
-    # They would read ahead once more.
-    options.experimental_optimization.apply_default_optimizations = False
-    return dataset.map(lambda batch, _: batch).with_options(options)
-
-
-def _collect_unless(failures: list[BaseException], was_read: np.bool_) -> np.bool_:
-    if not was_read:
-        error = failures.pop()
-        if not _collected:
-            raise error
-        _collected[-1].append(error)
-    return was_read
+    if not _collected:
+        raise error
+    _collected[-1].append(error)
 
 
 def run_in_state(

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import keras
 import numpy as np
 
+from keras_ebft.backend.tensorflow_data import dataset_of
 from keras_ebft.validation import check_int
 
 # Arrays by name, all of one length.
@@ -110,13 +111,10 @@ class StreamBatches:
             "segment_ids": "int32",
             "answer_mask": "bool",
         }
-        return tf.data.Dataset.from_generator(
-            lambda: iter(self),
-            output_signature={
-                name: tf.TensorSpec((None, length), dtype)
-                for name, dtype in types.items()
-            },
-        )
+        specs = {
+            name: tf.TensorSpec((None, length), dtype) for name, dtype in types.items()
+        }
+        return dataset_of(lambda: iter(self), specs)
 
 
 def _stack(rows: list[Rows]) -> Rows:

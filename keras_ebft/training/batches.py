@@ -18,7 +18,7 @@ from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
 
 from keras_ebft.backend.distribution import refuse_silent_distribution
 from keras_ebft.backend.replicas import num_shares, rows_of_process
-from keras_ebft.backend.runtime import tensorflow_dataset
+from keras_ebft.backend.tensorflow_data import training_dataset
 from keras_ebft.data import PackedRows, PackedStream, RecordDocuments
 from keras_ebft.data.columns import columns_of
 from keras_ebft.data.row_batches import RowBatches
@@ -277,7 +277,7 @@ class TokenBatches(DataAdapter):
 
     def get_tf_dataset(self):
         """A `tf.data.Dataset` of batches of static shape."""
-        return tensorflow_dataset(self.get_numpy_iterator, self.signature)
+        return training_dataset(self.get_numpy_iterator, self.signature)
 
     def get_torch_dataloader(self):
         """A torch `DataLoader` of batches of tensors."""
