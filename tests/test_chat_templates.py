@@ -189,6 +189,12 @@ def test_a_template_cannot_take_all_time(source, monkeypatch):
     assert time.thread_time() - start < 2.0
 
 
+@pytest.mark.parametrize("source", ["{% break %}", "{% continue %}", "{{ x"])
+def test_a_template_that_is_none_is_refused(source):
+    with pytest.raises(ValueError, match="Expected a template in Jinja"):
+        ChatTemplate(source)
+
+
 def test_a_template_that_calls_itself_without_end_is_refused():
     source = "{% for m in [[[]]] recursive %}{{ loop([[[]]]) }}{% endfor %}"
     with pytest.raises(ValueError, match="recursion"):

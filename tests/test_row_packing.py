@@ -387,3 +387,9 @@ def test_what_cannot_tokenize_is_refused(tokenizer):
 def test_what_a_tokenizer_returns_is_checked(tokenizer, error, message):
     with pytest.raises(error, match=message):
         pack(["ab", "cd"], tokenizer, 4).load()
+
+
+@pytest.mark.parametrize("one", [3, np.int64(3), np.array(3), "text"])
+def test_one_value_is_no_documents(one):
+    with pytest.raises(TypeError, match=r"Expected.*documents.*Received"):
+        pack(one, None, 8)

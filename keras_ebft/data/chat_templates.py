@@ -177,7 +177,8 @@ def _compile(template: str) -> Any:
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
         return environment.from_string(template)
-    except (jinja2.TemplateError, RecursionError) as error:
+    except (jinja2.TemplateError, SyntaxError, RecursionError) as error:
+        # A `break` outside of a loop is an error of the Python that Jinja writes.
         raise ValueError(
             f"Expected a template in Jinja. Received: {template[:40]!r}...; {error}."
         ) from error

@@ -329,7 +329,9 @@ def _check_documents(documents: Any) -> Any:
         )
     if callable(documents):
         return documents
-    if not hasattr(documents, "__iter__") and not hasattr(documents, "__getitem__"):
+    is_one = getattr(documents, "shape", None) == ()
+    is_several = hasattr(documents, "__iter__") or hasattr(documents, "__getitem__")
+    if is_one or not is_several:
         raise TypeError(
             "Expected documents to be iterable. Received: "
             f"{type(documents).__name__}. Pass a list."
