@@ -223,23 +223,25 @@ def test_data_that_end_while_they_are_passed_over(tmp_path):
     )
     callbacks = [keras_ebft.TrainingCheckpoint(path), read]
     with pytest.raises(InterruptedError, match="broken"):
-        model.fit(Breaking(2), verbose=0, callbacks=callbacks)
+        model.fit(Breaking(0), verbose=0, callbacks=callbacks)
     np.testing.assert_array_equal(flat(model.causal_lm.get_weights()), held[0])
     model.fit(ROWS, verbose=0)
 
 
 class Breaking:
-    """Six batches of one document, of which some can be read."""
+    """Six batches of one document, of which some can be read more than once."""
 
     def __init__(self, count):
-        self.count = count
+        self.count, self.was_read = count, False
 
     def __len__(self):
         return len(ROWS)
 
     def __iter__(self):
-        yield from ROWS[: self.count, None]
-        if self.count < len(ROWS):
+        count = self.count if self.was_read else len(ROWS)
+        self.was_read = True
+        yield from ROWS[:count, None]
+        if count < len(ROWS):
             raise InterruptedError("broken")
 
 
