@@ -393,3 +393,9 @@ def test_what_a_tokenizer_returns_is_checked(tokenizer, error, message):
 def test_one_value_is_no_documents(one):
     with pytest.raises(TypeError, match=r"Expected.*documents.*Received"):
         pack(one, None, 8)
+
+
+@pytest.mark.parametrize("given", [1, "yes", np.array([])])
+def test_special_tokens_are_there_or_not(given):
+    with pytest.raises(TypeError, match="`special_tokens` to be True or False"):
+        pack([[1, 2]], None, 8, special_tokens=given)

@@ -283,8 +283,9 @@ def test_a_loaded_model_stops_where_the_saved_one_does(tmp_path):
 def test_checkpoint_arguments_are_checked(tmp_path):
     with pytest.raises(ValueError, match=r"end in '\.weights\.h5'.*model\.h5"):
         keras_ebft.TrainingCheckpoint(tmp_path / "model.h5")
-    with pytest.raises(TypeError, match="save_freq"):
-        keras_ebft.TrainingCheckpoint("x.weights.h5", save_freq="batch")
+    for wrong in ("batch", np.array([])):
+        with pytest.raises(TypeError, match="save_freq"):
+            keras_ebft.TrainingCheckpoint("x.weights.h5", save_freq=wrong)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from keras_ebft.data.row_batches import Rows, StreamBatches
 from keras_ebft.data.tables import as_documents
 from keras_ebft.data.token_window import TokenWindow
 from keras_ebft.representation import Shown
-from keras_ebft.validation import check_choice, check_int
+from keras_ebft.validation import check_bool, check_choice, check_int
 
 LONG_DOCUMENTS = ("split", "drop")
 # Rows that are laid out at a time.
@@ -133,7 +133,7 @@ dropped (0 tokens), 0 empty
         )
     return PackedStream(
         _check_documents(documents),
-        DocumentTokenizer(tokenizer, special_tokens),
+        DocumentTokenizer(tokenizer, check_bool("special_tokens", special_tokens)),
         check_int("length", length, 1),
         strategy=strategy,
         split_long=long_documents == "split",

@@ -188,7 +188,7 @@ class TrainingCheckpoint(Shown, keras.callbacks.Callback):
             )
         self.filepath = Path(filepath)
         self.save_freq = save_freq
-        if save_freq != "epoch":
+        if not (isinstance(save_freq, str) and save_freq == "epoch"):
             self.save_freq = check_int("save_freq", save_freq, 1)
         self.strict = check_bool("strict", strict)
         self._saved_at = 0
