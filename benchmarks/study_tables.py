@@ -216,4 +216,9 @@ def picture(plan, records, task):
         _, found = chosen_lines(plan, records, task, method, study_plan.DOCUMENTS)
         if found:
             points[method] = [(t["cross_entropy"], t["greedy"]) for _, t in found]
-    return accuracy_plane(points, accuracy_label="test score, greedy")
+    return accuracy_plane(
+        points,
+        accuracy_label="greedy score on test documents",
+        likelihood_label="cross-entropy on test documents (nats/token)",
+        joined=False,
+    )

@@ -93,16 +93,23 @@ def _curves(history: Any, metric: str, start: Any) -> Any:
         yield np.arange(first, first + len(values)), values, style, suffix
 
 
-def accuracy_plane(points: Any, accuracy_label: str = "accuracy") -> Any:
+def accuracy_plane(
+    points: Any,
+    accuracy_label: str = "accuracy",
+    likelihood_label: str = "validation cross-entropy (nats/token)",
+    joined: bool = True,
+) -> Any:
     """Accuracy against validation cross-entropy, the plane of the paper's Figure 1.
 
-    Better is up and to the left. Several points of one method, such as its
-    checkpoints or seeds, are joined in their order.
+    Better is up and to the left.
 
     Args:
         points: dict from a method's name to `(cross-entropy, accuracy)` or a list
             of such pairs; nats per token, share in [0, 1].
         accuracy_label: str.
+        likelihood_label: str, says of which documents the cross-entropy is.
+        joined: bool, whether the points of one method are joined in their order, as
+            checkpoints have one and seeds have none.
 
     Returns:
         `matplotlib.figure.Figure`.
@@ -118,8 +125,8 @@ def accuracy_plane(points: Any, accuracy_label: str = "accuracy") -> Any:
                 "Expected pairs (cross-entropy, accuracy). Received: an array of "
                 f"shape {pairs.shape} for {name!r}."
             )
-        axis.plot(pairs[:, 0], pairs[:, 1], "o-", label=name)
-    _finish(axis, "validation cross-entropy (nats/token)", accuracy_label)
+        axis.plot(pairs[:, 0], pairs[:, 1], "o-" if joined else "o", label=name)
+    _finish(axis, likelihood_label, accuracy_label)
     return figure
 
 

@@ -46,6 +46,11 @@ def test_accuracy_plane():
         "SFT": [[0.289, 0.483]],
         "EBFT": [[0.3, 0.5], [0.207, 0.548]],
     }
+    assert {line.get_linestyle() for line in axis.lines} == {"-"}
+    label = "cross-entropy of tests"
+    (axis,) = plots.accuracy_plane(points, likelihood_label=label, joined=False).axes
+    assert {line.get_linestyle() for line in axis.lines} == {"None"}
+    assert axis.get_xlabel() == label
     with pytest.raises(ValueError, match=r"\(1, 3\) for 'SFT'"):
         plots.accuracy_plane({"SFT": (1, 2, 3)})
 
