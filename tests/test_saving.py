@@ -305,10 +305,9 @@ def test_a_killed_process_resumes(adapted, tmp_path):
     # Processes of their own would import for longer than they train.
     for name in ("whole", "parts"):
         main(tmp_path / name, 0, adapted)
-    whole, parts = (
-        np.load(tmp_path / name / "end.npz").values() for name in ("whole", "parts")
-    )
-    assert_same(list(whole), list(parts))
+    whole, parts = (np.load(tmp_path / name / "end.npz") for name in ("whole", "parts"))
+    with whole, parts:
+        assert_same(list(whole.values()), list(parts.values()))
 
 
 def main(folder, batches, adapted):
