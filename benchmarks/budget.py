@@ -16,7 +16,7 @@ import harness
 import step
 
 SHAPE = {**step.DEFAULTS, "length": 264, "batch": 2, "repeats": 5}
-PHASES = ("prefill", "rollout", "features", "rewards", "policy", "optimizer", "step")
+PHASES = step.PHASES
 
 
 def operations(shape):
@@ -90,13 +90,15 @@ def measure_rate(shape):
     return {"rate": done / seconds}
 
 
-def measure(backend, phase, shape):
-    """`rate` or a phase, in a process of its own, with a backend of its own."""
+def measure_all(backend, shape):
+    """The rate and every phase, each in a process of its own."""
     options = [str(part) for name, v in shape.items() for part in (f"--{name}", v)]
-    return harness.run_alone(
-        [__file__, "--only", phase, *options],
+    rate = harness.run_alone(
+        [__file__, "--rate", *options],
         {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"},
     )
+    phases = {phase: step.measure_alone(backend, phase, shape) for phase in PHASES}
+    return {"rate": rate, **phases}
 
 
 def rows_of(backend, found, counted):
@@ -126,21 +128,16 @@ def main():
     for name, value in SHAPE.items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
     parser.add_argument("--backends", nargs="+", default=["jax", "tensorflow", "torch"])
-    parser.add_argument("--only", choices=("rate", *PHASES), help="in this process")
+    parser.add_argument("--rate", action="store_true", help="alone, in this process")
     parser.add_argument("--results", help="write results/<name>.json and .md")
     arguments = parser.parse_args()
     shape = {name: getattr(arguments, name) for name in SHAPE}
-    if arguments.only == "rate":
+    if arguments.rate:
         print(json.dumps(measure_rate(shape)))
-        return
-    if arguments.only:
-        print(json.dumps(step.measure_phase(arguments.only, shape)))
         return
     found, rows, counted = {}, [], operations(shape)
     for backend in arguments.backends:
-        found[backend] = {
-            phase: measure(backend, phase, shape) for phase in ("rate", *PHASES)
-        }
+        found[backend] = measure_all(backend, shape)
         rows += rows_of(backend, found[backend], counted)
         print(*rows[-len(PHASES) :], sep="\n", flush=True)
     text = harness.table(COLUMNS, rows)
