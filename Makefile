@@ -7,8 +7,9 @@ BACKENDS ?= jax tensorflow torch
 SLOW ?=
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Most of what is installed is never imported: Python compiles the rest when it is.
-PIP := $(BIN)/python -m pip install --quiet --no-compile
+# Compiled at install: tests start some hundred processes, and where
+# PYTHONDONTWRITEBYTECODE is set each would compile its imports again, 20 s long.
+PIP := $(BIN)/python -m pip install --quiet
 
 .PHONY: demo test lint docs setup clean
 

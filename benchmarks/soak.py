@@ -42,7 +42,7 @@ def build():
     keras.utils.set_random_seed(0)
     backbone = keras_hub.models.LlamaBackbone(
         vocabulary_size=64,
-        num_layers=2,
+        num_layers=1,
         num_query_heads=4,
         num_key_value_heads=2,
         hidden_dim=32,
@@ -50,7 +50,7 @@ def build():
     )
     causal_lm = keras_hub.models.LlamaCausalLM(backbone)
     sampler = keras_ebft.BlockSampler(
-        rollout_length=4,
+        rollout_length=2,
         context_length=4,
         num_samples=2,
         anchors="random",
