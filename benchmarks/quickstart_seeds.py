@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
+import changes
 import keras
 import numpy as np
 import quickstart
@@ -65,7 +66,7 @@ def summary(before, after):
     """What `paired_change` says of every measure: `[mean, half of its interval]`."""
     return {
         name: list(paired_change(before[name], after[name]))
-        for name in quickstart.MEASURES
+        for name in changes.MEASURES
     }
 
 

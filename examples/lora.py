@@ -21,10 +21,11 @@ from pathlib import Path
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import base_model
+import changes
 import keras
-import numpy as np
 
 import keras_ebft
+from keras_ebft.evaluation import PairedFeatureMatching
 
 WITHOUT_TESTS = f"{platform.python_version()}-without_tests"
 PROMPT = "def __init__(self, name):\n"
@@ -38,8 +39,7 @@ def parse_arguments():
     parser.add_argument("--pattern", default="*.py", help="which files of the folder")
     parser.add_argument("--length", type=int, default=96)
     parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=20, help="per epoch")
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument(
         "--whitening", choices=("rollout", "feature", "none"), default="rollout"
@@ -63,39 +63,18 @@ def load_texts(arguments):
     )
 
 
-def spread(rows, count):
-    """Some rows from all over the data, as a dict of arrays."""
-    chosen = np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)
-    return {name: values[chosen] for name, values in rows.arrays.items()}
-
-
-def report(before, after):
-    """A table of held-out measurements."""
-    rows = {
-        "feature_matching_loss": "feature-matching loss",
-        "whitened_feature_matching_loss": "whitened feature-matching loss",
-        "ce_loss": "cross-entropy (nats/token)",
-    }
-    print(f"\n{'held-out':32}{'before':>10}{'after':>10}{'change':>10}")
-    for name, label in rows.items():
-        if name not in before:
-            # There is no whitened loss without whitening.
-            continue
-        change = after[name] - before[name]
-        print(f"{label:32}{before[name]:10.4f}{after[name]:10.4f}{change:+10.4f}")
-
-
 def main():
     """Fine-tunes adapters and reports."""
     arguments = parse_arguments()
     keras.utils.set_random_seed(arguments.seed)
+    keras_ebft.use_compilation_cache()
     start = time.monotonic()
     texts, held_out = load_texts(arguments)
     # Adapters first: the frozen network is then the same weights without them.
     causal_lm = base_model.load(arguments, list(texts))
     tokenizer = causal_lm.preprocessor.tokenizer
     rows = keras_ebft.data.pack(texts, tokenizer, arguments.length).load()
-    validation = spread(
+    validation = changes.spread(
         keras_ebft.data.pack(held_out, tokenizer, arguments.length).load(),
         arguments.held_out_rows,
     )
@@ -112,24 +91,18 @@ def main():
             arguments.learning_rate, beta_2=0.95, weight_decay=0.0, global_clipnorm=1.0
         )
     )
-    options = {"batch_size": arguments.batch_size, "return_dict": True, "verbose": 0}
-    before = model.evaluate(validation, **options)
-    history = model.fit(
+    measure = PairedFeatureMatching(model, validation, num_samples=4)
+    before = measure()
+    model.fit(
         rows.py_dataset(arguments.batch_size, seed=arguments.seed),
-        epochs=arguments.epochs,
         steps_per_epoch=arguments.steps,
-        validation_data=validation,
-        validation_batch_size=arguments.batch_size,
     )
-    report(before, model.evaluate(validation, **options))
+    after = {"EBFT": measure()}
+    changes.report(before, after)
+    changes.plot(before, after, arguments.output / "lora.png")
 
-    arguments.output.mkdir(parents=True, exist_ok=True)
     adapters = arguments.output / "adapters.lora.h5"
     causal_lm.backbone.save_lora_weights(str(adapters))
-    figure = keras_ebft.plots.training_curves(
-        {"EBFT": history}, before={"EBFT": before}
-    )
-    figure.savefig(arguments.output / "lora.png", dpi=120)
     generate = keras_ebft.evaluation.TextGenerator(causal_lm, max_length=64)
     print(f"\n{PROMPT}{generate([PROMPT])[0][0]}")
     print(f"\nPlot: {arguments.output / 'lora.png'}")

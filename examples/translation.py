@@ -1,18 +1,19 @@
 """EBFT on translation, the paper's third task.
 
 Offline by default: SmolLM2-135M with low-rank adapters, and messages of the programs
-installed on this system with their translations. Only tokens of the translation are
-learned. The model hardly knows other languages: `--sft-steps` of supervised training
-come first, and the features are those of the model before them, as in the paper.
+installed on this system with their translations; on Debian `apt install
+libreoffice-l10n-de` alone brings thousands. Only tokens of the translation are learned.
+The model hardly knows other languages: `--sft-steps` of supervised training come
+first, and the features are those of the model before them, as in the paper.
 
     KERAS_BACKEND=jax python examples/translation.py --config en-de
     KERAS_BACKEND=jax python examples/translation.py --preset gemma3_1b \
         --dataset alma --config de-en --length 512 --rank 0 --batch-size 16 \
         --learning-rate 1e-6 --sft-steps 0 --ce-weight 0.03
 
-Ends with a table of held-out measurements, BLEU and chrF among them, a plot of the
-training, and some translations. COMET needs `pip install unbabel-comet` and
-`--comet`.
+Ends with some translations, a table of held-out measurements with their noise, chrF
+among them, BLEU, and a picture of the changes: before all training, after the
+supervised one, and after EBFT. COMET needs `pip install unbabel-comet` and `--comet`.
 """
 
 import argparse
@@ -23,11 +24,18 @@ from pathlib import Path
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import base_model
+import changes
 import keras
 import numpy as np
 
 import keras_ebft
-from keras_ebft.evaluation import TextGenerator, bleu, chrf, comet
+from keras_ebft.evaluation import (
+    PairedFeatureMatching,
+    TextGenerator,
+    bleu,
+    chrf,
+    comet,
+)
 
 
 def parse_arguments():
@@ -40,9 +48,9 @@ def parse_arguments():
     parser.add_argument("--held-out-split", help="default: validation")
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=20, help="per epoch")
-    parser.add_argument("--sft-steps", type=int, default=60, help="before")
+    parser.add_argument("--least-words", type=int, default=4, help="of a source")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--sft-steps", type=int, default=80, help="before")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument(
@@ -53,8 +61,8 @@ def parse_arguments():
     )
     parser.add_argument("--ce-weight", type=float, default=0.1)
     parser.add_argument("--held-out-samples", type=int, default=4, help="per block")
-    parser.add_argument("--held-out-rows", type=int, default=24)
-    parser.add_argument("--sentences", type=int, default=32, help="to translate")
+    parser.add_argument("--held-out-rows", type=int, default=48)
+    parser.add_argument("--sentences", type=int, default=64, help="to translate")
     parser.add_argument("--comet", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs"))
@@ -62,19 +70,14 @@ def parse_arguments():
 
 
 def load_pairs(arguments, split):
-    """Pairs of source and translation."""
-    return keras_ebft.data.load(
+    """Pairs of source and translation; the shortest say nothing of a language."""
+    pairs = keras_ebft.data.load(
         arguments.dataset,
         split=split,
         config=arguments.config,
         data_dir=str(arguments.cache / "data"),
     )
-
-
-def spread(rows, count):
-    """Some rows from all over the data, as a dict of arrays."""
-    chosen = np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)
-    return {name: values[chosen] for name, values in rows.arrays.items()}
+    return [pair for pair in pairs if len(pair[0].split()) >= arguments.least_words]
 
 
 def choose_sentences(held_out, tokenizer, longest, count):
@@ -89,13 +92,14 @@ def choose_sentences(held_out, tokenizer, longest, count):
 
 
 def translate(generate, pairs, with_comet):
-    """Translations of the sources, and how good they are."""
+    """Translations of the sources; chrF of each, as an array, and scores of all."""
     sources, references = zip(*pairs)
     found = [texts[0] for texts in generate(list(sources))]
-    values = {"bleu": bleu(found, references), "chrf": chrf(found, references)}
+    of_each = [chrf([text], [target]) for text, target in zip(found, references)]
+    scores = {"BLEU": bleu(found, references)}
     if with_comet:
-        values["comet"] = comet(sources, found, references)
-    return found, values
+        scores["COMET"] = comet(sources, found, references)
+    return found, {"chrf": np.array(of_each)}, scores
 
 
 def make_optimizer(learning_rate, steps):
@@ -106,30 +110,22 @@ def make_optimizer(learning_rate, steps):
     )
 
 
-def report(before, after):
-    """A table of held-out measurements."""
-    rows = {
-        "unbiased_feature_matching_loss": "feature-matching loss",
-        "whitened_feature_matching_loss": "  whitened, as in training",
-        "alignment": "alignment",
-        "ce_loss": "cross-entropy of targets (nats)",
-        "perplexity": "perplexity of targets",
-        "bleu": "BLEU",
-        "chrf": "chrF",
-        "comet": "COMET",
-    }
-    print(f"\n{'held-out':32}{'before':>10}{'after':>10}{'change':>10}")
-    for name, label in rows.items():
-        if name not in before:
-            continue
-        change = after[name] - before[name]
-        print(f"{label:32}{before[name]:10.4f}{after[name]:10.4f}{change:+10.4f}")
+def show(sentences, translations, scores):
+    """Three sources and what became of them; scores of all translations together."""
+    for index, (source, target) in enumerate(sentences[:3]):
+        print(f"\nsource: {source.strip()}\ntarget: {target.strip()}")
+        for name, texts in translations.items():
+            print(f"{name}: {texts[index].strip()}")
+    for name in next(iter(scores.values())):
+        values = (f"{when} {found[name]:.2f}" for when, found in scores.items())
+        print(f"\n{name} of {len(sentences)} sentences: {', '.join(values)}")
 
 
 def main():
     """Fine-tunes and reports."""
     arguments = parse_arguments()
     keras.utils.set_random_seed(arguments.seed)
+    keras_ebft.use_compilation_cache()
     start = time.monotonic()
     pairs = load_pairs(arguments, arguments.split)
     held_out = load_pairs(arguments, arguments.held_out_split or "validation")
@@ -137,7 +133,7 @@ def main():
     tokenizer = causal_lm.preprocessor.tokenizer
     rows = keras_ebft.data.pack(pairs, tokenizer, arguments.length).load()
     print(rows.report)
-    validation = spread(
+    validation = changes.spread(
         keras_ebft.data.pack(held_out, tokenizer, arguments.length).load(),
         arguments.held_out_rows,
     )
@@ -164,6 +160,15 @@ def main():
         ce_weight=arguments.ce_weight,
         seed=arguments.seed,
     )
+    translations, scores = {}, {}
+
+    def chrf_after(name):
+        translations[name], of_each, scores[name] = translate(
+            generate, sentences, arguments.comet
+        )
+        return of_each
+
+    chrf_after("bare model")
     # After the model for EBFT, whose frozen network so is the one before.
     if arguments.sft_steps:
         sft = keras_ebft.EBFTModel.sft(causal_lm, seed=arguments.seed)
@@ -172,52 +177,24 @@ def main():
             rows.py_dataset(arguments.batch_size, seed=arguments.seed + 1),
             steps_per_epoch=arguments.sft_steps,
         )
-    model.compile(
-        make_optimizer(arguments.learning_rate, arguments.epochs * arguments.steps)
+    # On rollouts of what EBFT starts from.
+    feature_matching = PairedFeatureMatching(
+        model, validation, num_samples=arguments.held_out_samples, seed=arguments.seed
     )
-
-    # More rollouts than in training, and the same random numbers every time.
-    feature_matching = keras_ebft.evaluation.FeatureMatching(
-        model,
-        rollout_lengths=(model.sampler.rollout_length,),
-        num_samples=arguments.held_out_samples,
-        seed=arguments.seed,
-    )
-
-    def measure(_=None):
-        values = feature_matching(validation, batch_size=arguments.batch_size)
-        return {name.partition("@")[0]: value for name, value in values.items()}
-
-    before = measure()
-    translations_before, quality_before = translate(
-        generate, sentences, arguments.comet
-    )
-    history = model.fit(
+    before = {**feature_matching(), **chrf_after("before EBFT")}
+    model.compile(make_optimizer(arguments.learning_rate, arguments.steps))
+    model.fit(
         rows.py_dataset(arguments.batch_size, seed=arguments.seed),
-        epochs=arguments.epochs,
         steps_per_epoch=arguments.steps,
-        callbacks=[keras_ebft.callbacks.Measure(measure)],
     )
-    after = {name: history.history[f"val_{name}"][-1] for name in before}
-    translations_after, quality_after = translate(generate, sentences, arguments.comet)
-    report({**before, **quality_before}, {**after, **quality_after})
-    for (source, target), *found in zip(
-        sentences[:3], translations_before, translations_after
-    ):
-        for label, text in zip(
-            ("source", "target", "before", "after"), (source, target, *found)
-        ):
-            print(f"{label}: {text.strip()}")
-        print()
+    after = {"EBFT": {**feature_matching(), **chrf_after("after EBFT")}}
 
-    figure = keras_ebft.plots.training_curves(
-        {"EBFT": history},
-        metrics=("unbiased_feature_matching_loss", "ce_loss"),
-        before={"EBFT": before},
-    )
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    figure.savefig(arguments.output / "translation.png", dpi=120)
-    print(f"\nPlot: {arguments.output / 'translation.png'}")
+    show(sentences, translations, scores)
+    labels = {**changes.MEASURES, "chrf": "chrF of a sentence"}
+    changes.report(before, after, labels)
+    picture = arguments.output / "translation.png"
+    changes.plot(before, after, picture, labels)
+    print(f"\nPlot: {picture}")
     print(f"{time.monotonic() - start:.0f} s")
 
 

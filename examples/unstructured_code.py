@@ -12,8 +12,9 @@ library of the running interpreter.
 The second command has the paper's settings; adapters want a higher learning rate.
 `--model micro` runs without the package of the weights and means nothing.
 
-Ends with a table of held-out measurements and a plot of the feature-matching loss
-against rollout length, before and after.
+Ends with a table of held-out measurements with their noise, for rollouts as long as
+those of the training and for others, and a plot of the feature-matching loss against
+rollout length, before and after.
 """
 
 import argparse
@@ -25,10 +26,11 @@ from pathlib import Path
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import base_model
+import changes
 import keras
-import numpy as np
 
 import keras_ebft
+from keras_ebft.evaluation import PairedFeatureMatching
 
 WITHOUT_TESTS = f"{platform.python_version()}-without_tests"
 
@@ -55,6 +57,7 @@ def parse_arguments():
     parser.add_argument("--ce-weight", type=float, default=0.1)
     parser.add_argument("--held-out-samples", type=int, default=4, help="per block")
     parser.add_argument("--held-out-rows", type=int, default=32)
+    parser.add_argument("--held-out-stride", type=int, default=16)
     parser.add_argument("--rollout-lengths", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs"))
@@ -72,53 +75,11 @@ def load_texts(arguments, split):
     )
 
 
-def spread(rows, count):
-    """Some rows from all over the data, as a dict of arrays."""
-    chosen = np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)
-    return {name: values[chosen] for name, values in rows.arrays.items()}
-
-
-def report(before, after, lengths):
-    """A table of held-out measurements."""
-    rows = {}
-    for g in lengths:
-        rows[f"unbiased_feature_matching_loss@{g}"] = (
-            f"feature-matching loss, {g} tokens"
-        )
-        rows[f"whitened_feature_matching_loss@{g}"] = "  whitened, as in training"
-    rows |= {"ce_loss": "cross-entropy (nats/token)", "perplexity": "perplexity"}
-    print(f"\n{'held-out':38}{'before':>10}{'after':>10}{'change':>10}")
-    for name, label in rows.items():
-        if name not in before:
-            continue
-        change = after[name] - before[name]
-        print(f"{label:38}{before[name]:10.4f}{after[name]:10.4f}{change:+10.4f}")
-
-
-def by_length(values, lengths):
-    """Feature-matching loss for every rollout length."""
-    return {g: values[f"unbiased_feature_matching_loss@{g}"] for g in lengths}
-
-
-def main():
-    """Fine-tunes and reports."""
-    arguments = parse_arguments()
-    keras.utils.set_random_seed(arguments.seed)
-    start = time.monotonic()
-    texts = load_texts(arguments, arguments.split)
-    held_out = load_texts(arguments, arguments.held_out_split or "validation")
-    causal_lm = base_model.load(arguments, list(texts))
-    tokenizer = causal_lm.preprocessor.tokenizer
-    rows = keras_ebft.data.pack(texts, tokenizer, arguments.length).load()
-    print(rows.report)
-    validation = spread(
-        keras_ebft.data.pack(held_out, tokenizer, arguments.length).load(),
-        arguments.held_out_rows,
-    )
-
-    model = keras_ebft.EBFTModel(
+def build_model(causal_lm, arguments, **sampling):
+    """The model that `fit` trains, or one that measures with another sampler."""
+    return keras_ebft.EBFTModel(
         causal_lm,
-        keras_ebft.BlockSampler(temperature=arguments.temperature),
+        keras_ebft.BlockSampler(temperature=arguments.temperature, **sampling),
         feature_network=keras_ebft.FeatureNetwork(pooling=arguments.pooling),
         reward=keras_ebft.FeatureMatchingReward(
             whitening=None if arguments.whitening == "none" else arguments.whitening
@@ -126,6 +87,64 @@ def main():
         ce_weight=arguments.ce_weight,
         seed=arguments.seed,
     )
+
+
+def measures_of(causal_lm, rows, arguments):
+    """What measures held-out rows, for every rollout length."""
+    return {
+        length: PairedFeatureMatching(
+            build_model(
+                causal_lm,
+                arguments,
+                rollout_length=length,
+                stride=arguments.held_out_stride,
+            ),
+            rows,
+            num_samples=arguments.held_out_samples,
+            seed=arguments.seed,
+        )
+        for length in arguments.rollout_lengths
+    }
+
+
+def named(measured):
+    """One dict of what was measured with every rollout length, `name@length`."""
+    return {
+        f"{name}@{length}": values
+        for length, of_length in measured.items()
+        for name, values in of_length.items()
+    }
+
+
+def labels_of(lengths):
+    """What the table calls each measure; the cross-entropy knows no rollouts."""
+    *of_rollouts, likelihood = changes.MEASURES.items()
+    labels = {
+        f"{name}@{length}": f"{label}, {length}"
+        for name, label in of_rollouts
+        for length in lengths
+    }
+    return {**labels, f"{likelihood[0]}@{lengths[0]}": likelihood[1]}
+
+
+def main():
+    """Fine-tunes and reports."""
+    arguments = parse_arguments()
+    keras.utils.set_random_seed(arguments.seed)
+    keras_ebft.use_compilation_cache()
+    start = time.monotonic()
+    texts = load_texts(arguments, arguments.split)
+    held_out = load_texts(arguments, arguments.held_out_split or "validation")
+    causal_lm = base_model.load(arguments, list(texts))
+    tokenizer = causal_lm.preprocessor.tokenizer
+    rows = keras_ebft.data.pack(texts, tokenizer, arguments.length).load()
+    print(rows.report)
+    validation = changes.spread(
+        keras_ebft.data.pack(held_out, tokenizer, arguments.length).load(),
+        arguments.held_out_rows,
+    )
+
+    model = build_model(causal_lm, arguments)
     # Falling to zero, so that the last steps' noise does not stay in the weights.
     schedule = keras.optimizers.schedules.CosineDecay(
         arguments.learning_rate, arguments.steps
@@ -135,24 +154,21 @@ def main():
             schedule, beta_2=0.95, weight_decay=0.0, global_clipnorm=1.0
         )
     )
-    feature_matching = keras_ebft.evaluation.FeatureMatching(
-        model,
-        rollout_lengths=arguments.rollout_lengths,
-        num_samples=arguments.held_out_samples,
-        seed=arguments.seed,
-    )
-    before = feature_matching(validation, batch_size=arguments.batch_size)
+    measures = measures_of(causal_lm, validation, arguments)
+    before = {length: measure() for length, measure in measures.items()}
     model.fit(
         rows.py_dataset(arguments.batch_size, seed=arguments.seed),
         steps_per_epoch=arguments.steps,
     )
-    after = feature_matching(validation, batch_size=arguments.batch_size)
-    report(before, after, arguments.rollout_lengths)
+    after = {length: measure() for length, measure in measures.items()}
+    changes.report(
+        named(before), {"EBFT": named(after)}, labels_of(arguments.rollout_lengths)
+    )
 
     figure = keras_ebft.plots.rollout_length_curves(
         {
-            "before": by_length(before, arguments.rollout_lengths),
-            "after": by_length(after, arguments.rollout_lengths),
+            name: {g: m["feature_matching_loss"].mean() for g, m in measured.items()}
+            for name, measured in (("before", before), ("after", after))
         },
         label="held-out feature-matching loss",
     )

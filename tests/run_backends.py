@@ -6,10 +6,12 @@ XLA runs with most of its optimizations off: they take longer than the tests. Us
 have them on, so the tests that guard numbers (marked `numbers`) run a second time with
 all of them, where XLA compiles them.
 
-Two backends run at a time: most of the time goes into compiling, one program
-after the other, which leaves the second core idle.
+Two processes run at a time: most of the time goes into compiling, one program
+after the other, which leaves the second core idle. Each takes a part of the files, so
+that neither core waits for the other in the end.
 """
 
+import collections
 import os
 import re
 import subprocess
@@ -18,14 +20,40 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 AT_ONCE = 2
+PARTS = 3
+NO_TESTS = 5
 
 
 # What runs again with XLA's optimizations on. TensorFlow compiles with XLA only where
 # it is asked to, and PyTorch never does.
 OPTIMIZED = {"jax": "numbers", "tensorflow": "numbers and xla"}
+
+
+class Run(NamedTuple):
+    """Some files under one backend."""
+
+    backend: str
+    markers: str
+    files: list
+    optimized: bool = False
+
+    @property
+    def name(self):
+        return f"{self.backend}, optimized" if self.optimized else self.backend
+
+
+class Result(NamedTuple):
+    """What came of a run: tests that passed, failed and so on; lines of failures."""
+
+    name: str
+    code: int
+    counts: collections.Counter
+    failures: list
+    seconds: float
 
 
 def environment(backend, cache, optimized=False):
@@ -51,27 +79,33 @@ def environment(backend, cache, optimized=False):
     }
 
 
-def run(backend, markers, optimized, cache):
-    """Runs pytest under one backend; returns `(exit code, summary)`."""
-    name = f"{backend}, optimized" if optimized else backend
+def execute(run, cache):
+    """Runs pytest; returns `Result`."""
     start = time.monotonic()
+    command = [sys.executable, "-m", "pytest", "--durations=10", "-m", run.markers]
     process = subprocess.run(
-        [sys.executable, "-m", "pytest", "--durations=10", "-m", markers],
+        [*command, *run.files],
         cwd=ROOT,
-        env=environment(backend, cache, optimized),
+        env=environment(run.backend, cache, run.optimized),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
     )
-    print(f"=== {name} ===\n{process.stdout}", flush=True)
+    print(f"=== {run.name} ===\n{process.stdout}", flush=True)
+    counts, failures = read_summary(process.stdout)
+    seconds = time.monotonic() - start
+    return Result(run.name, process.returncode, counts, failures, seconds)
+
+
+def read_summary(printed):
+    """How many tests passed, failed and so on, and the lines that name failures."""
     summaries = re.findall(
-        r"^=* ?(\d+ (?:passed|failed|error|deselected).*?) in ", process.stdout, re.M
+        r"^=* ?(\d+ (?:passed|failed|skipped|error|deselected).*?) in ", printed, re.M
     )
-    counts = summaries[-1] if summaries else "no tests ran"
-    failures = re.findall(r"^(?:FAILED|ERROR) .*", process.stdout, re.M)
-    line = f"{name}: {counts} ({time.monotonic() - start:.0f} s)"
-    return process.returncode, "\n".join([line, *failures])
+    found = re.findall(r"(\d+) (\w+)", summaries[-1]) if summaries else []
+    counts = collections.Counter({word: int(number) for number, word in found})
+    return counts, re.findall(r"^(?:FAILED|ERROR) .*", printed, re.M)
 
 
 def markers_of(backend, backends, slow):
@@ -83,24 +117,45 @@ def markers_of(backend, backends, slow):
 
 
 def runs(backends, slow):
-    """`(backend, markers, optimized)` of every run, the longest first."""
+    """Every run, the longest first."""
+    files = sorted(str(path) for path in (ROOT / "tests").glob("test_*.py"))
     for backend in backends:
-        yield backend, markers_of(backend, backends, slow), False
+        markers = markers_of(backend, backends, slow)
+        for part in range(PARTS):
+            yield Run(backend, markers, files[part::PARTS])
     for backend in backends:
         # Those that TensorFlow compiles with XLA are slow ones all.
         if backend in OPTIMIZED and (slow or backend == "jax"):
             chosen = [OPTIMIZED[backend], *([] if slow else ["not slow"])]
-            yield backend, " and ".join(chosen), True
+            yield Run(backend, " and ".join(chosen), files, optimized=True)
+
+
+def summary(name, results):
+    """Lines about all runs of one name, and whether they went as they should."""
+    counts = sum((result.counts for result in results), collections.Counter())
+    seconds = sum(result.seconds for result in results)
+    ran = ", ".join(f"{number} {word}" for word, number in sorted(counts.items()))
+    # A part in which nothing was chosen is none; a backend without a test is.
+    well = counts["passed"] > 0 and all(r.code in (0, NO_TESTS) for r in results)
+    failures = [line for result in results for line in result.failures]
+    codes = sorted({result.code for result in results} - {0, NO_TESTS})
+    if codes and not failures:
+        failures = [f"pytest ended with {codes}, see above"]
+    return [f"{name}: {ran or 'no tests ran'} ({seconds:.0f} s)", *failures], well
 
 
 def main():
     slow = "--slow" in sys.argv[1:]
     backends = [argument for argument in sys.argv[1:] if argument != "--slow"]
     with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(AT_ONCE) as pool:
-        running = [pool.submit(run, *one, cache) for one in runs(backends, slow)]
+        running = [pool.submit(execute, run, cache) for run in runs(backends, slow)]
         results = [future.result() for future in running]
-    print("\n".join(summary for _, summary in results))
-    sys.exit(any(code for code, _ in results))
+    all_well = True
+    for name in dict.fromkeys(result.name for result in results):
+        lines, well = summary(name, [r for r in results if r.name == name])
+        print("\n".join(lines))
+        all_well &= well
+    sys.exit(not all_well)
 
 
 if __name__ == "__main__":

@@ -174,11 +174,21 @@ def test_catalogues_are_read_as_gettext_reads_them(tmp_path, order):
     messages = {
         "Open": "Öffnen",
         "%d file\0%d files": "%d Datei\0%d Dateien",
-        "menu\4Open": "Auf",
+        "menu\4Save": "Speichern",
+        "menu\4Close": "Schließen",
+        "button\4Close": "Schließen",
+        "menu\4Play": "Abspielen",
+        "theatre\4Play": "Stück",
+        "menu\4": "Nichts",
     }
     path = write_catalogue(tmp_path, "de", "app", messages, order)
     found = catalogue_files.read_catalogue(path)
-    assert found == {"Open": "Öffnen", "%d file": "%d Datei"}
+    assert found == {
+        "Open": "Öffnen",
+        "%d file": "%d Datei",
+        "Save": "Speichern",
+        "Close": "Schließen",
+    }
     with path.open("rb") as file:
         translations = gettext.GNUTranslations(file)
     assert {m: translations.gettext(m) for m in found}["Open"] == "Öffnen"

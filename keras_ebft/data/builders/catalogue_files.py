@@ -4,7 +4,11 @@ import struct
 import sys
 from pathlib import Path
 
-FOLDERS = ("/usr/share/locale", "/usr/local/share/locale")
+FOLDERS = (
+    "/usr/share/locale",
+    "/usr/local/share/locale",
+    "/usr/lib/libreoffice/program/resource",
+)
 MAGIC = 0x950412DE
 CONTEXT_MARK, PLURAL_MARK = b"\x04", b"\x00"
 
@@ -41,8 +45,8 @@ def read_catalogue(path):
         path: path of a `.mo` file.
 
     Returns:
-        dict from message to translation, singular forms only; messages that have a
-        context, which may be translated differently, are left out.
+        dict from message to translation, singular forms only. A message that is there
+        in several contexts is left out where they translate it differently.
 
     Raises:
         ValueError: if the file is no catalogue, or is cut off.
@@ -69,13 +73,13 @@ def _read(data):
         for index in range(count)
     ]
     charset = _charset(dict(entries).get(b"", b""))
-    return {
-        message.split(PLURAL_MARK)[0].decode(charset): translation.split(PLURAL_MARK)[
-            0
-        ].decode(charset)
-        for message, translation in entries
-        if message and translation and CONTEXT_MARK not in message
-    }
+    found = {}
+    for message, translation in entries:
+        if message and translation:
+            text = message.rpartition(CONTEXT_MARK)[2].split(PLURAL_MARK)[0]
+            singular = translation.split(PLURAL_MARK)[0].decode(charset)
+            found.setdefault(text.decode(charset), set()).add(singular)
+    return {text: min(ways) for text, ways in found.items() if len(ways) == 1 and text}
 
 
 def _text(data, order, place):

@@ -70,8 +70,11 @@ class MessageCatalogues(tfds.core.GeneratorBasedBuilder):
     What is found depends on the system and stays as it was when first prepared.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar = {"1.0.0": "First version."}
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES: ClassVar = {
+        "1.1.0": "Messages with a context; LibreOffice's catalogues.",
+        "1.0.0": "First version.",
+    }
     BUILDER_CONFIGS: ClassVar = [LanguagePair(target=target) for target in COMMON]
 
     def _info(self):
