@@ -15,7 +15,6 @@ with a table of held-out measurements, a plot and a completion.
 import argparse
 import os
 import platform
-import time
 from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -23,6 +22,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 import base_model
 import changes
 import keras
+from progress import Progress
 
 import keras_ebft
 from keras_ebft.evaluation import PairedFeatureMatching
@@ -68,7 +68,8 @@ def main():
     arguments = parse_arguments()
     keras.utils.set_random_seed(arguments.seed)
     keras_ebft.use_compilation_cache()
-    start = time.monotonic()
+    progress = Progress()
+    progress("Loading")
     texts, held_out = load_texts(arguments)
     # Adapters first: the frozen network is then the same weights without them.
     causal_lm = base_model.load(arguments, list(texts))
@@ -91,12 +92,15 @@ def main():
             arguments.learning_rate, beta_2=0.95, weight_decay=0.0, global_clipnorm=1.0
         )
     )
+    progress("Measuring before")
     measure = PairedFeatureMatching(model, validation, num_samples=4)
     before = measure()
+    progress("EBFT")
     model.fit(
         rows.py_dataset(arguments.batch_size, seed=arguments.seed),
         steps_per_epoch=arguments.steps,
     )
+    progress("Measuring after EBFT")
     after = {"EBFT": measure()}
     changes.report(before, after)
     changes.plot(before, after, arguments.output / "lora.png")
@@ -107,7 +111,7 @@ def main():
     print(f"\n{PROMPT}{generate([PROMPT])[0][0]}")
     print(f"\nPlot: {arguments.output / 'lora.png'}")
     print(f"Adapters: {adapters}, {adapters.stat().st_size / 1024:.0f} KiB")
-    print(f"{time.monotonic() - start:.0f} s")
+    progress.end()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import importlib.metadata
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -30,6 +29,7 @@ import changes
 import checked_functions
 import keras
 import numpy as np
+from progress import Progress
 
 import keras_ebft
 from keras_ebft.evaluation import (
@@ -161,7 +161,8 @@ def main():
     arguments = parse_arguments()
     keras.utils.set_random_seed(arguments.seed)
     keras_ebft.use_compilation_cache()
-    start = time.monotonic()
+    progress = Progress()
+    progress("Loading")
     pairs, held_out, own_problems = load(arguments)
     causal_lm = base_model.load(arguments, [q + a for q, a in pairs])
     tokenizer = causal_lm.preprocessor.tokenizer
@@ -200,26 +201,31 @@ def main():
             schedule, beta_2=0.95, weight_decay=0.0, global_clipnorm=1.0
         )
     )
+    progress("Drawing rollouts to measure with")
     feature_matching = PairedFeatureMatching(
         model, validation, num_samples=arguments.held_out_samples, seed=arguments.seed
     )
 
-    def measure():
-        return {**feature_matching(), **solve(generate, problems, arguments.samples)}
+    def measure(when):
+        progress(f"Measuring {when}")
+        measured = feature_matching()
+        progress(f"Solving problems {when}")
+        return {**measured, **solve(generate, problems, arguments.samples)}
 
-    before = measure()
+    before = measure("before")
+    progress("EBFT")
     model.fit(
         rows.py_dataset(arguments.batch_size, seed=arguments.seed),
         steps_per_epoch=arguments.steps,
     )
-    after = {"EBFT": measure()}
+    after = {"EBFT": measure("after EBFT")}
     passes = {name: name for name in before if name.startswith("pass@")}
     labels = {**changes.MEASURES, **passes}
     changes.report(before, after, labels)
     picture = arguments.output / "qa_code.png"
     changes.plot(before, after, picture, labels)
     print(f"\nPlot: {picture}")
-    print(f"{time.monotonic() - start:.0f} s")
+    progress.end()
 
 
 if __name__ == "__main__":

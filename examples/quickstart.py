@@ -16,7 +16,6 @@ nothing.
 import argparse
 import os
 import random
-import time
 from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -26,6 +25,7 @@ import changes
 import keras
 import keras_hub
 import numpy as np
+from progress import Progress
 
 import keras_ebft
 from keras_ebft.evaluation import PairedFeatureMatching
@@ -69,30 +69,6 @@ def make_parser():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs"))
     return parser
-
-
-class Progress:
-    """Says what is being done and how long the rest will take."""
-
-    def __init__(self):
-        self.start = time.monotonic()
-        self.done = 0.0
-
-    def __call__(self, stage):
-        """Announces a stage; all before it are done."""
-        names = list(STAGES)
-        self.done = sum(STAGES[name] for name in names[: names.index(stage)])
-        spent = time.monotonic() - self.start
-        left = ""
-        if self.done:
-            total = spent / self.done * sum(STAGES.values())
-            left = f", about {minutes(total - spent)} left"
-        print(f"[{minutes(spent)}{left}] {stage}", flush=True)
-
-
-def minutes(seconds):
-    """Seconds as `m:ss`."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def read_files():
@@ -191,7 +167,7 @@ def main():
     keras.utils.set_random_seed(arguments.seed)
     # A second demo on JAX compiles nothing.
     keras_ebft.use_compilation_cache()
-    progress = Progress()
+    progress = Progress(STAGES)
     progress("Loading")
     causal_lm, training, held_out = prepare(arguments)
     tokenizer = causal_lm.preprocessor.tokenizer
@@ -232,7 +208,8 @@ def main():
     changes.report(before, after)
     picture = arguments.output / "quickstart.png"
     changes.plot(before, after, picture)
-    print(f"\nPlot: {picture}. All: {minutes(time.monotonic() - progress.start)}")
+    print(f"\nPlot: {picture}")
+    progress.end()
 
 
 def print_texts(texts, tokenizer, held_out, arguments):

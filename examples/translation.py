@@ -18,7 +18,6 @@ supervised one, and after EBFT. COMET needs `pip install unbabel-comet` and `--c
 
 import argparse
 import os
-import time
 from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -27,6 +26,7 @@ import base_model
 import changes
 import keras
 import numpy as np
+from progress import Progress
 
 import keras_ebft
 from keras_ebft.evaluation import (
@@ -126,7 +126,8 @@ def main():
     arguments = parse_arguments()
     keras.utils.set_random_seed(arguments.seed)
     keras_ebft.use_compilation_cache()
-    start = time.monotonic()
+    progress = Progress()
+    progress("Loading")
     pairs = load_pairs(arguments, arguments.split)
     held_out = load_pairs(arguments, arguments.held_out_split or "validation")
     causal_lm = base_model.load(arguments, [s + t for s, t in pairs])
@@ -163,6 +164,7 @@ def main():
     translations, scores = {}, {}
 
     def chrf_after(name):
+        progress(f"Translating: {name}")
         translations[name], of_each, scores[name] = translate(
             generate, sentences, arguments.comet
         )
@@ -173,20 +175,24 @@ def main():
     if arguments.sft_steps:
         sft = keras_ebft.EBFTModel.sft(causal_lm, seed=arguments.seed)
         sft.compile(make_optimizer(arguments.learning_rate, arguments.sft_steps))
+        progress("SFT")
         sft.fit(
             rows.py_dataset(arguments.batch_size, seed=arguments.seed + 1),
             steps_per_epoch=arguments.sft_steps,
         )
     # On rollouts of what EBFT starts from.
+    progress("Measuring before EBFT")
     feature_matching = PairedFeatureMatching(
         model, validation, num_samples=arguments.held_out_samples, seed=arguments.seed
     )
     before = {**feature_matching(), **chrf_after("before EBFT")}
     model.compile(make_optimizer(arguments.learning_rate, arguments.steps))
+    progress("EBFT")
     model.fit(
         rows.py_dataset(arguments.batch_size, seed=arguments.seed),
         steps_per_epoch=arguments.steps,
     )
+    progress("Measuring after EBFT")
     after = {"EBFT": {**feature_matching(), **chrf_after("after EBFT")}}
 
     show(sentences, translations, scores)
@@ -195,7 +201,7 @@ def main():
     picture = arguments.output / "translation.png"
     changes.plot(before, after, picture, labels)
     print(f"\nPlot: {picture}")
-    print(f"{time.monotonic() - start:.0f} s")
+    progress.end()
 
 
 if __name__ == "__main__":

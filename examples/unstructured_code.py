@@ -20,7 +20,6 @@ rollout length, before and after.
 import argparse
 import os
 import platform
-import time
 from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -28,6 +27,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 import base_model
 import changes
 import keras
+from progress import Progress
 
 import keras_ebft
 from keras_ebft.evaluation import PairedFeatureMatching
@@ -132,7 +132,8 @@ def main():
     arguments = parse_arguments()
     keras.utils.set_random_seed(arguments.seed)
     keras_ebft.use_compilation_cache()
-    start = time.monotonic()
+    progress = Progress()
+    progress("Loading")
     texts = load_texts(arguments, arguments.split)
     held_out = load_texts(arguments, arguments.held_out_split or "validation")
     causal_lm = base_model.load(arguments, list(texts))
@@ -154,12 +155,15 @@ def main():
             schedule, beta_2=0.95, weight_decay=0.0, global_clipnorm=1.0
         )
     )
+    progress("Measuring before")
     measures = measures_of(causal_lm, validation, arguments)
     before = {length: measure() for length, measure in measures.items()}
+    progress("EBFT")
     model.fit(
         rows.py_dataset(arguments.batch_size, seed=arguments.seed),
         steps_per_epoch=arguments.steps,
     )
+    progress("Measuring after EBFT")
     after = {length: measure() for length, measure in measures.items()}
     changes.report(
         named(before), {"EBFT": named(after)}, labels_of(arguments.rollout_lengths)
@@ -175,7 +179,7 @@ def main():
     arguments.output.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.output / "unstructured_code.png", dpi=120)
     print(f"\nPlot: {arguments.output / 'unstructured_code.png'}")
-    print(f"{time.monotonic() - start:.0f} s")
+    progress.end()
 
 
 if __name__ == "__main__":
