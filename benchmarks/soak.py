@@ -30,6 +30,9 @@ SHAPES = ((2, 24), (1, 40), (3, 16), (2, 33))
 STEPS_PER_FIT = 50
 SAVE_FREQ = 5
 STEPS_PER_LINE = 500
+# Between two kills a run does up to so many times its share of the steps: on average
+# a little less than that, so that all kills find a run to end.
+LARGEST_SHARE = 1.8
 
 
 def build():
@@ -165,37 +168,43 @@ def finish(process):
         sys.exit(f"A run ended with code {code}; see above.")
 
 
-def kill(process, folder, chance, most_seconds, while_writing):
-    """Ends a run at a random moment after its first step.
+def kill(process, folder, chance, most_steps, while_writing):
+    """Ends a run at a random moment.
 
     Args:
         process: the run.
         folder: `Path` of its files.
         chance: `random.Random`.
-        most_seconds: float, the longest time from its first step to its end.
+        most_steps: int, the most steps that it does before.
         while_writing: bool, whether to wait for a checkpoint that is being written.
 
     Returns:
         the last step it had done, or `None` if it came to its end before.
     """
 
-    def wait_until(condition, seconds=float("inf")):
-        end = time.monotonic() + seconds
-        while process.poll() is None and time.monotonic() < end and not condition():
+    def wait_until(condition):
+        while process.poll() is None and not condition():
             time.sleep(0.001)
-        return process.poll() is None
+
+    def step():
+        try:
+            return int((folder / "steps").read_text() or 0)
+        except FileNotFoundError:
+            return 0
 
     with ended_with_this_script(process):
-        alive = wait_until((folder / "steps").exists)
-        alive = alive and wait_until(lambda: False, chance.uniform(0, most_seconds))
+        wait_until(step)
+        last = step() + chance.randrange(most_steps)
+        wait_until(lambda: step() >= last)
         if while_writing:
-            alive = alive and wait_until(lambda: any(folder.glob("partial-*")))
-            time.sleep(chance.uniform(0, 0.02))
+            wait_until(lambda: any(folder.glob("partial-*")))
+        time.sleep(chance.uniform(0, 0.02))
     process.send_signal(signal.SIGKILL)
     if process.wait() != -signal.SIGKILL:
         finish(process)
         return None
-    return int((folder / "steps").read_text() or 0)
+    # The file may have been cut off.
+    return max(step(), last)
 
 
 def same(one, other):
@@ -221,13 +230,14 @@ def soak(arguments):
     if not (whole / "end.npz").exists():
         finish(start(whole, arguments))
     log = folder / "log.jsonl"
+    most_steps = int(max(LARGEST_SHARE * arguments.steps / arguments.kills, 1))
     kills = sum('"killed_at"' in line for line in log.read_text().splitlines())
     while not (parts / "end.npz").exists():
         chance, process = random.Random(kills), start(parts, arguments)
         if kills == arguments.kills:
             finish(process)
             continue
-        step = kill(process, parts, chance, arguments.most_seconds, kills % 2 == 1)
+        step = kill(process, parts, chance, most_steps, kills % 2 == 1)
         if step is not None:
             left = len(list(parts.glob("partial-*")))
             kills += 1
@@ -239,7 +249,7 @@ def soak(arguments):
     if kills < arguments.kills:
         print(
             f"The run ended before it was killed {arguments.kills} times. Take a new "
-            "--folder, more --steps, fewer --kills or a smaller --most-seconds."
+            "--folder, and more --steps or fewer --kills."
         )
     return equal and kills >= arguments.kills
 
@@ -248,12 +258,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument(
-        "--most-seconds",
-        type=float,
-        default=10.0,
-        help="the longest time from the first step of a run to its end by SIGKILL",
-    )
     parser.add_argument("--backend", default="torch")
     parser.add_argument("--folder", type=Path, default=Path("outputs/soak"))
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)

@@ -5,12 +5,18 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
-from helpers import VOCABULARY, documents, llama, to_numpy
+from helpers import VOCABULARY, documents, family, llama, randomise, to_numpy
 from keras import ops
 
 import keras_ebft
 from keras_ebft.callbacks.measure import Measure
-from keras_ebft.evaluation import FeatureMatching, TextGenerator, cross_entropy
+from keras_ebft.evaluation import (
+    FeatureMatching,
+    TextGenerator,
+    cross_entropy,
+    generation,
+)
+from keras_ebft.evaluation.prompt_samples import can_share_prompts
 from keras_ebft.evaluation.single_documents import single_documents
 from keras_ebft.networks import adapters
 
@@ -416,6 +422,50 @@ def test_completions(reader):
     reader.backbone.set_weights([w * 0 + 0.1 for w in reader.backbone.get_weights()])
     greedy(prompts)
     assert greedy._generate_function is compiled
+
+
+def by_either_engine(causal_lm, prompts, monkeypatch, **options):
+    """Texts by block-parallel sampling, and by KerasHub's `generate`."""
+    options = {"num_samples": 2, "temperature": 1e-4, "batch_size": 4, **options}
+    shared = TextGenerator(causal_lm, 12, **options)(prompts)
+    with monkeypatch.context() as patched:
+        patched.setattr(generation, "can_share_prompts", lambda *_: False)
+        return shared, TextGenerator(causal_lm, 12, **options)(prompts)
+
+
+@pytest.mark.not_on_tensorflow
+def test_samples_that_share_their_prompt_are_those_of_generate(reader, monkeypatch):
+    """At a temperature that leaves one token; prompts of any length, and the end."""
+    prompts = ["ab", "abcdefghi", "b", "abc", "abcdefghijklmnop"]
+    kept = reader.backbone.get_weights()
+    end = reader.preprocessor.tokenizer.end_token_id
+    table = reader.backbone.token_embedding.reverse_embeddings
+    try:
+        randomise(reader, scale=1.0)
+        table.assign(100.0 * to_numpy(table))
+        shared, generated = by_either_engine(reader, prompts, monkeypatch)
+        assert shared == generated
+        lengths = {len(text) for texts in shared for text in texts}
+        assert len(lengths) > 2 and 0 in lengths
+        # A letter that "ab" goes on with becomes the end.
+        first = shared[0][0][0]
+        letter = next(c for c in shared[0][0] if c.isascii() and c != first)
+        token = int(reader.preprocessor.tokenizer(letter)[0])
+        columns = to_numpy(table).copy()
+        columns[:, [end, token]] = columns[:, [token, end]]
+        table.assign(columns)
+        ended, generated = by_either_engine(reader, prompts, monkeypatch)
+        assert ended == generated
+        assert 0 < len(ended[0][0]) < len(shared[0][0])
+    finally:
+        reader.backbone.set_weights(kept)
+
+
+def test_positions_that_were_not_learned_are_left_to_generate(reader):
+    assert can_share_prompts(reader, 10**6)
+    learned = family("GPT2")
+    assert can_share_prompts(learned, learned.backbone.max_sequence_length)
+    assert not can_share_prompts(learned, learned.backbone.max_sequence_length + 1)
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def _on_weights_of(
 ) -> EBFTModel:
     sampler = BlockSampler.from_config(sampler_config)
     measuring = EBFTModel(causal_lm_of(model), sampler, network, reward, seed=seed)
-    measuring.compile(jit_compile=_jit_compile(model))
+    measuring.compile(jit_compile=jit_compile_of(model))
     return measuring
 
 
@@ -196,7 +196,7 @@ def _still(model: EBFTModel, reader: FrozenReader) -> FrozenReader:
     return copy
 
 
-def _jit_compile(model: EBFTModel | keras_hub.models.CausalLM) -> bool | str:
+def jit_compile_of(model: EBFTModel | keras_hub.models.CausalLM) -> bool | str:
     """As the model is compiled, so that both round alike and draw the same tokens."""
     compiled = isinstance(model, EBFTModel) and model.compiled
     return model.jit_compile if compiled else "auto"

@@ -8,7 +8,9 @@ import keras_hub
 import numpy as np
 from keras import ops
 
+from keras_ebft.evaluation.feature_matching import jit_compile_of
 from keras_ebft.evaluation.models import causal_lm_of
+from keras_ebft.evaluation.prompt_samples import PromptSamples, can_share_prompts
 from keras_ebft.model import EBFTModel
 from keras_ebft.networks import TextDecoder, to_numpy
 from keras_ebft.representation import Shown
@@ -20,6 +22,10 @@ class TextGenerator(Shown):
 
     `prompt + completion` is how the text goes on: with SentencePiece a blank that a
     completion begins with stays. Ids that the tokenizer does not know are no text.
+
+    Several samples of a prompt share one reading of it, in families that this library
+    trains: block-parallel sampling with a block where the prompt ends. One sample, and
+    the rest, is written by KerasHub's `generate`.
 
     Args:
         model: `EBFTModel` or `keras_hub.models.CausalLM` with a preprocessor. How
@@ -67,6 +73,14 @@ class TextGenerator(Shown):
                 "Expected a temperature above 0 for several samples, which would be "
                 f"equal. Received: num_samples={num_samples}. Raise `temperature`."
             )
+        self._samples = PromptSamples(
+            self.causal_lm,
+            self.num_samples,
+            self.temperature,
+            batch_size=max(self.batch_size // self.num_samples, 1),
+            seed=self.seed,
+            jit_compile=jit_compile_of(model),
+        )
         self._sampler = _sampler(self.temperature, self.seed)
         self._sampler_start = [
             np.array(ops.convert_to_numpy(v)) for v in self._sampler.variables
@@ -91,11 +105,36 @@ class TextGenerator(Shown):
                 "Expected a list of at least one prompt. Received: "
                 f"{prompts!r}. Pass a list."
             )
+        if self.num_samples > 1:
+            completions = self._sampled(prompts)
+            if completions is not None:
+                return completions
         texts = [prompt for prompt in prompts for _ in range(self.num_samples)]
         completions = self._complete(texts)
         return [
             completions[start : start + self.num_samples]
             for start in range(0, len(texts), self.num_samples)
+        ]
+
+    def _sampled(self, prompts: Sequence[str]) -> list[list[str]] | None:
+        """Samples that share a reading of their prompt; `None` where they cannot."""
+        tokens = self.causal_lm.preprocessor.generate_preprocess(
+            list(prompts), sequence_length=self.max_length
+        )
+        masks = to_numpy(tokens["padding_mask"]).astype(bool)
+        ids = [row[mask] for row, mask in zip(to_numpy(tokens["token_ids"]), masks)]
+        lengths = [len(row) for row in ids]
+        room = max(self.max_length - min(lengths), 1)
+        if not min(lengths) or not can_share_prompts(
+            self.causal_lm, max(lengths) + room
+        ):
+            return None
+        return [
+            [
+                self._text(completion[: self.max_length - length])
+                for completion in completions
+            ]
+            for length, completions in zip(lengths, self._samples(ids, room))
         ]
 
     def _complete(self, texts: list[str]) -> list[str]:
@@ -137,14 +176,14 @@ class TextGenerator(Shown):
             object.__delattr__(preprocessor, "generate_postprocess")
 
     def _texts(self, written: dict[str, Any]) -> list[str]:
-        tokenizer = self._decoder.tokenizer
-        special = list(getattr(tokenizer, "special_token_ids", ()))
-        token_ids = to_numpy(written["token_ids"])
         kept = to_numpy(written["padding_mask"]).astype(bool)
-        kept &= ~np.isin(token_ids, special)
-        return [
-            self._decoder(ids[mask], goes_on=True) for ids, mask in zip(token_ids, kept)
-        ]
+        token_ids = to_numpy(written["token_ids"])
+        return [self._text(ids[mask]) for ids, mask in zip(token_ids, kept)]
+
+    def _text(self, token_ids: np.ndarray) -> str:
+        special = getattr(self._decoder.tokenizer, "special_token_ids", ())
+        kept = token_ids[~np.isin(token_ids, list(special))]
+        return self._decoder(kept, goes_on=True)
 
 
 def _sampler(temperature: float, seed: int) -> keras_hub.samplers.Sampler:
