@@ -176,9 +176,10 @@ def main():
     generate = TextGenerator(
         causal_lm,
         max_length=arguments.prompt_tokens + arguments.body_tokens,
+        max_new_tokens=arguments.body_tokens,
         num_samples=arguments.samples,
         temperature=0.4 if arguments.samples > 1 else 0.0,
-        batch_size=32,
+        batch_size=12 * arguments.samples,
         seed=arguments.seed,
     )
 

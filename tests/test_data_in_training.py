@@ -445,6 +445,9 @@ def test_samples_that_share_their_prompt_are_those_of_generate(reader, monkeypat
         table.assign(100.0 * to_numpy(table))
         shared, generated = by_either_engine(reader, prompts, monkeypatch)
         assert shared == generated
+        assert max(len(text) for texts in shared for text in texts) > 2
+        cut = by_either_engine(reader, prompts, monkeypatch, max_new_tokens=2)
+        assert cut == ([[text[:2] for text in texts] for texts in shared],) * 2
         lengths = {len(text) for texts in shared for text in texts}
         assert len(lengths) > 2 and 0 in lengths
         # A letter that "ab" goes on with becomes the end.
@@ -474,6 +477,7 @@ def test_positions_that_were_not_learned_are_left_to_generate(reader):
         ({"num_samples": 2}, "temperature above 0"),
         ({"max_length": 1}, "max_length=1"),
         ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
     ],
 )
 def test_text_generator_refuses(reader, options, message):

@@ -522,7 +522,7 @@ WITH_MODEL = {
     keras_ebft.EBFTModel: "sampler feature_network reward advantage policy_weight "
     "ce_weight kl_weight kl_estimator entropy_weight policy_loss updates_per_rollout "
     "clip_range critic rematerialize micro_batches seed",
-    TextGenerator: "max_length num_samples temperature batch_size seed",
+    TextGenerator: "max_length num_samples temperature batch_size seed max_new_tokens",
     FeatureMatching: "rollout_lengths num_samples seed",
 }
 GOOD = st.sampled_from(

@@ -35,6 +35,8 @@ class TextGenerator(Shown):
         temperature: float, 0 for the most likely token.
         batch_size: int, completions per call of the model.
         seed: int, decides the samples of every call anew.
+        max_new_tokens: int, the most tokens of a completion, or `None` for as many as
+            `max_length` leaves.
 
     Raises:
         TypeError: for another kind of model or value.
@@ -56,6 +58,7 @@ class TextGenerator(Shown):
         temperature: float = 0.0,
         batch_size: int = 16,
         seed: int = 0,
+        max_new_tokens: int | None = None,
     ) -> None:
         self.causal_lm = causal_lm_of(model)
         if self.causal_lm.preprocessor is None:
@@ -68,6 +71,11 @@ class TextGenerator(Shown):
         self.temperature = check_temperature(temperature)
         self.batch_size = check_int("batch_size", batch_size, 1)
         self.seed = check_int("seed", seed, 0)
+        self.max_new_tokens = (
+            None
+            if max_new_tokens is None
+            else check_int("max_new_tokens", max_new_tokens, 1)
+        )
         if self.temperature == 0.0 and self.num_samples > 1:
             raise ValueError(
                 "Expected a temperature above 0 for several samples, which would be "
@@ -106,15 +114,19 @@ class TextGenerator(Shown):
                 f"{prompts!r}. Pass a list."
             )
         if self.num_samples > 1:
-            completions = self._sampled(prompts)
-            if completions is not None:
-                return completions
+            sampled = self._sampled(prompts)
+            if sampled is not None:
+                return sampled
         texts = [prompt for prompt in prompts for _ in range(self.num_samples)]
         completions = self._complete(texts)
         return [
             completions[start : start + self.num_samples]
             for start in range(0, len(texts), self.num_samples)
         ]
+
+    @property
+    def _most_new_tokens(self) -> int:
+        return self.max_new_tokens or self.max_length
 
     def _sampled(self, prompts: Sequence[str]) -> list[list[str]] | None:
         """Samples that share a reading of their prompt; `None` where they cannot."""
@@ -124,17 +136,15 @@ class TextGenerator(Shown):
         masks = to_numpy(tokens["padding_mask"]).astype(bool)
         ids = [row[mask] for row, mask in zip(to_numpy(tokens["token_ids"]), masks)]
         lengths = [len(row) for row in ids]
-        room = max(self.max_length - min(lengths), 1)
+        room = [min(self.max_length - n, self._most_new_tokens) for n in lengths]
+        most = max(1, *room)
         if not min(lengths) or not can_share_prompts(
-            self.causal_lm, max(lengths) + room
+            self.causal_lm, max(lengths) + most
         ):
             return None
         return [
-            [
-                self._text(completion[: self.max_length - length])
-                for completion in completions
-            ]
-            for length, completions in zip(lengths, self._samples(ids, room))
+            [self._text(completion[:end]) for completion in completions]
+            for end, completions in zip(room, self._samples(ids, most))
         ]
 
     def _complete(self, texts: list[str]) -> list[str]:
@@ -178,7 +188,10 @@ class TextGenerator(Shown):
     def _texts(self, written: dict[str, Any]) -> list[str]:
         kept = to_numpy(written["padding_mask"]).astype(bool)
         token_ids = to_numpy(written["token_ids"])
-        return [self._text(ids[mask]) for ids, mask in zip(token_ids, kept)]
+        return [
+            self._text(ids[mask][: self._most_new_tokens])
+            for ids, mask in zip(token_ids, kept)
+        ]
 
     def _text(self, token_ids: np.ndarray) -> str:
         special = getattr(self._decoder.tokenizer, "special_token_ids", ())
