@@ -26,9 +26,6 @@ from pathlib import Path
 
 # `[B, T]` of the batches, one after the other.
 SHAPES = ((2, 24), (1, 40), (3, 16), (2, 33))
-# Steps of one call of `fit`, and between two checkpoints.
-STEPS_PER_FIT = 50
-SAVE_FREQ = 5
 STEPS_PER_LINE = 500
 # Between two kills a run does up to so many times its share of the steps: on average
 # a little less than that, so that all kills find a run to end.
@@ -64,13 +61,13 @@ def build():
     return model
 
 
-def rows(number):
+def rows(number, steps_per_fit):
     """Documents of the call of `fit` with this number."""
     import numpy as np
 
     batch, length = SHAPES[number % len(SHAPES)]
     draw = np.random.default_rng(number)
-    shape = (batch * STEPS_PER_FIT, length)
+    shape = (batch * steps_per_fit, length)
     found = {"token_ids": draw.integers(0, 64, shape).astype("int32")}
     if number % 2:
         found["segment_ids"] = np.repeat([[1, 2]], (length + 1) // 2, axis=1)[
@@ -97,7 +94,7 @@ def resources():
     }
 
 
-def train(folder, steps):
+def train(folder, steps, steps_per_fit, save_freq):
     """Trains from where the files in a folder say, to the end."""
     import keras
     import numpy as np
@@ -112,14 +109,14 @@ def train(folder, steps):
     }
 
     def count(batch, logs):
-        done = number * STEPS_PER_FIT + batch + 1
+        done = number * steps_per_fit + batch + 1
         (folder / "steps").write_text(str(done))
         if done % STEPS_PER_LINE == 0 or done == steps:
             write(folder.parent, {"run": name, "step": done, **resources()})
 
-    for number in range(max(files, default=0), -(-steps // STEPS_PER_FIT)):
-        batch, documents = rows(number)
-        left = min(steps - number * STEPS_PER_FIT, STEPS_PER_FIT)
+    for number in range(max(files, default=0), -(-steps // steps_per_fit)):
+        batch, documents = rows(number, steps_per_fit)
+        left = min(steps - number * steps_per_fit, steps_per_fit)
         documents = {key: value[: left * batch] for key, value in documents.items()}
         path = folder / f"fit{number}.weights.h5"
         model.fit(
@@ -127,7 +124,7 @@ def train(folder, steps):
             batch_size=batch,
             verbose=0,
             callbacks=[
-                keras_ebft.TrainingCheckpoint(path, save_freq=SAVE_FREQ),
+                keras_ebft.TrainingCheckpoint(path, save_freq=save_freq),
                 keras.callbacks.LambdaCallback(on_train_batch_end=count),
             ],
         )
@@ -151,7 +148,8 @@ def start(folder, arguments):
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["keras_ebft"])
-    process = context.Process(target=train, args=(folder, arguments.steps))
+    settings = arguments.steps, arguments.steps_per_fit, arguments.save_freq
+    process = context.Process(target=train, args=(folder, *settings))
     process.start()
     return process
 
@@ -188,9 +186,9 @@ def kill(process, folder, chance, most_steps, while_writing):
         the last step it had done, or `None` if it came to its end before.
     """
 
-    def wait_until(condition):
+    def wait_until(condition, seconds=0.02):
         while process.is_alive() and not condition():
-            time.sleep(0.001)
+            time.sleep(seconds)
 
     def step():
         try:
@@ -203,7 +201,7 @@ def kill(process, folder, chance, most_steps, while_writing):
         last = step() + chance.randrange(most_steps)
         wait_until(lambda: step() >= last)
         if while_writing:
-            wait_until(lambda: any(folder.glob("partial-*")))
+            wait_until(lambda: any(folder.glob("partial-*")), 0.001)
         time.sleep(chance.uniform(0, 0.02))
     process.kill()
     process.join()
@@ -228,7 +226,12 @@ def soak(arguments):
     """Both runs; prints what came of them, and says whether all went as asked for."""
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"steps": arguments.steps, "backend": arguments.backend}
+    settings = {
+        "steps": arguments.steps,
+        "backend": arguments.backend,
+        "steps_per_fit": arguments.steps_per_fit,
+        "save_freq": arguments.save_freq,
+    }
     kept = folder / "settings.json"
     if kept.exists() and json.loads(kept.read_text()) != settings:
         sys.exit(f"{folder} is of other settings: {kept.read_text()}. Choose another.")
@@ -265,6 +268,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--steps-per-fit", type=int, default=50)
+    parser.add_argument("--save-freq", type=int, default=20, help="steps")
     parser.add_argument("--backend", default="torch")
     parser.add_argument("--folder", type=Path, default=Path("outputs/soak"))
     arguments = parser.parse_args()

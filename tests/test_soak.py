@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 def soak(folder, *arguments):
     command = [sys.executable, ROOT / "benchmarks" / "soak.py", "--backend"]
     command += [keras.backend.backend()]
-    command += ["--steps", "12", "--folder", folder, *arguments]
+    command += ["--steps", "12", "--steps-per-fit", "4", "--save-freq", "3"]
+    command += ["--folder", folder, *arguments]
     return subprocess.run(
         [str(part) for part in command],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -34,7 +35,7 @@ def test_a_run_that_was_killed_twice_is_the_same(tmp_path):
     # What is not killed, in this process, which has imported what is slow.
     whole = tmp_path / "whole"
     whole.mkdir()
-    runpy.run_path(str(ROOT / "benchmarks" / "soak.py"))["train"](whole, 12)
+    runpy.run_path(str(ROOT / "benchmarks" / "soak.py"))["train"](whole, 12, 4, 3)
     done = soak(tmp_path, "--kills", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "12 steps, 2 kills, bit-identical" in done.stdout
