@@ -43,11 +43,11 @@ def report(before, after, labels=MEASURES):
         labels: dict from the name of a measure to what it is called.
     """
     print(
-        f"\n{'held-out':30}{'of':>5}{'before':>9}" + "".join(f"{m:>30}" for m in after)
+        f"\n{'held-out':34}{'of':>5}{'before':>9}" + "".join(f"{m:>30}" for m in after)
     )
     for name, label in labels.items():
         first, _ = compared(before[name], before[name])
-        line = f"{label:30}{len(first):5}{first.mean():9.4f}"
+        line = f"{label:34}{len(first):5}{first.mean():9.4f}"
         for measured in after.values():
             first, second = compared(before[name], measured[name])
             change = paired_change(first, second)
