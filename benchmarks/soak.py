@@ -108,8 +108,14 @@ def train(folder, steps, steps_per_fit, save_freq):
         for file in folder.glob("fit*.weights.h5")
     }
 
+    counted = [0]
+
     def count(batch, logs):
-        done = number * steps_per_fit + batch + 1
+        # Not the batch: resuming goes past those that were trained on before.
+        done = model.steps_trained
+        if done == counted[0]:
+            return
+        counted[0] = done
         (folder / "steps").write_text(str(done))
         if done % STEPS_PER_LINE == 0 or done == steps:
             write(folder.parent, {"run": name, "step": done, **resources()})
