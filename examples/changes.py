@@ -64,10 +64,13 @@ def report(before, after, labels=MEASURES):
     )
 
 
-def plot(before, after, path, labels=MEASURES):
+def plot(before, after, path, labels=MEASURES, columns=4):
     """Paired differences with their intervals, one panel per measure."""
-    width = 3.0 * len(labels)
-    figure, axes = plt.subplots(1, len(labels), figsize=(width, 3.4), layout="tight")
+    rows = -(-len(labels) // columns)
+    columns = min(columns, len(labels))
+    size = 3.0 * columns, 3.4 * rows
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="tight")
+    axes = np.ravel(axes)
     for axis, (name, label) in zip(axes, labels.items()):
         for place, (method, measured) in enumerate(after.items()):
             mean, half = paired_change(*compared(before[name], measured[name]))
@@ -78,6 +81,8 @@ def plot(before, after, path, labels=MEASURES):
         better = "lower" if is_lower_better(name) else "higher"
         axis.set_title(f"{label}\n({better} is better)", fontsize=9)
         axis.grid(alpha=0.3, axis="y")
+    for axis in axes[len(labels) :]:
+        axis.remove()
     axes[0].set_ylabel("change on held-out rows")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

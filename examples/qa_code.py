@@ -47,7 +47,7 @@ HELD_OUT_FUNCTIONS = 60
 
 
 def parse_arguments():
-    """Settings; the defaults take less than half an hour on two cores."""
+    """Settings; the defaults take about half an hour on two cores."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     base_model.add_arguments(parser)
     parser.add_argument("--dataset", default="checked_functions")
@@ -56,7 +56,7 @@ def parse_arguments():
     parser.add_argument("--held-out-split", help="default: validation")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument(
@@ -67,11 +67,11 @@ def parse_arguments():
     )
     parser.add_argument("--ce-weight", type=float, default=0.1)
     parser.add_argument("--held-out-samples", type=int, default=4, help="per block")
-    parser.add_argument("--held-out-rows", type=int, default=24)
-    parser.add_argument("--problems", type=int, default=12, help="of each set")
+    parser.add_argument("--held-out-rows", type=int, default=20)
+    parser.add_argument("--problems", type=int, default=10, help="of each set")
     parser.add_argument("--samples", type=int, default=10, help="per problem")
     parser.add_argument("--prompt-tokens", type=int, default=144, help="at most")
-    parser.add_argument("--body-tokens", type=int, default=96, help="at most")
+    parser.add_argument("--body-tokens", type=int, default=80, help="at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs"))
     return parser.parse_args()
@@ -179,7 +179,7 @@ def main():
         max_new_tokens=arguments.body_tokens,
         num_samples=arguments.samples,
         temperature=0.4 if arguments.samples > 1 else 0.0,
-        batch_size=12 * arguments.samples,
+        batch_size=10 * arguments.samples,
         seed=arguments.seed,
     )
 
