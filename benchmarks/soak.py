@@ -3,7 +3,8 @@
     python benchmarks/soak.py --backend torch --steps 10000 --kills 100
 
 Two runs of the same program: one goes through, the other is ended by SIGKILL at random
-moments, every second time while a checkpoint is being written, and started again. Each
+moments, a third of them while a checkpoint is being written and a third while it
+starts, and started again. Each
 is a sequence of calls of `fit` on batches of changing shapes, packed and not, with
 random anchors and a `TrainingCheckpoint`. In the end weights, optimizer and random
 generators of both must be the same, bit for bit; a run that ends before it was killed
@@ -30,6 +31,10 @@ STEPS_PER_LINE = 500
 # Between two kills a run does up to so many times its share of the steps: on average
 # a little less than that, so that all kills find a run to end.
 LARGEST_SHARE = 1.8
+# When a run is killed: in or between any steps, while it writes a checkpoint, or within
+# so many seconds, while it starts and reads where it was.
+MOMENTS = ("training", "writing", "starting")
+LONGEST_START = 8.0
 
 
 def build():
@@ -178,7 +183,7 @@ def finish(process):
         sys.exit(f"A run ended with code {process.exitcode}; see above.")
 
 
-def kill(process, folder, chance, most_steps, while_writing):
+def kill(process, folder, chance, most_steps, moment):
     """Ends a run at a random moment.
 
     Args:
@@ -186,10 +191,10 @@ def kill(process, folder, chance, most_steps, while_writing):
         folder: `Path` of its files.
         chance: `random.Random`.
         most_steps: int, the most steps that it does before.
-        while_writing: bool, whether to wait for a checkpoint that is being written.
+        moment: one of `MOMENTS`.
 
     Returns:
-        the last step it had done, or `None` if it came to its end before.
+        the last step it had done, 0 before its first; or `None` if it came to its end.
     """
 
     def wait_until(condition, seconds=0.02):
@@ -203,10 +208,14 @@ def kill(process, folder, chance, most_steps, while_writing):
             return 0
 
     with ended_with_this_script(process):
-        wait_until(step)
-        last = step() + chance.randrange(most_steps)
-        wait_until(lambda: step() >= last)
-        if while_writing:
+        last = 0
+        if moment == "starting":
+            time.sleep(chance.uniform(0, LONGEST_START))
+        else:
+            wait_until(step)
+            last = step() + chance.randrange(most_steps)
+            wait_until(lambda: step() >= last)
+        if moment == "writing":
             wait_until(lambda: any(folder.glob("partial-*")), 0.001)
         time.sleep(chance.uniform(0, 0.02))
     process.kill()
@@ -253,7 +262,8 @@ def soak(arguments):
         if kills == arguments.kills:
             finish(process)
             continue
-        step = kill(process, parts, chance, most_steps, kills % 2 == 1)
+        moment = MOMENTS[kills % len(MOMENTS)]
+        step = kill(process, parts, chance, most_steps, moment)
         if step is not None:
             left = len(list(parts.glob("partial-*")))
             kills += 1
