@@ -201,6 +201,9 @@ def kill(process, folder, chance, most_steps, moment):
         while process.is_alive() and not condition():
             time.sleep(seconds)
 
+    # What earlier kills left lies there until a checkpoint is whole.
+    earlier = set(folder.glob("partial-*"))
+
     def step():
         try:
             return int((folder / "steps").read_text() or 0)
@@ -216,7 +219,7 @@ def kill(process, folder, chance, most_steps, moment):
             last = step() + chance.randrange(most_steps)
             wait_until(lambda: step() >= last)
         if moment == "writing":
-            wait_until(lambda: any(folder.glob("partial-*")), 0.001)
+            wait_until(lambda: set(folder.glob("partial-*")) - earlier, 0.001)
         time.sleep(chance.uniform(0, 0.02))
     process.kill()
     process.join()
