@@ -108,9 +108,10 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
             within `keras.RematScope(mode="full")`.
         micro_batches: int, groups of samples that are read one after another, each
             keeping no activations; divides `num_samples`. The same gradient.
-        seed: int or `None`. Decides rollouts and the order of documents: the
-            same seed on the same backend gives the same training. Evaluation
-            draws from a generator of its own, restarted by every `evaluate`.
+        seed: int or `None`. Decides rollouts, the order of documents and how a
+            critic's head starts: the same seed on the same backend gives the same
+            training. Evaluation draws from a generator of its own, restarted by
+            every `evaluate`.
         **kwargs: `name`, `dtype`, `trainable` of `keras.Model`.
 
     Raises:
@@ -193,8 +194,9 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         self.micro_batches = check_micro_batches(micro_batches, samples)
         self.causal_lm = causal_lm
         self._num_adapted = len(adapters.adapted_layers(backbone))
+        self._choose_seed(seed)
         self._build_step()
-        self._build_state(seed)
+        self._build_state()
         # A critic's head.
         follow_first(self.variables)
         note_frozen_copies(self, self._training_steps)
@@ -247,7 +249,7 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
             width = self.feature_network.num_features(
                 cast(FrozenReader, features).network, steps
             )
-            self.critic_head = CriticHead(width)
+            self.critic_head = CriticHead(width, self.seed)
         self._step = EBFTStep(
             self.causal_lm,
             self.sampler,
@@ -264,12 +266,15 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         self._compiled = compile_stages(self._step, self._read_variables)
         say_notices(self)
 
-    def _build_state(self, seed: int | None) -> None:
-        """Random generators, the count of steps, and the running means."""
+    def _choose_seed(self, seed: int | None) -> None:
+        """The seed that was given, or one of this run: the same in all processes."""
         if seed is None:
             seed = from_first(int(np.random.randint(2**31 - 3)))
         # Two generators more count on from it.
         self.seed = check_int("seed", seed, 0, MOST_INT - 2)
+
+    def _build_state(self) -> None:
+        """Random generators, the count of steps, and the running means."""
         self._training_seed = keras.random.SeedGenerator(self.seed)
         self._evaluation_seed = keras.random.SeedGenerator(self.seed + 1)
         self._inspection_seed = keras.random.SeedGenerator(self.seed + 2)

@@ -70,6 +70,12 @@ def few_collections():
     gc.set_threshold(50_000, 20, 20)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """The same draws whichever tests ran before, fixtures of the module included."""
+    keras.utils.set_random_seed(0)
+
+
 def pytest_unconfigure():
     """Lets everything end that was kept from the collector."""
     gc.unfreeze()

@@ -99,6 +99,20 @@ def test_a_probe_learns_and_leaves_the_policy_alone(policy):
     assert not model.frozen_network.trainable_variables
 
 
+def test_the_models_seed_decides_how_the_head_starts(policy):
+    """The same seed gives the same training: unseeded, each run had another probe."""
+
+    def head(seed):
+        critic = keras_ebft.Critic("all", "sgd")
+        options = {"critic": critic, "seed": seed}
+        sampler = keras_ebft.ReplaySampler(ROLLOUTS, **SAMPLER)
+        model = keras_ebft.EBFTModel(policy[0], sampler, **options)
+        return model.critic_head.get_weights()[0]
+
+    np.testing.assert_array_equal(head(0), head(0))
+    assert np.abs(head(0) - head(1)).max() > 0.01
+
+
 @pytest.mark.not_on_tensorflow
 def test_features_learn_with_the_critic(policy):
     causal_lm, weights = policy

@@ -184,11 +184,15 @@ class CriticHead(keras.layers.Layer):
 
     Args:
         num_inputs: int, `F * D`.
+        seed: int, decides the weights it starts with.
     """
 
-    def __init__(self, num_inputs: int) -> None:
+    def __init__(self, num_inputs: int, seed: int) -> None:
         super().__init__(name="critic_head", dtype="float32")
-        self.dense = keras.layers.Dense(1, name="logit", dtype="float32")
+        start = keras.initializers.GlorotUniform(seed)
+        self.dense = keras.layers.Dense(
+            1, kernel_initializer=start, name="logit", dtype="float32"
+        )
         self.dense.build((None, num_inputs))
         self.built = True
 
