@@ -18,6 +18,7 @@ from keras_ebft.backend.replicas import (
     shared_step,
 )
 from keras_ebft.backend.runtime import after, no_gradient, run_in_state
+from keras_ebft.configurable import shown
 from keras_ebft.data.row_batches import Rows
 from keras_ebft.features import FeatureNetwork
 from keras_ebft.functional import ESTIMATORS
@@ -40,7 +41,6 @@ from keras_ebft.notices import note_frozen_copies, say_notices
 from keras_ebft.objectives.critic import Critic, CriticHead
 from keras_ebft.objectives.objective import Objective, check_combination
 from keras_ebft.records import Batch, Experience, StepOutputs
-from keras_ebft.representation import shown
 from keras_ebft.rewards import FeatureMatchingReward, Reward
 from keras_ebft.samplers import BlockSampler
 from keras_ebft.step import EBFTStep

@@ -14,8 +14,7 @@ PACKAGE = Path(keras_ebft.__file__).parent
 # From the ground upwards. What stands on one line stands side by side: none of it
 # imports another.
 LAYERS = (
-    ("version", "typing", "validation", "representation"),
-    ("configurable",),
+    ("version", "typing", "validation", "configurable"),
     ("backend",),
     ("data",),
     ("layout", "models"),
@@ -25,7 +24,7 @@ LAYERS = (
     ("networks",),
     ("samplers", "features", "rewards", "training", "export", "plots"),
     ("distribution",),
-    ("step", "notices", "recipes", "completions", "estimates"),
+    ("step", "notices", "recipes", "estimates"),
     ("inspection",),
     ("model",),
     ("evaluation",),

@@ -4,8 +4,8 @@ from typing import Any, cast
 
 import keras
 
+from keras_ebft.configurable import Shown
 from keras_ebft.model import EBFTModel
-from keras_ebft.representation import Shown
 from keras_ebft.validation import check_choice, check_int
 
 UNITS = ("epochs", "steps")

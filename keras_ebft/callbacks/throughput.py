@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from keras_ebft.representation import Shown
+from keras_ebft.configurable import Shown
 from keras_ebft.training.timing import StepTimer
 
 

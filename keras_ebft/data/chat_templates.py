@@ -5,7 +5,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from keras_ebft.representation import Shown
+from keras_ebft.configurable import Shown
 from keras_ebft.validation import check_bool
 
 TEMPLATE_FILE = "chat_template.jinja"

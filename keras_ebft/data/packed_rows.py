@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from keras_ebft.configurable import Shown
 from keras_ebft.data.row_batches import RowBatches, Rows
-from keras_ebft.representation import Shown
 from keras_ebft.validation import check_int
 
 

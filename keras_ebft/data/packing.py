@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from keras_ebft.configurable import Shown
 from keras_ebft.data.bin_packing import STRATEGIES
 from keras_ebft.data.documents import DocumentTokenizer, every_nth
 from keras_ebft.data.packed_rows import PackedRows
 from keras_ebft.data.row_batches import Rows, StreamBatches
 from keras_ebft.data.tables import as_documents
 from keras_ebft.data.token_window import TokenWindow
-from keras_ebft.representation import Shown
 from keras_ebft.validation import check_bool, check_choice, check_int
 
 LONG_DOCUMENTS = ("split", "drop")

@@ -5,9 +5,9 @@ from _string import formatter_field_name_split
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from keras_ebft.configurable import Shown
 from keras_ebft.data.columns import as_records
 from keras_ebft.data.documents import is_missing
-from keras_ebft.representation import Shown
 
 
 def from_records(

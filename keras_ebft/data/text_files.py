@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from keras_ebft.representation import Shown
+from keras_ebft.configurable import Shown
 from keras_ebft.validation import check_choice
 
 NOT_UTF8 = ("skip", "raise")

@@ -6,11 +6,11 @@ from typing import Any, cast
 
 import keras_hub
 
+from keras_ebft.configurable import Shown
 from keras_ebft.evaluation.models import causal_lm_of
 from keras_ebft.features import FeatureNetwork
 from keras_ebft.model import EBFTModel
 from keras_ebft.networks.frozen_reader import FrozenReader
-from keras_ebft.representation import Shown
 from keras_ebft.rewards import FeatureMatchingReward, Reward
 from keras_ebft.samplers import BlockSampler
 from keras_ebft.training.metrics import DOCUMENT_MEASURES

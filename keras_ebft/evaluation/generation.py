@@ -8,12 +8,12 @@ import keras_hub
 import numpy as np
 from keras import ops
 
+from keras_ebft.configurable import Shown
 from keras_ebft.evaluation.feature_matching import jit_compile_of
 from keras_ebft.evaluation.models import causal_lm_of
 from keras_ebft.evaluation.prompt_samples import PromptSamples, can_share_prompts
 from keras_ebft.model import EBFTModel
 from keras_ebft.networks import TextDecoder, to_numpy
-from keras_ebft.representation import Shown
 from keras_ebft.validation import check_int, check_temperature
 
 

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from keras_ebft.backend.runtime import no_gradient
+from keras_ebft.configurable import Shown
 from keras_ebft.data.row_batches import Rows
 from keras_ebft.evaluation.feature_matching import measuring_model
 from keras_ebft.evaluation.models import causal_lm_of
 from keras_ebft.functional.pooling import unit_length
 from keras_ebft.model import EBFTModel
 from keras_ebft.networks import to_numpy
-from keras_ebft.representation import Shown
 from keras_ebft.training.token_rows import to_token_rows
 from keras_ebft.validation import check_int
 

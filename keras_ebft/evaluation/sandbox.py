@@ -8,8 +8,8 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+from keras_ebft.configurable import Shown
 from keras_ebft.evaluation.sandbox_processes import Confinement, run_together
-from keras_ebft.representation import Shown
 from keras_ebft.validation import check_choice, check_int, check_number
 
 # As limits of the system are counted.

@@ -8,7 +8,7 @@ A document of T tokens carries K blocks. Block k is *anchored* after the first
 
 import numpy as np
 
-from keras_ebft.representation import Shown
+from keras_ebft.configurable import Shown
 from keras_ebft.validation import check_int
 
 

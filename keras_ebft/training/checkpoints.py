@@ -18,8 +18,8 @@ import numpy as np
 
 from keras_ebft.backend.replicas import is_first
 from keras_ebft.backend.runtime import backend_name
+from keras_ebft.configurable import Shown
 from keras_ebft.networks import adapters
-from keras_ebft.representation import Shown
 from keras_ebft.training import checkpoint_files
 from keras_ebft.training.part_settings import part_settings
 from keras_ebft.validation import check_bool, check_int

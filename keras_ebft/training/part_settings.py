@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_ebft.representation import Shown
+from keras_ebft.configurable import Shown
 
 
 def part_settings(model: Any) -> dict[str, Any]:

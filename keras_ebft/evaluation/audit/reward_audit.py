@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_ebft.backend.runtime import compiled, no_gradient
+from keras_ebft.configurable import Shown
 from keras_ebft.evaluation.audit.candidates import check_lists, make_candidates
 from keras_ebft.evaluation.audit.controls import control_rollouts
 from keras_ebft.evaluation.audit.measures import measure
@@ -20,7 +21,6 @@ from keras_ebft.features.feature_network import DEFAULT_LAYERS
 from keras_ebft.model import EBFTModel
 from keras_ebft.networks import num_layers
 from keras_ebft.records import FrozenReading
-from keras_ebft.representation import Shown
 from keras_ebft.rewards import FeatureMatchingReward, VerifierReward
 from keras_ebft.samplers import BlockSampler
 from keras_ebft.step import judged

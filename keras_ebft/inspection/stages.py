@@ -8,7 +8,7 @@ import keras_hub
 from keras import ops
 
 from keras_ebft.backend.runtime import compiled, no_gradient
-from keras_ebft.completions import completion_records
+from keras_ebft.inspection.completions import completion_records
 from keras_ebft.layout.documents import Documents, read_documents
 from keras_ebft.layout.draws import draw_numbers
 from keras_ebft.networks import to_numpy
