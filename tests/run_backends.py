@@ -6,9 +6,9 @@ XLA runs with most of its optimizations off: they take longer than the tests. Us
 have them on, so the tests that guard numbers (marked `numbers`) run a second time with
 all of them, where XLA compiles them.
 
-Two processes run at a time: most of the time goes into compiling, one program
-after the other, which leaves the second core idle. Each takes a part of the files, so
-that neither core waits for the other in the end.
+A process runs for each core, two at least: most of the time goes into compiling, one
+program after the other, which leaves other cores idle. Each takes a part of the files,
+so that no core waits for another in the end.
 """
 
 import collections
@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-AT_ONCE = 2
+# A process holds up to 3 GiB.
+AT_ONCE = min(max(os.cpu_count() or 1, 2), 6)
 PARTS = 3
 NO_TESTS = 5
 
