@@ -22,6 +22,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 import base_model
 import changes
 import keras
+import settings
 from progress import Progress
 
 import keras_ebft
@@ -37,17 +38,10 @@ def parse_arguments():
     base_model.add_arguments(parser)
     parser.add_argument("--folder", type=Path, help="text files to learn from")
     parser.add_argument("--pattern", default="*.py", help="which files of the folder")
-    parser.add_argument("--length", type=int, default=96)
-    parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument(
-        "--whitening", choices=("rollout", "feature", "none"), default="rollout"
+    settings.add_training_arguments(
+        parser, length=96, batch_size=2, steps=40, held_out_rows=32
     )
-    parser.add_argument("--ce-weight", type=float, default=0.1)
-    parser.add_argument("--held-out-rows", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("outputs"))
+    settings.add_method_arguments(parser)
     return parser.parse_args()
 
 
@@ -80,20 +74,13 @@ def main():
         arguments.held_out_rows,
     )
 
-    whitening = None if arguments.whitening == "none" else arguments.whitening
-    model = keras_ebft.EBFTModel(
-        causal_lm,
-        reward=keras_ebft.FeatureMatchingReward(whitening=whitening),
-        ce_weight=arguments.ce_weight,
-        seed=arguments.seed,
-    )
-    model.compile(
-        keras.optimizers.AdamW(
-            arguments.learning_rate, beta_2=0.95, weight_decay=0.0, global_clipnorm=1.0
-        )
-    )
+    sampler = keras_ebft.BlockSampler(temperature=arguments.temperature)
+    model = settings.build_model(causal_lm, sampler, arguments)
+    model.compile(settings.make_optimizer(arguments.learning_rate, arguments.steps))
     progress("Measuring before")
-    measure = PairedFeatureMatching(model, validation, num_samples=4)
+    measure = PairedFeatureMatching(
+        model, validation, num_samples=arguments.held_out_samples
+    )
     before = measure()
     progress("EBFT")
     model.fit(

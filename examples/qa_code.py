@@ -20,7 +20,6 @@ import importlib.metadata
 import json
 import os
 import sys
-from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
@@ -29,6 +28,7 @@ import changes
 import checked_functions
 import keras
 import numpy as np
+import settings
 from progress import Progress
 
 import keras_ebft
@@ -50,30 +50,15 @@ def parse_arguments():
     """Settings; the defaults take about half an hour on two cores."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     base_model.add_arguments(parser)
-    parser.add_argument("--dataset", default="checked_functions")
-    parser.add_argument("--config", help="configuration of the data set")
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--held-out-split", help="default: validation")
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--temperature", type=float, default=0.6)
-    parser.add_argument(
-        "--whitening", choices=("rollout", "feature", "none"), default="rollout"
+    settings.add_data_arguments(parser, dataset="checked_functions")
+    settings.add_training_arguments(
+        parser, length=256, batch_size=2, steps=20, held_out_rows=20
     )
-    parser.add_argument(
-        "--pooling", choices=("last_token", "mean", "concat"), default="last_token"
-    )
-    parser.add_argument("--ce-weight", type=float, default=0.1)
-    parser.add_argument("--held-out-samples", type=int, default=4, help="per block")
-    parser.add_argument("--held-out-rows", type=int, default=20)
+    settings.add_method_arguments(parser)
     parser.add_argument("--problems", type=int, default=10, help="of each set")
     parser.add_argument("--samples", type=int, default=10, help="per problem")
     parser.add_argument("--prompt-tokens", type=int, default=144, help="at most")
     parser.add_argument("--body-tokens", type=int, default=80, help="at most")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("outputs"))
     return parser.parse_args()
 
 
@@ -89,7 +74,6 @@ def load(arguments):
             [(question, answer) for question, answer, _ in held_out],
             [problem for _, _, problem in held_out],
         )
-    splits = arguments.split, arguments.held_out_split or "validation"
     pairs, held_out = (
         keras_ebft.data.load(
             arguments.dataset,
@@ -97,7 +81,7 @@ def load(arguments):
             config=arguments.config,
             data_dir=str(arguments.cache / "data"),
         )
-        for split in splits
+        for split in (arguments.split, arguments.held_out_split)
     )
     return pairs, held_out, []
 
@@ -183,25 +167,9 @@ def main():
         seed=arguments.seed,
     )
 
-    model = keras_ebft.EBFTModel(
-        causal_lm,
-        keras_ebft.BlockSampler(temperature=arguments.temperature),
-        feature_network=keras_ebft.FeatureNetwork(pooling=arguments.pooling),
-        reward=keras_ebft.FeatureMatchingReward(
-            whitening=None if arguments.whitening == "none" else arguments.whitening
-        ),
-        ce_weight=arguments.ce_weight,
-        seed=arguments.seed,
-    )
-    # Falling to zero, so that the last steps' noise does not stay in the weights.
-    schedule = keras.optimizers.schedules.CosineDecay(
-        arguments.learning_rate, arguments.steps
-    )
-    model.compile(
-        keras.optimizers.AdamW(
-            schedule, beta_2=0.95, weight_decay=0.0, global_clipnorm=1.0
-        )
-    )
+    sampler = keras_ebft.BlockSampler(temperature=arguments.temperature)
+    model = settings.build_model(causal_lm, sampler, arguments)
+    model.compile(settings.make_optimizer(arguments.learning_rate, arguments.steps))
     progress("Drawing rollouts to measure with")
     feature_matching = PairedFeatureMatching(
         model, validation, num_samples=arguments.held_out_samples, seed=arguments.seed

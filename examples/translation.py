@@ -18,7 +18,6 @@ supervised one, and after EBFT. COMET needs `pip install unbabel-comet` and `--c
 
 import argparse
 import os
-from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
@@ -26,6 +25,7 @@ import base_model
 import changes
 import keras
 import numpy as np
+import settings
 from progress import Progress
 
 import keras_ebft
@@ -42,30 +42,15 @@ def parse_arguments():
     """Settings; the defaults take less than half an hour on two cores."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     base_model.add_arguments(parser)
-    parser.add_argument("--dataset", default="message_catalogues")
-    parser.add_argument("--config", default="en-de", help="pair of languages")
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--held-out-split", help="default: validation")
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--least-words", type=int, default=4, help="of a source")
-    parser.add_argument("--steps", type=int, default=40)
+    settings.add_data_arguments(parser, dataset="message_catalogues", config="en-de")
+    settings.add_training_arguments(
+        parser, length=64, batch_size=4, steps=40, held_out_rows=48
+    )
+    settings.add_method_arguments(parser, pooling="mean")
     parser.add_argument("--sft-steps", type=int, default=80, help="before")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--temperature", type=float, default=0.6)
-    parser.add_argument(
-        "--whitening", choices=("rollout", "feature", "none"), default="rollout"
-    )
-    parser.add_argument(
-        "--pooling", choices=("last_token", "mean", "concat"), default="mean"
-    )
-    parser.add_argument("--ce-weight", type=float, default=0.1)
-    parser.add_argument("--held-out-samples", type=int, default=4, help="per block")
-    parser.add_argument("--held-out-rows", type=int, default=48)
+    parser.add_argument("--least-words", type=int, default=4, help="of a source")
     parser.add_argument("--sentences", type=int, default=64, help="to translate")
     parser.add_argument("--comet", action="store_true")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("outputs"))
     return parser.parse_args()
 
 
@@ -102,14 +87,6 @@ def translate(generate, pairs, with_comet):
     return found, {"chrf": np.array(of_each)}, scores
 
 
-def make_optimizer(learning_rate, steps):
-    """Falling to zero, so that the last steps' noise does not stay in the weights."""
-    schedule = keras.optimizers.schedules.CosineDecay(learning_rate, steps)
-    return keras.optimizers.AdamW(
-        schedule, beta_2=0.95, weight_decay=0.0, global_clipnorm=1.0
-    )
-
-
 def show(sentences, translations, scores):
     """Three sources and what became of them; scores of all translations together."""
     for index, (source, target) in enumerate(sentences[:3]):
@@ -129,7 +106,7 @@ def main():
     progress = Progress()
     progress("Loading")
     pairs = load_pairs(arguments, arguments.split)
-    held_out = load_pairs(arguments, arguments.held_out_split or "validation")
+    held_out = load_pairs(arguments, arguments.held_out_split)
     causal_lm = base_model.load(arguments, [s + t for s, t in pairs])
     tokenizer = causal_lm.preprocessor.tokenizer
     rows = keras_ebft.data.pack(pairs, tokenizer, arguments.length).load()
@@ -151,16 +128,7 @@ def main():
         context_length=4,
         temperature=arguments.temperature,
     )
-    model = keras_ebft.EBFTModel(
-        causal_lm,
-        sampler,
-        feature_network=keras_ebft.FeatureNetwork(pooling=arguments.pooling),
-        reward=keras_ebft.FeatureMatchingReward(
-            whitening=None if arguments.whitening == "none" else arguments.whitening
-        ),
-        ce_weight=arguments.ce_weight,
-        seed=arguments.seed,
-    )
+    model = settings.build_model(causal_lm, sampler, arguments)
     translations, scores = {}, {}
 
     def chrf_after(name):
@@ -174,7 +142,9 @@ def main():
     # After the model for EBFT, whose frozen network so is the one before.
     if arguments.sft_steps:
         sft = keras_ebft.EBFTModel.sft(causal_lm, seed=arguments.seed)
-        sft.compile(make_optimizer(arguments.learning_rate, arguments.sft_steps))
+        sft.compile(
+            settings.make_optimizer(arguments.learning_rate, arguments.sft_steps)
+        )
         progress("SFT")
         sft.fit(
             rows.py_dataset(arguments.batch_size, seed=arguments.seed + 1),
@@ -186,7 +156,7 @@ def main():
         model, validation, num_samples=arguments.held_out_samples, seed=arguments.seed
     )
     before = {**feature_matching(), **chrf_after("before EBFT")}
-    model.compile(make_optimizer(arguments.learning_rate, arguments.steps))
+    model.compile(settings.make_optimizer(arguments.learning_rate, arguments.steps))
     progress("EBFT")
     model.fit(
         rows.py_dataset(arguments.batch_size, seed=arguments.seed),

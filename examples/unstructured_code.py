@@ -20,13 +20,13 @@ rollout length, before and after.
 import argparse
 import os
 import platform
-from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import base_model
 import changes
 import keras
+import settings
 from progress import Progress
 
 import keras_ebft
@@ -39,28 +39,13 @@ def parse_arguments():
     """Settings; the defaults take about a quarter of an hour on two cores."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     base_model.add_arguments(parser)
-    parser.add_argument("--dataset", default="python_source")
-    parser.add_argument("--config", help="configuration of the data set")
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--held-out-split", help="default: validation")
-    parser.add_argument("--length", type=int, default=96)
-    parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--temperature", type=float, default=0.6)
-    parser.add_argument(
-        "--whitening", choices=("rollout", "feature", "none"), default="rollout"
+    settings.add_data_arguments(parser, dataset="python_source")
+    settings.add_training_arguments(
+        parser, length=96, batch_size=2, steps=40, held_out_rows=32
     )
-    parser.add_argument(
-        "--pooling", choices=("last_token", "mean", "concat"), default="last_token"
-    )
-    parser.add_argument("--ce-weight", type=float, default=0.1)
-    parser.add_argument("--held-out-samples", type=int, default=4, help="per block")
-    parser.add_argument("--held-out-rows", type=int, default=32)
+    settings.add_method_arguments(parser)
     parser.add_argument("--held-out-stride", type=int, default=16)
     parser.add_argument("--rollout-lengths", type=int, nargs="+", default=[4, 8])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("outputs"))
     return parser.parse_args()
 
 
@@ -75,29 +60,23 @@ def load_texts(arguments, split):
     )
 
 
-def build_model(causal_lm, arguments, **sampling):
-    """The model that `fit` trains, or one that measures with another sampler."""
-    return keras_ebft.EBFTModel(
-        causal_lm,
-        keras_ebft.BlockSampler(temperature=arguments.temperature, **sampling),
-        feature_network=keras_ebft.FeatureNetwork(pooling=arguments.pooling),
-        reward=keras_ebft.FeatureMatchingReward(
-            whitening=None if arguments.whitening == "none" else arguments.whitening
-        ),
-        ce_weight=arguments.ce_weight,
-        seed=arguments.seed,
-    )
+def make_sampler(arguments, **sampling):
+    """The paper's sampler, or another one to measure with."""
+    return keras_ebft.BlockSampler(temperature=arguments.temperature, **sampling)
 
 
 def measures_of(causal_lm, rows, arguments):
     """What measures held-out rows, for every rollout length."""
     return {
         length: PairedFeatureMatching(
-            build_model(
+            settings.build_model(
                 causal_lm,
+                make_sampler(
+                    arguments,
+                    rollout_length=length,
+                    stride=arguments.held_out_stride,
+                ),
                 arguments,
-                rollout_length=length,
-                stride=arguments.held_out_stride,
             ),
             rows,
             num_samples=arguments.held_out_samples,
@@ -135,7 +114,7 @@ def main():
     progress = Progress()
     progress("Loading")
     texts = load_texts(arguments, arguments.split)
-    held_out = load_texts(arguments, arguments.held_out_split or "validation")
+    held_out = load_texts(arguments, arguments.held_out_split)
     causal_lm = base_model.load(arguments, list(texts))
     tokenizer = causal_lm.preprocessor.tokenizer
     rows = keras_ebft.data.pack(texts, tokenizer, arguments.length).load()
@@ -145,16 +124,8 @@ def main():
         arguments.held_out_rows,
     )
 
-    model = build_model(causal_lm, arguments)
-    # Falling to zero, so that the last steps' noise does not stay in the weights.
-    schedule = keras.optimizers.schedules.CosineDecay(
-        arguments.learning_rate, arguments.steps
-    )
-    model.compile(
-        keras.optimizers.AdamW(
-            schedule, beta_2=0.95, weight_decay=0.0, global_clipnorm=1.0
-        )
-    )
+    model = settings.build_model(causal_lm, make_sampler(arguments), arguments)
+    model.compile(settings.make_optimizer(arguments.learning_rate, arguments.steps))
     progress("Measuring before")
     measures = measures_of(causal_lm, validation, arguments)
     before = {length: measure() for length, measure in measures.items()}
