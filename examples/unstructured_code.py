@@ -13,8 +13,7 @@ The second command has the paper's settings; adapters want a higher learning rat
 `--model micro` runs without the package of the weights and means nothing.
 
 Ends with a table of held-out measurements with their noise, for rollouts as long as
-those of the training and for others, and a plot of the feature-matching loss against
-rollout length, before and after.
+those of the training and for others, and a picture of the changes.
 """
 
 import argparse
@@ -36,7 +35,7 @@ WITHOUT_TESTS = f"{platform.python_version()}-without_tests"
 
 
 def parse_arguments():
-    """Settings; the defaults take about a quarter of an hour on two cores."""
+    """Settings; the defaults take about ten minutes on two cores."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     base_model.add_arguments(parser)
     settings.add_data_arguments(parser, dataset="python_source")
@@ -136,20 +135,12 @@ def main():
     )
     progress("Measuring after EBFT")
     after = {length: measure() for length, measure in measures.items()}
-    changes.report(
-        named(before), {"EBFT": named(after)}, labels_of(arguments.rollout_lengths)
-    )
-
-    figure = keras_ebft.plots.rollout_length_curves(
-        {
-            name: {g: m["feature_matching_loss"].mean() for g, m in measured.items()}
-            for name, measured in (("before", before), ("after", after))
-        },
-        label="held-out feature-matching loss",
-    )
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    figure.savefig(arguments.output / "unstructured_code.png", dpi=120)
-    print(f"\nPlot: {arguments.output / 'unstructured_code.png'}")
+    labels = labels_of(arguments.rollout_lengths)
+    before, after = named(before), {"EBFT": named(after)}
+    changes.report(before, after, labels)
+    picture = arguments.output / "unstructured_code.png"
+    changes.plot(before, after, picture, labels)
+    print(f"\nPlot: {picture}")
     progress.end()
 
 
