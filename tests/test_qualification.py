@@ -217,7 +217,8 @@ def test_other_versions_and_other_code_are_tried_again(answers, monkeypatch):
 BROKEN = {
     "hung": ("time.sleep(3600)", "no answer in"),
     "failed": (
-        'print("illegal address", file=sys.stderr); os._exit(7)',
+        'print("illegal address\\nI0000 00:00:1.5 found no GPU", file=sys.stderr); '
+        "os._exit(7)",
         "ended with 7",
     ),
 }

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,8 @@ from keras_ebft.backend.device import Device
 START_LIMIT = 120.0
 # Whatever else a library prints, answers are the lines that begin so.
 MARK = "@keras_ebft "
+# What TensorFlow says when it is imported, for information: no reason of a failure.
+CHATTER = re.compile(r"I\d{4} |WARNING: All log messages before absl")
 # The kernels alone: all of the library would import KerasHub too, for seconds.
 BOOT = """
 import sys, types
@@ -135,7 +138,8 @@ class TrialProcess:
 
     def _last_words(self):
         self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - 4096))
-        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        words = self._errors.read().decode(errors="replace").strip()
+        lines = [line for line in words.splitlines() if not CHATTER.match(line)]
         return f": {lines[-1].strip()}" if lines else ""
 
 
