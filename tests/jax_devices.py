@@ -19,7 +19,7 @@ import block_tensorflow  # noqa: F401 (before anything else)
 import keras
 import keras_hub
 from helpers import ROTARY, llama, to_numpy
-from replica_cases import CASES, plain, rows, run, sampler
+from replica_cases import CASES, adapted, critic, plain, rows, run, sampler
 
 import keras_ebft
 
@@ -57,6 +57,12 @@ def trained():
     return model, run(model, optimizer, batch_size=3, data=data)
 
 
+def adapters():
+    """Adapters and a critic, samples read one after another."""
+    model = adapted(critic=critic(), micro_batches=2)
+    return run(model, batch_size=3, data=rows(3))
+
+
 def shares(model):
     """Which part of each matrix the first device holds, by path."""
     variables = [*model.variables, *model.optimizer.variables]
@@ -84,12 +90,13 @@ def resumed():
     return {"whole": supervised(2), "resumed": supervised(2, checkpoint)}
 
 
-found = {"one": trained()[1]}
+found = {"one": trained()[1], "adapters on one": adapters()}
 devices(4)
 found["four"] = trained()[1]
 in_parts()
 model, found["parts"] = trained()
 found["shares"] = shares(model)
+found["adapters in parts"] = adapters()
 for count in (1, 2):
     devices(count)
     found[f"supervised on {count}"] = CASES["supervised, three rows"]()

@@ -36,17 +36,16 @@ def plain(**settings):
     return keras_ebft.EBFTModel(llama(num_layers=1), seed=3, **settings)
 
 
-def adapted():
+def adapted(**settings):
     causal_lm = llama(num_layers=1)
     keras.utils.set_random_seed(1)
     causal_lm.backbone.enable_lora(2)
-    return keras_ebft.EBFTModel(causal_lm, sampler=sampler(), ce_weight=0.1, seed=3)
+    settings = {"sampler": sampler(), "ce_weight": 0.1, "seed": 3, **settings}
+    return keras_ebft.EBFTModel(causal_lm, **settings)
 
 
-def with_critic():
-    critic = keras_ebft.Critic(optimizer=keras.optimizers.SGD(0.1), selection="all")
-    keras.utils.set_random_seed(1)
-    return plain(critic=critic)
+def critic():
+    return keras_ebft.Critic(optimizer=keras.optimizers.SGD(0.1), selection="all")
 
 
 def regularised():
@@ -111,7 +110,7 @@ CASES = {
         ),
         accumulating(),
     ),
-    "a critic": lambda: run(with_critic()),
+    "a critic": lambda: run(plain(critic=critic())),
     "a regularizer": lambda: run(regularised()),
     "supervised, three rows": lambda: run(
         keras_ebft.EBFTModel.sft(llama(num_layers=1), seed=3), batch_size=3

@@ -37,6 +37,7 @@ def test_devices_train_as_one(found):
     for run, expected in (
         ("four", "one"),
         ("parts", "one"),
+        ("adapters in parts", "adapters on one"),
         ("supervised on 2", "supervised on 1"),
     ):
         worst, where = difference(found[run], found[expected])
