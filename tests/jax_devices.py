@@ -12,13 +12,14 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import pickle
+import shutil
 import sys
 from pathlib import Path
 
 import block_tensorflow  # noqa: F401 (before anything else)
 import keras
 import keras_hub
-from helpers import ROTARY, llama, to_numpy
+from helpers import ROTARY, to_numpy
 from replica_cases import CASES, adapted, critic, plain, rows, run, sampler
 
 import keras_ebft
@@ -74,20 +75,40 @@ def shares(model):
     }
 
 
-def supervised(epochs, *callbacks):
-    model = keras_ebft.EBFTModel.sft(llama(num_layers=1), seed=3)
-    model.compile(keras.optimizers.SGD(0.05))
-    model.fit(rows(3), batch_size=3, epochs=epochs, verbose=0, callbacks=callbacks)
-    return [to_numpy(variable.value) for variable in model.causal_lm.variables]
+class Stop(keras.callbacks.Callback):
+    """Ends a run in the middle of an epoch, after its second step."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 1:
+            raise KeyboardInterrupt
+
+
+def steps(*callbacks):
+    """Four steps on rollouts: how many there were each time, and the weights."""
+    made = []
+    note = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: made.append(model.steps_trained)
+    )
+    model = plain(ce_weight=0.1)
+    model.compile(keras.optimizers.SGD(0.05, momentum=0.9))
+    model.fit(rows(), batch_size=2, verbose=0, callbacks=[note, *callbacks])
+    return made, [to_numpy(variable.value) for variable in model.causal_lm.variables]
 
 
 def resumed():
-    """An epoch on four devices, the second on one."""
-    checkpoint = keras_ebft.TrainingCheckpoint(folder / "run.weights.h5")
+    """Two steps on four devices, the others on four and on one."""
+    path, other = folder / "run.weights.h5", folder / "other.weights.h5"
     devices(4)
-    supervised(1, checkpoint)
+    whole = steps()
+    checkpoint = keras_ebft.TrainingCheckpoint(path, save_freq=1)
+    try:
+        steps(checkpoint, Stop())
+    except KeyboardInterrupt:
+        shutil.copy(path, other)
+    on_four = steps(keras_ebft.TrainingCheckpoint(path, save_freq=1))
     devices(1)
-    return {"whole": supervised(2), "resumed": supervised(2, checkpoint)}
+    on_one = steps(keras_ebft.TrainingCheckpoint(other, save_freq=1))
+    return {"whole": whole, "on four": on_four, "on one": on_one}
 
 
 found = {"one": trained()[1], "adapters on one": adapters()}
