@@ -15,14 +15,27 @@ import pickle
 import shutil
 import sys
 from pathlib import Path
+from unittest import mock
 
 import block_tensorflow  # noqa: F401 (before anything else)
+import jax
 import keras
 import keras_hub
+import numpy as np
 from helpers import ROTARY, to_numpy
+from jax.sharding import NamedSharding, PartitionSpec
 from replica_cases import CASES, adapted, critic, plain, rows, run, sampler
 
 import keras_ebft
+from keras_ebft.kernels import row_chunks
+from keras_ebft.kernels.linear_logprob import chunked as scoring
+from keras_ebft.kernels.linear_logprob.reference import (
+    linear_logprob_reference as scores,
+)
+from keras_ebft.kernels.linear_sample import chunked as drawing
+from keras_ebft.kernels.linear_sample.reference import (
+    linear_sample_reference as draws,
+)
 
 parallel = keras.distribution
 folder = Path(sys.argv[1])
@@ -111,8 +124,50 @@ def resumed():
     return {"whole": whole, "on four": on_four, "on one": on_one}
 
 
+def head_in_chunks():
+    """Scores and draws of 36 rows on four devices, in chunks: programs and results.
+
+    Nine rows of each device are no multiple of a chunk's.
+    """
+    distribution = keras.distribution.distribution()
+    mesh = distribution.device_mesh.backend_mesh
+    spread = NamedSharding(mesh, PartitionSpec(distribution.batch_dim_name))
+    whole = NamedSharding(mesh, PartitionSpec())
+    random = np.random.default_rng(0)
+    hidden, head = (random.normal(size=(n, 8)).astype("float32") for n in (36, 50))
+    labels = random.integers(0, 50, 36).astype("int32")
+    uniform = random.random(36).astype("float32")
+
+    def weighed(score):
+        def loss(hidden, head, labels):
+            log_prob, entropy = score(hidden, head, labels, temperature=0.7)
+            return keras.ops.sum(log_prob * uniform + entropy)
+
+        return jax.value_and_grad(loss, argnums=(0, 1))
+
+    found = {}
+    for name, other, function, definition in (
+        ("scores", labels, *map(weighed, (scoring.linear_logprob_chunked, scores))),
+        ("draws", uniform, drawing.linear_sample_chunked, draws),
+    ):
+        rows = [jax.device_put(values, spread) for values in (hidden, other)]
+        inputs = rows[0], jax.device_put(head, whole), rows[1]
+        compiled = jax.jit(function).lower(*inputs).compile()
+        found[name] = {
+            "program": compiled.as_text(),
+            "found": jax.tree.leaves(jax.tree.map(np.asarray, compiled(*inputs))),
+            "expected": jax.tree.leaves(definition(hidden, head, other)),
+        }
+    return found
+
+
 found = {"one": trained()[1], "adapters on one": adapters()}
 devices(4)
+with (
+    mock.patch.multiple(row_chunks, CHUNK_ELEMENTS=200, MIN_CHUNK_ROWS=4),
+    mock.patch.multiple(scoring, ROWS=4, TOKENS=16),
+):
+    found["head"] = head_in_chunks()
 found["four"] = trained()[1]
 in_parts()
 model, found["parts"] = trained()

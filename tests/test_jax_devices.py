@@ -44,6 +44,17 @@ def test_devices_train_as_one(found):
         assert worst < 1e-5, (run, where)
 
 
+@pytest.mark.parametrize(("call", "sums"), [("scores", True), ("draws", False)])
+def test_each_device_scores_and_draws_its_own_rows(found, call, sums):
+    """Chunks of rows that lie on one device would be sent to all of them."""
+    head = found["head"][call]
+    for own, expected in zip(head["found"], head["expected"], strict=True):
+        np.testing.assert_allclose(own, expected, rtol=1e-5, atol=2e-5)
+    assert " while(" in head["program"]
+    assert " all-gather(" not in head["program"]
+    assert (" all-reduce(" in head["program"]) == sums
+
+
 def test_copies_and_slots_are_held_in_parts_as_the_weights_are(found):
     shares = found["shares"]
     policy = {

@@ -93,6 +93,20 @@ def num_shares() -> int:
     return int(sizes.get(distribution.batch_dim_name, 1))
 
 
+def parts_of_program(rows: int) -> int:
+    """Parts that the devices of one program cut rows of a batch into.
+
+    Args:
+        rows: int, a multiple of the rows of the batch, those of the first device first.
+
+    Returns:
+        int, 1 where every device has a program of its own, or does not have as many
+        rows as the others.
+    """
+    parts = 1 if backend_name() == "torch" else num_shares()
+    return parts if rows % parts == 0 else 1
+
+
 def rows_of_process(values: np.ndarray) -> np.ndarray:
     """The rows of a batch that this process hands to its devices.
 

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_ebft.backend.gradients import differentiable, scan_tiles
+from keras_ebft.backend.replicas import parts_of_program
 from keras_ebft.kernels.linear_logprob.reference import scaled_logits
+from keras_ebft.kernels.row_chunks import RowChunks
 
 # A tile of logits, 8 MiB in float32: small enough for a cache, large enough for
 # products at full speed.
@@ -22,22 +24,28 @@ NO_LOGIT = -1e15
 
 def linear_logprob_chunked(hidden, head, labels, *, temperature=1.0, soft_cap=None):
     """See `keras_ebft.kernels.linear_logprob`."""
-    call = _Call(temperature, soft_cap, ROWS, TOKENS)
+    parts = parts_of_program(hidden.shape[0])
+    call = _Call(temperature, soft_cap, parts, ROWS, TOKENS)
     scores = differentiable(_forward, _backward, call, (hidden, head, labels), 2)
     return scores[0], scores[1]
 
 
 class _Call(NamedTuple):
-    """A call without its tensors: how logits are scaled, and the size of a tile."""
+    """A call without its tensors: how logits are scaled, and the size of a tile.
+
+    `parts` is on how many devices the rows lie.
+    """
 
     temperature: float
     soft_cap: Any
+    parts: int
     rows: int
     tokens: int
 
     def tiles(self, hidden, head):
         """The `_Tiles` of hidden states `[R, D]` and a head `[V, D]`."""
-        return _Tiles(hidden.shape[0], head.shape[0], self.rows, self.tokens)
+        rows, tokens = hidden.shape[0], head.shape[0]
+        return _Tiles(rows, tokens, self.parts, self.rows, self.tokens)
 
     def logits(self, tiles, hidden, head, index):
         """Logits of rows and a tile of tokens."""
@@ -59,9 +67,9 @@ def _forward(call, hidden, head, labels):
     """Log-probability and entropy `[2, R]`, normaliser `[R]`."""
     tiles = call.tiles(hidden, head)
     logits_of = functools.partial(call.logits, tiles)
-    scores = _score(tiles, logits_of, *tiles.pad(hidden, head, labels))
-    scores = ops.reshape(ops.transpose(scores, (1, 0, 2)), (3, -1))
-    return scores[:2, : tiles.rows], scores[2]
+    scores = _score(tiles, logits_of, *tiles.cut(hidden, head, labels))
+    log_prob, entropy, normaliser = map(tiles.rows.joined, scores)
+    return ops.stack([log_prob, entropy]), normaliser
 
 
 def _backward(call, tensors, outputs, upstream):
@@ -69,13 +77,13 @@ def _backward(call, tensors, outputs, upstream):
     scores, normaliser = outputs
     tiles = call.tiles(hidden, head)
     logits_of = functools.partial(call.logits, tiles)
-    hidden, head, labels = tiles.pad(hidden, head, labels)
-    by_row = (scores[1], upstream[0], upstream[1])
-    given = _Given(labels, normaliser, *(tiles.pad_rows(v) for v in by_row))
+    hidden, head, labels = tiles.cut(hidden, head, labels)
+    by_row = (normaliser, scores[1], upstream[0], upstream[1])
+    given = _Given(labels, *map(tiles.rows.cut, by_row))
     by_hidden, by_head = _push(tiles, logits_of, call.slope, hidden, head, given)
     by_head = ops.reshape(by_head, (-1, by_head.shape[-1]))
     return (
-        ops.cast(by_hidden[: tiles.rows], hidden.dtype),
+        ops.cast(tiles.rows.joined(by_hidden), hidden.dtype),
         ops.cast(by_head[: tiles.tokens], head.dtype),
     )
 
@@ -93,30 +101,20 @@ class _Given(NamedTuple):
 class _Tiles:
     """Rows and tokens cut into equal parts, the last ones padded if need be."""
 
-    def __init__(self, rows, tokens, tile_rows, tile_tokens):
-        self.rows, self.tokens = rows, tokens
-        self.row_tiles = -(-rows // tile_rows)
-        self.size = -(-rows // self.row_tiles)
+    def __init__(self, rows, tokens, parts, tile_rows, tile_tokens):
+        self.rows = RowChunks(rows, parts, -(-rows // parts // tile_rows))
+        self.tokens = tokens
         self.token_tiles = _even_split(tokens, -(-tokens // tile_tokens))
         self.width = -(-tokens // self.token_tiles)
 
-    def pad(self, hidden, head, labels):
-        """The same with rows and tokens that fill all tiles."""
+    def cut(self, hidden, head, labels):
+        """Rows in tiles, and a head of tokens that fill all of theirs."""
         padding = self.token_tiles * self.width - self.tokens
         head = ops.pad(head, ((0, padding), (0, 0))) if padding else head
-        return self.pad_rows(hidden), head, self.pad_rows(labels)
-
-    def pad_rows(self, tensor):
-        padding = self.row_tiles * self.size - self.rows
-        if not padding:
-            return tensor
-        return ops.pad(tensor, ((0, padding), *((0, 0) for _ in tensor.shape[1:])))
-
-    def rows_at(self, tensor, index):
-        return _cut(tensor, index * self.size, self.size)
+        return self.rows.cut(hidden), head, self.rows.cut(labels)
 
     def tokens_at(self, head, index):
-        return _cut(head, index * self.width, self.width)
+        return ops.slice(head, (index * self.width, 0), (self.width, head.shape[1]))
 
     def without_padding(self, logits, index):
         """Logits of a tile of tokens, hidden where tokens are padding."""
@@ -132,10 +130,10 @@ class _Tiles:
 
 
 def _score(tiles, logits_of, hidden, head, labels):
-    """Log-probability, entropy and normaliser, float32 `[row tiles, 3, size]`."""
+    """Log-probability, entropy and normaliser, float32, each cut as rows are."""
 
     def row_tile(row_index, carry):
-        rows, row_labels = (tiles.rows_at(v, row_index) for v in (hidden, labels))
+        rows, row_labels = (tiles.rows.at(v, row_index) for v in (hidden, labels))
 
         def see(index, state):
             largest, total, weighted, chosen = state
@@ -151,16 +149,20 @@ def _score(tiles, logits_of, hidden, head, labels):
                 chosen + ops.sum(label_logit, axis=-1),
             )
 
-        zeros = ops.zeros((tiles.size,), dtype="float32")
+        zeros = ops.zeros((tiles.rows.size,), dtype="float32")
         state = (zeros + NO_LOGIT, zeros, zeros, zeros)
         state = ops.fori_loop(0, tiles.token_tiles, see, state)
         largest, total, weighted, chosen = state
         normaliser = largest + ops.log(total)
         entropy = normaliser - weighted / total
-        return carry, (ops.stack([chosen - normaliser, entropy, normaliser]),)
+        found = chosen - normaliser, entropy, normaliser
+        return tuple(
+            tiles.rows.put(whole, row_index, own) for whole, own in zip(carry, found)
+        )
 
-    like = (((3, tiles.size), "float32"),)
-    return scan_tiles(row_tile, tiles.row_tiles, (), like)[1][0]
+    return ops.fori_loop(
+        0, tiles.rows.count, row_tile, tuple(tiles.rows.zeros() for _ in range(3))
+    )
 
 
 def _push(tiles, logits_of, slope, hidden, head, given):
@@ -174,8 +176,8 @@ def _push(tiles, logits_of, slope, hidden, head, given):
 
         def push(row_index, state):
             by_hidden, by_tokens = state
-            rows = tiles.rows_at(hidden, row_index)
-            row = _Given(*(tiles.rows_at(v, row_index) for v in given))
+            rows = tiles.rows.at(hidden, row_index)
+            row = _Given(*(tiles.rows.at(v, row_index) for v in given))
             logits = logits_of(rows, tokens, index)
             log_p = logits - row.normaliser[:, None]
             p = ops.exp(log_p)
@@ -184,19 +186,19 @@ def _push(tiles, logits_of, slope, hidden, head, given):
             change -= row.by_entropy[:, None] * p * (log_p + row.entropy[:, None])
             change = ops.cast(change * slope(logits), head.dtype)
             part = ops.cast(ops.matmul(change, tokens), "float32")
-            start = row_index * tiles.size
-            part = part + _cut(by_hidden, start, tiles.size)
-            by_rows = ops.matmul(ops.transpose(change), rows)
+            part = part + tiles.rows.at(by_hidden, row_index)
+            by_rows = tiles.rows.products(change, rows)
             return (
-                ops.slice_update(by_hidden, (start, 0), part),
+                tiles.rows.put(by_hidden, row_index, part),
                 by_tokens + ops.cast(by_rows, "float32"),
             )
 
-        state = (carry[0], ops.zeros(tokens.shape, dtype="float32"))
-        by_hidden, by_tokens = ops.fori_loop(0, tiles.row_tiles, push, state)
-        return (by_hidden,), (ops.cast(by_tokens, head.dtype),)
+        # What devices found is summed once, after the loop.
+        own = ops.zeros((tiles.rows.parts, *tokens.shape), dtype="float32")
+        by_hidden, by_tokens = ops.fori_loop(0, tiles.rows.count, push, (carry[0], own))
+        return (by_hidden,), (ops.cast(ops.sum(by_tokens, axis=0), head.dtype),)
 
-    carry = (ops.zeros(hidden.shape, dtype="float32"),)
+    carry = (tiles.rows.zeros(head.shape[1]),)
     like = (((tiles.width, head.shape[1]), head.dtype),)
     carry, stacked = scan_tiles(token_tile, tiles.token_tiles, carry, like)
     return carry[0], stacked[0]
@@ -208,8 +210,3 @@ def _even_split(size, least):
         if size % parts == 0:
             return parts
     return least
-
-
-def _cut(tensor, start, size):
-    begin = (start, *(0 for _ in tensor.shape[1:]))
-    return ops.slice(tensor, begin, (size, *tensor.shape[1:]))
