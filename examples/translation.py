@@ -11,9 +11,10 @@ first, and the features are those of the model before them, as in the paper.
         --dataset alma --config de-en --length 512 --rank 0 --batch-size 16 \
         --learning-rate 1e-6 --sft-steps 0 --ce-weight 0.03
 
-Ends with some translations, a table of held-out measurements with their noise, chrF
-among them, BLEU, and a picture of the changes: before all training, after the
-supervised one, and after EBFT. COMET needs `pip install unbabel-comet` and `--comet`.
+From that start EBFT goes on, and beside it supervised training for as many steps. Ends
+with some translations, BLEU, a table of held-out measurements with their noise, chrF
+among them, and a picture of the changes. COMET needs `pip install unbabel-comet` and
+`--comet`.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def parse_arguments():
         parser, length=64, batch_size=4, steps=40, held_out_rows=48
     )
     settings.add_method_arguments(parser, pooling="mean")
-    parser.add_argument("--sft-steps", type=int, default=80, help="before")
+    parser.add_argument("--sft-steps", type=int, default=80, help="before both")
     parser.add_argument("--least-words", type=int, default=4, help="of a source")
     parser.add_argument("--sentences", type=int, default=64, help="to translate")
     parser.add_argument("--comet", action="store_true")
@@ -138,32 +139,31 @@ def main():
         )
         return of_each
 
+    def train(name, method, steps, seed):
+        method.compile(settings.make_optimizer(arguments.learning_rate, steps))
+        progress(name)
+        batches = rows.py_dataset(arguments.batch_size, seed=seed)
+        method.fit(batches, steps_per_epoch=steps)
+
     chrf_after("bare model")
     # After the model for EBFT, whose frozen network so is the one before.
+    sft = keras_ebft.EBFTModel.sft(causal_lm, seed=arguments.seed)
     if arguments.sft_steps:
-        sft = keras_ebft.EBFTModel.sft(causal_lm, seed=arguments.seed)
-        sft.compile(
-            settings.make_optimizer(arguments.learning_rate, arguments.sft_steps)
-        )
-        progress("SFT")
-        sft.fit(
-            rows.py_dataset(arguments.batch_size, seed=arguments.seed + 1),
-            steps_per_epoch=arguments.sft_steps,
-        )
-    # On rollouts of what EBFT starts from.
-    progress("Measuring before EBFT")
+        train("SFT at first", sft, arguments.sft_steps, arguments.seed + 1)
+    # On rollouts of what both methods start from.
+    progress("Measuring the start")
     feature_matching = PairedFeatureMatching(
         model, validation, num_samples=arguments.held_out_samples, seed=arguments.seed
     )
-    before = {**feature_matching(), **chrf_after("before EBFT")}
-    model.compile(settings.make_optimizer(arguments.learning_rate, arguments.steps))
-    progress("EBFT")
-    model.fit(
-        rows.py_dataset(arguments.batch_size, seed=arguments.seed),
-        steps_per_epoch=arguments.steps,
-    )
-    progress("Measuring after EBFT")
-    after = {"EBFT": {**feature_matching(), **chrf_after("after EBFT")}}
+    before, after = {**feature_matching(), **chrf_after("start")}, {}
+    trained = causal_lm.trainable_variables
+    start = [np.array(keras.ops.convert_to_numpy(variable)) for variable in trained]
+    for name, method in {"EBFT": model, "SFT": sft}.items():
+        for variable, array in zip(trained, start):
+            variable.assign(array)
+        train(name, method, arguments.steps, arguments.seed)
+        progress(f"Measuring after {name}")
+        after[name] = {**feature_matching(), **chrf_after(f"after {name}")}
 
     show(sentences, translations, scores)
     labels = {**changes.MEASURES, "chrf": "chrF of a sentence"}
