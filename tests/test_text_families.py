@@ -7,6 +7,7 @@ from helpers import to_numpy
 from text_models import FAMILIES, LENGTH, TEXTS, text_model
 
 import keras_ebft
+from keras_ebft.networks import TextDecoder
 from keras_ebft.training.token_rows import to_token_rows
 
 # One of each route, where a step compiles for a minute.
@@ -36,6 +37,18 @@ def test_strings_become_whole_documents(name):
     cut = to_token_rows([3 * TEXTS[0]], causal_lm)
     assert cut["padding_mask"].all()
     assert cut["token_ids"].shape == (1, LENGTH)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tokens_become_strings(name):
+    """Also RWKV-7's, whose tokenizer reads tokens in batches alone."""
+    tokenizer = text_model(name).preprocessor.tokenizer
+    token_ids = np.array(to_numpy(tokenizer(TEXTS[0]))).ravel().tolist()
+    decode = TextDecoder(tokenizer)
+    assert decode(token_ids) == TEXTS[0]
+    assert decode([]) == ""
+    whole = decode(token_ids[:3]) + decode(token_ids[3:], goes_on=True)
+    assert whole == TEXTS[0]
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from keras_ebft.data.records import RecordDocuments, from_records
 from keras_ebft.data.sources import PRESETS, Preset, load
 from keras_ebft.data.tables import from_path
 from keras_ebft.data.text_files import TextFiles
+from keras_ebft.data.token_boundary import at_token_boundary
 
 __all__ = [
     "PRESETS",
@@ -30,6 +31,7 @@ __all__ = [
     "Preset",
     "RecordDocuments",
     "TextFiles",
+    "at_token_boundary",
     "from_path",
     "from_records",
     "load",

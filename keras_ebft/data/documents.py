@@ -151,6 +151,13 @@ def _begins(ids, marker):
     return bool(marker) and tuple(ids[: len(marker)]) == tuple(marker)
 
 
+def text_of(tokenizer, token_ids):
+    """The text of token ids, a string."""
+    ids = [int(token) for token in token_ids]
+    # In a batch of one: RWKV-7's tokenizer reads nothing else.
+    return tokenizer.detokenize([ids])[0] if ids else ""
+
+
 def borders(tokenizer):
     """`(text, its token ids)` of the borders that a tokenizer needs and can write.
 
@@ -162,7 +169,7 @@ def borders(tokenizer):
     found = []
     for border in BORDERS:
         ids = [int(token) for token in tokenizer([border])[0]]
-        if ids and tokenizer.detokenize(ids) == border:
+        if ids and text_of(tokenizer, ids) == border:
             found.append((border, ids))
     return found
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from keras_ebft.data.documents import borders
+from keras_ebft.data.documents import borders, text_of
 from keras_ebft.networks.families import family_of_preprocessor
 
 # Shows what a preprocessor puts around a text, and how long a row that takes.
@@ -96,8 +96,8 @@ class TextDecoder:
         if not known:
             return ""
         for border, ids in self._border() if goes_on else ():
-            return self.tokenizer.detokenize(ids + known).removeprefix(border)
-        return self.tokenizer.detokenize(known)
+            return text_of(self.tokenizer, ids + known).removeprefix(border)
+        return text_of(self.tokenizer, known)
 
     def _border(self):
         if self._borders is None:
