@@ -4,7 +4,7 @@ import keras_hub
 import pytest
 from text_models import make_tokenizer
 
-from keras_ebft.data import at_token_boundary
+from keras_ebft.data import at_token_boundary, documents
 
 pytestmark = pytest.mark.backend_independent
 MERGES = ["Ċ Ġ", "ĊĠ Ġ", "Ġ b", "Ċ ab", "a b", "Ã ¤"]
@@ -59,3 +59,27 @@ def test_tokens_of_single_letters_move_nothing(name):
 def test_other_types_are_refused(pair, tokenizer):
     with pytest.raises(TypeError, match=r"Expected `(prompt|answer)` to be a str"):
         at_token_boundary(*pair, tokenizer)
+
+
+def warnings_of(pairs, tokenizer, caplog):
+    caplog.clear()
+    documents._looked_at.discard(id(tokenizer))
+    for _ in range(2):
+        list(documents.DocumentTokenizer(tokenizer, False)(pairs))
+    return [record.message for record in caplog.records]
+
+
+def test_prompts_that_end_within_a_token_are_said_once(tokenizer, caplog):
+    cut, whole = ("ab\n", "   b"), ("ab\n  ", " b")
+    (message,) = warnings_of([cut, whole, "ab", ([1], [2])], tokenizer, caplog)
+    assert "1 of the first 2 pairs" in message
+    assert "at_token_boundary" in message
+    assert warnings_of([cut, whole, whole], tokenizer, caplog) == []
+    assert warnings_of([("", "ab"), ("ab", ""), "ab"], tokenizer, caplog) == []
+
+
+@pytest.mark.parametrize("name", ["Gemma", "Llama"])
+def test_sentence_pieces_that_go_on_are_no_cut_tokens(name, caplog):
+    """A blank that SentencePiece would put before an answer is none either."""
+    pairs = [("ab c", "d e"), ("a", "b")]
+    assert warnings_of(pairs, make_tokenizer(name), caplog) == []

@@ -1,6 +1,7 @@
 """Documents of any accepted form as token ids, with the place their answer begins."""
 
 import itertools
+import logging
 import math
 
 import keras_hub
@@ -13,6 +14,13 @@ TEXTS_PER_CALL = 256
 CHARACTERS_PER_CALL = 1_000_000
 # One of them is a token that SentencePiece merges with nothing that follows.
 BORDERS = ("\n", "|", ")", ".", ":", "x", "e", "a")
+
+
+PAIRS_LOOKED_AT = 32
+# Identities of tokenizers whose pairs have been looked at: not each can be hashed.
+_looked_at = set()
+
+logger = logging.getLogger("keras_ebft")
 
 
 class DocumentTokenizer:
@@ -69,15 +77,48 @@ class DocumentTokenizer:
             for index, document in enumerate(documents)
         )
         for parts in _groups(parts_of_each):
-            beginnings = iter(self._tokenize([p[0] for p in parts if _is_text(p[0])]))
-            rest = [p[1] for p in parts if len(p) == 2 and _is_text(p[1])]
-            continuations = iter(self._continue(rest))
-            for pair in parts:
-                found = [next(beginnings) if _is_text(pair[0]) else pair[0]]
-                if len(pair) == 2:
-                    is_text = _is_text(pair[1])
-                    found.append(next(continuations) if is_text else pair[1])
-                yield self._join(found)
+            tokens_of_each = self._tokenize_parts(parts)
+            self._warn_of_cut_tokens(parts, tokens_of_each)
+            yield from map(self._join, tokens_of_each)
+
+    def _tokenize_parts(self, parts):
+        """Lists of token ids in place of each document's parts."""
+        beginnings = iter(self._tokenize([p[0] for p in parts if _is_text(p[0])]))
+        rest = [p[1] for p in parts if len(p) == 2 and _is_text(p[1])]
+        continuations = iter(self._continue(rest))
+        tokens_of_each = []
+        for pair in parts:
+            found = [next(beginnings) if _is_text(pair[0]) else pair[0]]
+            if len(pair) == 2:
+                is_text = _is_text(pair[1])
+                found.append(next(continuations) if is_text else pair[1])
+            tokens_of_each.append(found)
+        return tokens_of_each
+
+    def _warn_of_cut_tokens(self, parts, tokens_of_each):
+        """Says once of a tokenizer if most prompts end within a token."""
+        texts = [
+            ("".join(pair), tokens)
+            for pair, tokens in zip(parts, tokens_of_each)
+            if len(pair) == 2 and all(map(_is_text, pair)) and all(pair)
+        ][:PAIRS_LOOKED_AT]
+        if not texts or id(self.tokenizer) in _looked_at:
+            return
+        _looked_at.add(id(self.tokenizer))
+        wholes = self._tokenize([text for text, _ in texts])
+        cut = sum(
+            not np.array_equal(whole, np.concatenate(tokens))
+            for whole, (_, tokens) in zip(wholes, texts)
+        )
+        if 2 * cut >= len(texts):
+            logger.warning(
+                "Prompts of %d of the first %d pairs end within a token of prompt and "
+                "answer together, so answers are learned, and asked for, after tokens "
+                "that no text goes on after. keras_ebft.data.at_token_boundary(prompt, "
+                "answer, tokenizer) moves the boundary; see docs/data.md.",
+                cut,
+                len(texts),
+            )
 
     def _without_markers(self, parts):
         """Texts without markers that are written out, which are added as tokens."""
