@@ -71,11 +71,11 @@ def test_features_and_rewards(pipeline, every_layer, mode, pooling):
     # amplifies rounding: the last bit of a feature moves a reward by 1.2e-5, whichever
     # code computes it. `test_functional` holds well-conditioned vectors to 1e-5.
     exact = pipeline.values, f"rewards_{key}"
-    assert_rewards(expected, pipeline.values[f"features_{key}_target"], *exact, 2e-5)
-    assert_rewards(generated, target, *exact, 5e-5)
+    assert_rewards(expected, pipeline.values[f"features_{key}_target"], *exact)
+    assert_rewards(generated, target, *exact)
 
 
-def assert_rewards(generated, target, values, key, tolerance):
+def assert_rewards(generated, target, values, key, tolerance=5e-5):
     """Features of rollouts and of the truth have the rewards of the vectors."""
     reward = keras_ebft.FeatureMatchingReward()
     rewards = reward(ops.convert_to_tensor(generated), ops.convert_to_tensor(target))
