@@ -271,6 +271,11 @@ def test_advice_follows_the_interval(audited):
     few["equal_rewards"]["value"] = 0.95
     assert "97% of the blocks no rollout is better" in many.advice
     assert "95% of the blocks all rewards are equal" in many.advice
+    # Intervals of a few blocks are no more to be trusted than those of few documents.
+    few["documents"], few["informative"]["share"] = 10, 5
+    assert "5 blocks that tell rollouts apart are few" in many.advice
+    few["informative"]["share"] = 10
+    assert "are few" not in many.advice
 
 
 def test_picture(audited):

@@ -7,7 +7,7 @@ from keras_ebft.evaluation.audit.qualities import QUALITIES
 TITLES = {"share": "true tokens", "prefix": "true prefix", "last": "last token"}
 # Beyond these shares of blocks there is hardly anything to learn from.
 MOSTLY = 0.9
-# Fewer documents than this make rough intervals.
+# Fewer documents than this, or blocks that tell anything, make rough intervals.
 FEW = 10
 SETTING_COLUMNS = ("layers", "mode", "pooling", "whitening")
 
@@ -63,6 +63,11 @@ class AuditResult:
         if best["documents"] < FEW:
             parts.append(
                 f"{best['documents']} documents are few, and the intervals rough"
+            )
+        elif 0 < best["informative"][self.headline] < FEW:
+            parts.append(
+                f"{best['informative'][self.headline]} blocks that tell rollouts apart "
+                "are few, and the intervals rough: audit more documents, or sample more"
             )
         silent = best["equal_rewards"]["value"]
         if silent is not None and silent > MOSTLY:
