@@ -40,6 +40,24 @@ def test_chunk_rows(rows, columns, expected):
     assert row_chunks.chunk_rows(rows, columns) == expected
 
 
+def test_chunks_hold_rows_of_every_part_by_hand():
+    chunks = row_chunks.RowChunks(10, parts=2, count=2)
+    rows = ops.arange(10)
+    cut = chunks.cut(rows)
+    # The first part has rows 0 to 4, and each chunk three of a part's, padded.
+    for index, expected in enumerate(([0, 1, 2, 5, 6, 7], [3, 4, 0, 8, 9, 0])):
+        assert to_numpy(chunks.at(cut, index)).tolist() == expected
+    assert to_numpy(chunks.joined(cut)).tolist() == list(range(10))
+    doubled = chunks.zeros(dtype=rows.dtype)
+    for index in range(2):
+        doubled = chunks.put(doubled, index, 2 * chunks.at(cut, index))
+    assert to_numpy(chunks.joined(doubled)).tolist() == list(range(0, 20, 2))
+    left, right = normal(6, 2), normal(6, 3)
+    products = to_numpy(chunks.products(*map(ops.convert_to_tensor, (left, right))))
+    expected = [left[:3].T @ right[:3], left[3:].T @ right[3:]]
+    np.testing.assert_allclose(products, expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("rows", [1, 8, 37])
 # Divided by tiles, divided by a few more of them, and by none (a prime).
 @pytest.mark.parametrize("tokens", [16, 50, 53])
