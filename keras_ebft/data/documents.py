@@ -97,12 +97,14 @@ class DocumentTokenizer:
 
     def _warn_of_cut_tokens(self, parts, tokens_of_each):
         """Says once of a tokenizer if most prompts end within a token."""
+        if id(self.tokenizer) in _looked_at:
+            return
         texts = [
             ("".join(pair), tokens)
             for pair, tokens in zip(parts, tokens_of_each)
             if len(pair) == 2 and all(map(_is_text, pair)) and all(pair)
         ][:PAIRS_LOOKED_AT]
-        if not texts or id(self.tokenizer) in _looked_at:
+        if not texts:
             return
         _looked_at.add(id(self.tokenizer))
         wholes = self._tokenize([text for text, _ in texts])
