@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_ebft.backend.distribution import (
-    refuse_sharded,
+    refuse_handed_over,
     refuse_silent_distribution,
 )
 from keras_ebft.backend.replicas import (
@@ -152,7 +152,7 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
         **kwargs: Any,
     ) -> None:
         refuse_silent_distribution()
-        refuse_sharded(causal_lm)
+        refuse_handed_over(causal_lm)
         check_supported(causal_lm)
         complete_config(causal_lm.backbone)
         adapters.freeze_base(causal_lm.backbone)

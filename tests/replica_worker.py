@@ -1,21 +1,23 @@
 """One of several processes that train together; run by a test.
 
-    python tests/replica_worker.py RANK SIZE FOLDER
+    python tests/replica_worker.py RANK FOLDER PORT PORT...
 
 Writes what came of every case to the folder, a pickle.
 """
 
 import contextlib
 import datetime
+import json
+import os
 import pickle
 import shutil
 import sys
 from pathlib import Path
 
-import block_tensorflow  # noqa: F401 (before anything else)
+if os.environ["KERAS_BACKEND"] == "torch":
+    import block_tensorflow  # noqa: F401 (before anything else)
 import keras
 import numpy as np
-import torch
 from helpers import llama, to_numpy
 from keras import ops
 from replica_cases import CASES, plain, rows, sampler
@@ -25,14 +27,25 @@ from keras_ebft.backend import replicas
 from keras_ebft.layout.documents import read_documents
 from keras_ebft.layout.draws import draw_numbers
 
-rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-torch.distributed.init_process_group(
-    "gloo",
-    init_method=f"file://{folder}/meeting",
-    rank=rank,
-    world_size=size,
-    timeout=datetime.timedelta(seconds=300),
-)
+rank, folder, ports = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+BACKEND = keras.backend.backend()
+if BACKEND == "torch":
+    import torch
+
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=len(ports),
+        timeout=datetime.timedelta(seconds=300),
+    )
+else:
+    import tensorflow as tf
+
+    cluster = {"worker": [f"127.0.0.1:{port}" for port in ports]}
+    task = {"type": "worker", "index": rank}
+    os.environ["TF_CONFIG"] = json.dumps({"cluster": cluster, "task": task})
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
 
 
 class StopsAt(keras.callbacks.Callback):
@@ -73,10 +86,10 @@ def at_one_path():
     checkpoint = keras_ebft.TrainingCheckpoint(folder / "one.weights.h5", save_freq=1)
     with contextlib.suppress(SystemExit):
         trained(checkpoint, StopsAt())
-    torch.distributed.barrier()
+    replicas.wait_for_all()
     files = sorted(path.name for path in folder.glob("*one.weights.h5"))
     # No process may write before all have looked.
-    torch.distributed.barrier()
+    replicas.wait_for_all()
     return {"files": files, "weights": trained(checkpoint)["weights"]}
 
 

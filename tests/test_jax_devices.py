@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import socket
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 from replica_cases import difference
-from together import run_together
+from together import free_ports, run_together
 
 BACKEND = keras.backend.backend()
 TESTS = Path(__file__).parent
@@ -85,9 +84,7 @@ def test_what_four_devices_wrote_in_an_epoch_goes_on(found):
 
 
 def test_processes_with_the_same_data_train_as_one(found, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     arguments = [[rank, 2, tmp_path, port] for rank in range(2)]
     run_together(TESTS / "jax_processes.py", arguments, tmp_path, BOUND, ENVIRONMENT)
     files = [tmp_path / f"found_{rank}.pkl" for rank in range(2)]

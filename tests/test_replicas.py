@@ -1,4 +1,4 @@
-"""Several processes of PyTorch train as one does."""
+"""Several processes of PyTorch or TensorFlow train as one does."""
 
 import csv
 import os
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import llama, to_numpy
 from replica_cases import CASES, difference, plain, rows
-from together import run_together
+from together import free_ports, run_together
 
 import keras_ebft
 from keras_ebft.backend import replicas
@@ -22,15 +22,19 @@ TESTS = Path(__file__).parent
 BOUND = 500
 SIZE = 2
 on_torch = pytest.mark.skipif(BACKEND != "torch", reason="of PyTorch")
+on_processes = pytest.mark.skipif(
+    BACKEND == "jax", reason="one program of all devices: test_jax_devices.py"
+)
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
     """`(folder, what each of two processes found, what they wrote)`."""
     folder = tmp_path_factory.mktemp("together")
+    ports = free_ports(SIZE)
     output = run_together(
         TESTS / "replica_worker.py",
-        [[rank, SIZE, folder] for rank in range(SIZE)],
+        [[rank, folder, *ports] for rank in range(SIZE)],
         folder,
         BOUND,
         {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
@@ -39,8 +43,9 @@ def together(tmp_path_factory):
     return folder, [pickle.loads(file.read_bytes()) for file in files], output
 
 
-@on_torch
+@on_processes
 @pytest.mark.slow
+@pytest.mark.compiled
 @pytest.mark.parametrize("case", CASES)
 def test_processes_train_as_one(together, case):
     """Weights, `History` and what `evaluate` returns, in every process."""
@@ -50,8 +55,9 @@ def test_processes_train_as_one(together, case):
         assert worst < 2e-6, where
 
 
-@on_torch
+@on_processes
 @pytest.mark.slow
+@pytest.mark.compiled
 def test_equal_rows_of_different_processes_draw_different_rollouts(together):
     first, second = (found["drawn"] for found in together[1])
     for one, other in zip(first, second):
@@ -60,8 +66,9 @@ def test_equal_rows_of_different_processes_draw_different_rollouts(together):
         assert len({values.tobytes() for values in drawn}) == 4
 
 
-@on_torch
+@on_processes
 @pytest.mark.slow
+@pytest.mark.compiled
 def test_training_resumes_bit_for_bit_from_what_the_first_process_wrote(together):
     for found in together[1]:
         whole, resumed = found["resumed"]["whole"], found["resumed"]["resumed"]
@@ -70,8 +77,9 @@ def test_training_resumes_bit_for_bit_from_what_the_first_process_wrote(together
         assert {k: v[-1] for k, v in resumed["history"].items()} == last
 
 
-@on_torch
+@on_processes
 @pytest.mark.slow
+@pytest.mark.compiled
 def test_one_path_for_all_processes_is_written_by_one(together):
     for found in together[1]:
         shared, whole = found["at_one_path"], found["resumed"]["whole"]
@@ -79,8 +87,9 @@ def test_one_path_for_all_processes_is_written_by_one(together):
         assert all(map(np.array_equal, shared["weights"], whole["weights"]))
 
 
-@on_torch
+@on_processes
 @pytest.mark.slow
+@pytest.mark.compiled
 def test_one_process_goes_on_where_two_were_interrupted(together):
     folder, (found, _), _ = together
     model = plain()
@@ -94,8 +103,9 @@ def test_one_process_goes_on_where_two_were_interrupted(together):
         np.testing.assert_allclose(to_numpy(variable.value), expected, atol=1e-5)
 
 
-@on_torch
+@on_processes
 @pytest.mark.slow
+@pytest.mark.compiled
 def test_only_the_first_process_writes_and_others_follow_it(together):
     folder, found, output = together
     first, second = (values["written"] for values in found)
@@ -138,7 +148,7 @@ def test_processes_of_torchrun_without_a_group_are_refused(monkeypatch):
     keras_ebft.EBFTModel.sft(llama(num_layers=1))
 
 
-@on_torch
+@on_processes
 def test_one_replica_computes_and_sends_nothing_more():
     """The very tensors come back."""
     values = {"a": keras.ops.ones((2, 3))}

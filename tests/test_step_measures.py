@@ -121,14 +121,34 @@ def test_gradients_of_any_rank_have_one_norm():
     assert float(to_numpy(found)) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow's own")
-def test_rows_of_an_embedding_that_were_read_twice_are_summed():
-    import tensorflow as tf
+def moved_embedding(optimizer):
+    """How far one step moves an embedding from which tokens were read repeatedly."""
+    model = keras_ebft.EBFTModel.sft(llama(num_layers=1), seed=0)
+    model.compile(optimizer)
+    embedding = model.causal_lm.backbone.token_embedding._embeddings
+    before = to_numpy(embedding.value).copy()
+    model.fit(np.tile(X, (1, 3)), verbose=0)
+    return to_numpy(embedding.value) - before
 
-    rows = tf.IndexedSlices(
-        tf.constant([[3.0], [1.0]]), tf.constant([2, 2]), tf.constant([5, 1])
-    )
-    assert float(to_numpy(gradient_norm([rows], 1.0))) == 4.0
+
+def test_an_embedding_moves_by_the_sum_over_all_times_a_token_was_read():
+    """TensorFlow keeps them apart: Adam's squares would be of each by itself.
+
+    The first step of Keras' Adam is `-rate g / (|g| + epsilon / sqrt(1 - beta_2))`,
+    that of SGD `-rate g`.
+    """
+    gradient = -moved_embedding(keras.optimizers.SGD(1.0))
+    assert (np.abs(gradient) > 1e-3).any()
+    adam = keras.optimizers.Adam(0.1, beta_2=0.75, epsilon=1e-2)
+    expected = -0.1 * gradient / (np.abs(gradient) + 2e-2)
+    np.testing.assert_allclose(moved_embedding(adam), expected, atol=2e-6)
+
+
+def test_a_norm_is_clipped_of_the_sum_over_all_times_a_token_was_read():
+    gradient = -moved_embedding(keras.optimizers.SGD(1.0))
+    norm = np.sqrt((gradient**2).sum())
+    clipped = moved_embedding(keras.optimizers.SGD(1.0, clipnorm=norm / 2))
+    np.testing.assert_allclose(clipped, -gradient / 2, atol=1e-6)
 
 
 def norm_of_a_step(optimizer):

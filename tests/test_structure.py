@@ -135,8 +135,13 @@ def test_only_the_dispatcher_imports_kernels():
                 assert not any(part in name for part in KERNEL_LANGUAGES), path
 
 
-# They subclass what an optional package has.
-IMPORTED_WHERE_USED = ("limited_templates.py",)
+# They subclass what an optional package has, or are of one backend.
+IMPORTED_WHERE_USED = (
+    "limited_templates.py",
+    "jax_processes.py",
+    "tensorflow_processes.py",
+    "torch_processes.py",
+)
 
 
 def test_importing_the_library_imports_no_optional_package():

@@ -1,9 +1,20 @@
 """Programs that run at the same time and wait for one another."""
 
+import contextlib
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+
+def free_ports(count):
+    """Ports of this machine that nobody listens at; all different, a list of ints."""
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("localhost", 0))
+        return [each.getsockname()[1] for each in sockets]
 
 
 def run_together(program, arguments, folder, bound, env=None):

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -11,14 +11,18 @@ import keras
 from keras_ebft.backend.runtime import backend_name
 
 GUIDE = "See docs/distribution.md."
+REMEDY = (
+    "Leave the scope: processes that call tf.distribute.MultiWorkerMirroredStrategy() "
+    "before anything else train together, each with one device."
+)
 
 
 def refuse_silent_distribution() -> None:
     """Raises where training would go on without an error, and be wrong.
 
-    Keras accepts a `keras.distribution` on TensorFlow and PyTorch and ignores it;
-    replicas of TensorFlow's strategies draw the same numbers and sum their gradients;
-    processes that know nothing of one another train apart.
+    Keras accepts a `keras.distribution` on TensorFlow and PyTorch and ignores it; in
+    the scope of a strategy of TensorFlow's replicas draw the same numbers and sum their
+    gradients; processes that know nothing of one another train apart.
 
     Raises:
         ValueError: for any of these.
@@ -32,20 +36,27 @@ def refuse_silent_distribution() -> None:
         )
 
 
-def refuse_sharded(causal_lm: Any) -> None:
-    """Raises for a model, or layers of it, that `fully_shard` was called with.
-
-    It finds no parameters in them: Keras' layers keep theirs elsewhere. So every
-    process would go on holding all of them.
+def refuse_handed_over(causal_lm: Any) -> None:
+    """Raises for a model whose weights a backend's own distribution takes care of.
 
     Args:
         causal_lm: `CausalLM`, or what else a user took for one.
 
     Raises:
-        ValueError: if there is one.
+        ValueError: if one does.
     """
-    if backend_name() != "torch":
-        return
+    if backend_name() == "tensorflow":
+        refuse_mirrored(getattr(causal_lm, "variables", ()), "a causal_lm")
+    if backend_name() == "torch":
+        _refuse_sharded(causal_lm)
+
+
+def _refuse_sharded(causal_lm: Any) -> None:
+    """Raises for a model, or layers of it, that `fully_shard` was called with.
+
+    It finds no parameters in them: Keras' layers keep theirs elsewhere. So every
+    process would go on holding all of them.
+    """
     from torch.distributed.fsdp import FSDPModule
 
     backbone = getattr(causal_lm, "backbone", None)
@@ -57,6 +68,31 @@ def refuse_sharded(causal_lm: Any) -> None:
                 "no parameters in Keras' layers and shares out none. Leave it out: "
                 "low-rank adapters and `rematerialize` save memory, and on the JAX "
                 f"backend ModelParallel shares weights out. {GUIDE}"
+            )
+
+
+def refuse_mirrored(variables: Sequence[keras.Variable], made: str) -> None:
+    """Raises for variables that a strategy of TensorFlow's takes care of.
+
+    Keras' optimizer updates them within the strategy alone.
+
+    Args:
+        variables: list of Keras variables.
+        made: str, what was made with them.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    if backend_name() != "tensorflow":
+        return
+    import tensorflow as tf
+
+    for variable in variables:
+        if isinstance(variable.value, tf.distribute.DistributedValues):
+            raise ValueError(
+                f"Expected {made} outside of the scope of a tf.distribute strategy. "
+                f"Received: '{variable.path}', which was made within one. {REMEDY} "
+                f"{GUIDE}"
             )
 
 
@@ -105,20 +141,40 @@ def _ignored() -> Found:
     remedy = "Use the JAX backend."
     if backend_name() == "torch":
         remedy = "Use torchrun and torch.distributed, or the JAX backend."
+    if backend_name() == "tensorflow":
+        remedy = (
+            "Use processes with a tf.distribute.MultiWorkerMirroredStrategy, or the "
+            "JAX backend."
+        )
     return f"a keras.distribution.{name}, which it ignores", remedy
 
 
 def _on_tensorflow() -> Found:
     import tensorflow as tf
 
+    from keras_ebft.backend import tensorflow_processes as processes
+
     if tf.distribute.has_strategy():
         strategy = tf.distribute.get_strategy()
         if not isinstance(strategy, tf.distribute.OneDeviceStrategy):
             name = type(strategy).__name__
-            return (
-                f"the scope of a tf.distribute.{name}",
-                "Use one device, or several with the JAX or PyTorch backend.",
-            )
+            return f"the scope of a tf.distribute.{name}", REMEDY
+    known = len(processes.tasks_of_cluster())
+    expected = processes.expected_processes()
+    if expected > 1 and known <= 1:
+        return (
+            f"one of {expected} processes of TF_CONFIG that do not know each other, "
+            "which would train alone",
+            "Call tf.distribute.MultiWorkerMirroredStrategy() before anything else.",
+        )
+    devices = processes.accelerators_of_process()
+    if known > 1 and devices > 1:
+        return (
+            f"one of {known} processes with {devices} accelerators, of which it would "
+            "use one",
+            "Start a process for each, and show it that one alone "
+            "(CUDA_VISIBLE_DEVICES).",
+        )
     return _ignored()
 
 

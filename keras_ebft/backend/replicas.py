@@ -1,10 +1,10 @@
-"""Replicas that share a batch: processes of PyTorch, devices of JAX.
+"""Replicas that share a batch: processes of PyTorch and TensorFlow, devices of JAX.
 
-On PyTorch every process runs the same program on the same data. Within `shared_step`
-it reads its own rows of a batch; what it said of them is put together with what the
-others said before anything is averaged, so that losses and metrics are computed of
-the whole batch, in every process alike. Its gradient is that of its own rows, and the
-sum over processes is the batch's.
+On PyTorch and TensorFlow every process runs the same program on the same data. Within
+`shared_step` it reads its own rows of a batch; what it said of them is put together
+with what the others said before anything is averaged, so that losses and metrics are
+computed of the whole batch, in every process alike. Its gradient is that of its own
+rows, and the sum over processes is the batch's.
 
 On JAX one program runs on all devices of a `keras.distribution`, and its means are
 those of the whole batch anyway: here batches are filled up and shared out, nothing
@@ -14,8 +14,8 @@ With one replica nothing of this computes or communicates anything.
 """
 
 import contextlib
+import math
 import os
-import pickle
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,12 +23,13 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_ebft.backend.runtime import backend_name
+from keras_ebft.backend.process_group import process_group
+from keras_ebft.backend.runtime import after, backend_name, no_gradient
 from keras_ebft.typing import Tensor
 
-# Bytes of gradients that are summed in one call: enough to be worth it, few enough
+# Elements of gradients that are summed in one call: enough to be worth it, few enough
 # to be held twice.
-BUCKET = 2**25
+BUCKET = 2**23
 
 # While `shared_step` is open.
 _shared: list[bool] = []
@@ -36,24 +37,12 @@ _shared: list[bool] = []
 
 def num_processes() -> int:
     """How many processes train one model together, an int."""
-    if backend_name() == "torch":
-        return _torch_group().get_world_size() if _torch_group() else 1
-    if backend_name() == "jax":
-        import jax
-
-        return jax.process_count()
-    return 1
+    return process_group().size
 
 
 def process_index() -> int:
     """Which of the processes this is, an int from 0."""
-    if num_processes() == 1:
-        return 0
-    if backend_name() == "torch":
-        return _torch_group().get_rank()
-    import jax
-
-    return jax.process_index()
+    return process_group().index
 
 
 def is_first() -> bool:
@@ -74,7 +63,7 @@ def own_path(path: Any) -> Iterator[Any]:
     """
     if is_first():
         yield path
-    elif backend_name() == "torch":
+    elif process_group().shares_out_rows:
         yield None
     else:
         with tempfile.TemporaryDirectory() as folder:
@@ -83,10 +72,10 @@ def own_path(path: Any) -> Iterator[Any]:
 
 def num_shares() -> int:
     """Parts of equal size that a batch is cut into, an int."""
-    if backend_name() == "torch":
+    if backend_name() != "jax":
         return num_processes()
     distribution: Any = keras.distribution.distribution()
-    if distribution is None or backend_name() != "jax":
+    if distribution is None:
         return 1
     mesh = distribution.device_mesh
     sizes = dict(zip(mesh.axis_names, mesh.shape))
@@ -103,7 +92,7 @@ def parts_of_program(rows: int) -> int:
         int, 1 where every device has a program of its own, or does not have as many
         rows as the others.
     """
-    parts = 1 if backend_name() == "torch" else num_shares()
+    parts = num_shares() if backend_name() == "jax" else 1
     return parts if rows % parts == 0 else 1
 
 
@@ -118,7 +107,7 @@ def rows_of_process(values: np.ndarray) -> np.ndarray:
     """
     if num_processes() == 1:
         return values
-    if backend_name() == "torch":
+    if process_group().shares_out_rows:
         return values[_own(len(values))]
     distribution: Any = keras.distribution.distribution()
     layout = distribution.get_data_layout(values.shape).backend_layout
@@ -176,13 +165,13 @@ def all_rows(structure: Any) -> Any:
     """
     if not _in_shared_step():
         return structure
-    import torch
-
     leaves = keras.tree.flatten(structure)
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-    found = _torch_gather().apply(*(leaves[place] for place in places))
-    for place, tensor in zip(places, found):
-        leaves[place] = tensor
+    places = [i for i, leaf in enumerate(leaves) if keras.ops.is_tensor(leaf)]
+    own = [leaves[place] for place in places]
+    for place, tensor, found in zip(places, own, process_group().gather(own)):
+        rows = _own(found.shape[0])
+        parts = [found[: rows.start], tensor, found[rows.stop :]]
+        leaves[place] = keras.ops.concatenate(parts)
     return keras.tree.pack_sequence_as(structure, leaves)
 
 
@@ -208,11 +197,17 @@ def summed_gradients(gradients: Sequence[Any]) -> list[Any]:
     Returns:
         list of tensors, the same in every process.
     """
-    if not _in_shared_step():
-        return list(gradients)
     summed = list(gradients)
+    if not _in_shared_step():
+        return summed
+    waited_for: Any = ()
     for places in _buckets(summed):
-        _sum_bucket(summed, places)
+        parts = [summed[place] for place in places]
+        # One after the other: in the same order in every process.
+        with after(*waited_for):
+            waited_for = process_group().sum(parts)
+        for place, part in zip(places, waited_for):
+            summed[place] = part
     return summed
 
 
@@ -222,16 +217,12 @@ def follow_first(variables: Sequence[keras.Variable]) -> None:
     Args:
         variables: list of Keras variables, the same in every process.
     """
-    if backend_name() != "torch" or num_processes() == 1:
+    group = process_group()
+    if not group.shares_out_rows:
         return
-    import torch
-
-    with torch.no_grad():
+    with no_gradient():
         for variable in variables:
-            # A copy, because the memory of some cannot be received into.
-            value = variable.value.detach().contiguous().clone()
-            _torch_group().broadcast(value, src=0)
-            variable.assign(value)
+            variable.assign(group.from_first(variable.value))
 
 
 def from_first(value: Any) -> Any:
@@ -240,49 +231,21 @@ def from_first(value: Any) -> Any:
     Args:
         value: anything that `pickle` can write; looked at in the first process alone.
     """
-    if num_processes() == 1:
-        return value
-    if backend_name() == "torch":
-        held = [value]
-        _torch_group().broadcast_object_list(held, src=0)
-        return held[0]
-    from jax.experimental import multihost_utils
-
-    data = np.frombuffer(pickle.dumps(value) if is_first() else b"", "uint8")
-    size = int(multihost_utils.broadcast_one_to_all(np.array(data.size, "int32")))
-    data = np.resize(data, size) if is_first() else np.zeros(size, "uint8")
-    return pickle.loads(
-        np.asarray(multihost_utils.broadcast_one_to_all(data)).tobytes()
-    )
+    return process_group().object_from_first(value)
 
 
 def wait_for_all() -> None:
     """Waits until every process has come here."""
-    if num_processes() == 1:
-        return
-    if backend_name() == "torch":
-        _torch_group().barrier()
-        return
-    from jax.experimental import multihost_utils
-
-    multihost_utils.sync_global_devices("keras_ebft")
+    process_group().wait()
 
 
 def _in_shared_step() -> bool:
-    return bool(_shared) and backend_name() == "torch" and num_processes() > 1
+    return bool(_shared) and process_group().shares_out_rows
 
 
 def _own(rows: int) -> slice:
     share = rows // num_processes()
     return slice(process_index() * share, (process_index() + 1) * share)
-
-
-def _torch_group() -> Any:
-    """`torch.distributed` where a group of processes was made, or `None`."""
-    import torch
-
-    group = torch.distributed
-    return group if group.is_available() and group.is_initialized() else None
 
 
 def _buckets(gradients: Sequence[Any]) -> Iterator[list[int]]:
@@ -292,7 +255,7 @@ def _buckets(gradients: Sequence[Any]) -> Iterator[list[int]]:
     for place, gradient in enumerate(gradients):
         if gradient is None:
             continue
-        more = gradient.numel() * gradient.element_size()
+        more = math.prod(gradient.shape)
         if places and (
             size + more > BUCKET or gradient.dtype != gradients[places[0]].dtype
         ):
@@ -302,69 +265,3 @@ def _buckets(gradients: Sequence[Any]) -> Iterator[list[int]]:
         size += more
     if places:
         yield places
-
-
-def _sum_bucket(gradients: list[Any], places: list[int]) -> None:
-    import torch
-
-    parts = [gradients[place] for place in places]
-    if len(parts) == 1:
-        whole = parts[0].contiguous()
-        _torch_group().all_reduce(whole)
-        gradients[places[0]] = whole
-        return
-    whole = torch.cat([part.reshape(-1) for part in parts])
-    _torch_group().all_reduce(whole)
-    pieces = torch.split(whole, [part.numel() for part in parts])
-    for place, part, piece in zip(places, parts, pieces):
-        # Into the memory that is there already.
-        gradients[place] = part.copy_(piece.view(part.shape))
-
-
-_gather: list[Any] = []
-
-
-def _torch_gather() -> Any:
-    """The class of `all_rows`, made once where PyTorch is there."""
-    if _gather:
-        return _gather[0]
-    import torch
-
-    class Gather(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *tensors: Any) -> tuple[Any, ...]:
-            ctx.set_materialize_grads(False)
-            found = _gathered(tensors)
-            ctx.mark_non_differentiable(
-                *(tensor for tensor in found if not tensor.is_floating_point())
-            )
-            return found
-
-        @staticmethod
-        def backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
-            return tuple(None if g is None else g[_own(len(g))] for g in upstream)
-
-    _gather.append(Gather)
-    return Gather
-
-
-def _gathered(tensors: Sequence[Any]) -> tuple[Any, ...]:
-    """Tensors with the rows of all processes, sent as one piece."""
-    import torch
-
-    parts = [tensor.detach().contiguous() for tensor in tensors]
-    data = [part.view(-1).view(torch.uint8) for part in parts]
-    own = torch.cat(data)
-    received = [torch.empty_like(own) for _ in range(num_processes())]
-    _torch_group().all_gather(received, own)
-    sizes = [len(piece) for piece in data]
-    by_process = [torch.split(whole, sizes) for whole in received]
-    return tuple(
-        torch.cat([_as_before(piece, part) for piece in pieces])
-        for part, pieces in zip(parts, zip(*by_process))
-    )
-
-
-def _as_before(piece: Any, part: Any) -> Any:
-    # A copy begins where its dtype can be read.
-    return piece.clone().view(part.dtype).view(part.shape)

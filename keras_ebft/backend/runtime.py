@@ -50,8 +50,8 @@ def dense(gradient: Any) -> Tensor:
     return tf.convert_to_tensor(gradient)
 
 
-def after(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Context in which operations wait for a tensor, though they do not read it.
+def after(*tensors: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Context in which operations wait for tensors, though they do not read them.
 
     TensorFlow's graph begins with all that depends on variables alone; elsewhere
     operations run in the order of the program or as XLA decides.
@@ -60,7 +60,7 @@ def after(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
     import tensorflow as tf
 
-    return tf.control_dependencies([tensor])
+    return tf.control_dependencies(tensors)
 
 
 def without_values(make: Callable[[], Any]) -> Any:
@@ -95,7 +95,7 @@ def without_values(make: Callable[[], Any]) -> Any:
 
 
 def resolve_jit_compile(
-    jit_compile: bool | str, runs_python: bool = False
+    jit_compile: bool | str, runs_python: bool = False, processes: int = 1
 ) -> bool | str:
     """What `jit_compile="auto"` means here: XLA on JAX and TensorFlow's accelerators.
 
@@ -106,18 +106,28 @@ def resolve_jit_compile(
         jit_compile: bool or `"auto"`.
         runs_python: bool, whether the step calls Python (`call_python`), which
             XLA allows on JAX only.
+        processes: int, how many train together; on TensorFlow XLA cannot compile
+            what they say to each other.
 
     Raises:
-        ValueError: where a compiled step cannot call Python.
+        ValueError: where a compiled step cannot do what it has to.
     """
     backend = keras.backend.backend()
     if jit_compile == "auto":
         on_accelerator = backend == "tensorflow" and _tensorflow_has_accelerator()
-        return backend == "jax" or (on_accelerator and not runs_python)
+        return backend == "jax" or (
+            on_accelerator and not runs_python and processes == 1
+        )
     if jit_compile and runs_python and backend == "tensorflow":
         raise ValueError(
             "Expected no XLA compilation on TensorFlow with a reward that runs "
             "Python code, which XLA cannot call. Received: jit_compile=True. Use "
+            'jit_compile="auto" or False.'
+        )
+    if jit_compile and processes > 1 and backend == "tensorflow":
+        raise ValueError(
+            "Expected no XLA compilation in several processes of TensorFlow, which "
+            "XLA cannot send from one to another. Received: jit_compile=True. Use "
             'jit_compile="auto" or False.'
         )
     return jit_compile

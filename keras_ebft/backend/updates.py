@@ -154,7 +154,7 @@ def gradient_norm(gradients: Sequence[Any], scale: Any) -> Tensor:
     Returns:
         float32 scalar.
     """
-    found = [dense(gradient) for gradient in gradients if gradient is not None]
+    found = [gradient for gradient in gradients if gradient is not None]
     squares = [
         ops.sum(ops.square(ops.cast(gradient, "float32")))
         for gradient in _together(found)
@@ -226,8 +226,12 @@ def _apply_if_finite(
         if trainable_variables is None:
             trainable_variables = optimizer._trainable_variables
         with no_gradient():
+            # With rows that are there twice, squares and norms are not those of sums.
+            whole = [
+                None if gradient is None else dense(gradient) for gradient in grads
+            ]
             # Of the whole batch: all replicas decide alike whether it is finite.
-            grads = summed_gradients(grads)
+            grads = summed_gradients(whole)
             norms.append(gradient_norm(grads, _loss_scale(optimizer)))
         changed = [*trainable_variables, *optimizer.variables]
         methods: dict[str, Callable[..., Any]] = {}

@@ -277,7 +277,9 @@ class TokenBatches(DataAdapter):
 
     def get_tf_dataset(self):
         """A `tf.data.Dataset` of batches of static shape."""
-        return training_dataset(self.get_numpy_iterator, self.signature)
+        share = share_of({name: np.empty(*of) for name, of in self.signature.items()})
+        signature = {name: (rows.shape, rows.dtype) for name, rows in share.items()}
+        return training_dataset(self.get_numpy_iterator, signature)
 
     def get_torch_dataloader(self):
         """A torch `DataLoader` of batches of tensors."""

@@ -10,7 +10,10 @@ from keras import ops
 # What Keras' own `compile` uses to set a metric that is listed elsewhere.
 from keras.src.utils.tracking import DotNotTrackScope
 
-from keras_ebft.backend.distribution import refuse_silent_distribution
+from keras_ebft.backend.distribution import (
+    refuse_mirrored,
+    refuse_silent_distribution,
+)
 from keras_ebft.backend.held_state import holding_state
 from keras_ebft.backend.large_updates import replaced
 from keras_ebft.backend.replicas import is_first, num_processes
@@ -125,10 +128,14 @@ class DocumentTrainer(keras.Model):
         self._max_skipped_updates = max_skipped_updates
         if run_eagerly and jit_compile == "auto":
             jit_compile = False
+        updating = keras.optimizers.get(optimizer)
+        refuse_mirrored(updating.variables, "an optimizer")
         super().compile(
-            optimizer=self._training_optimizer(keras.optimizers.get(optimizer)),
+            optimizer=self._training_optimizer(updating),
             run_eagerly=run_eagerly,
-            jit_compile=resolve_jit_compile(jit_compile, self._runs_python),
+            jit_compile=resolve_jit_compile(
+                jit_compile, self._runs_python, num_processes()
+            ),
             steps_per_execution=steps_per_execution,
             auto_scale_loss=auto_scale_loss,
         )
