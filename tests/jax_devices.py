@@ -39,6 +39,7 @@ from keras_ebft.kernels.linear_sample.reference import (
 
 parallel = keras.distribution
 folder = Path(sys.argv[1])
+SUPERVISED = "supervised, three rows"
 
 
 def devices(count):
@@ -173,8 +174,10 @@ in_parts()
 model, found["parts"] = trained()
 found["shares"] = shares(model)
 found["adapters in parts"] = adapters()
+devices(1)
+found["shares of unlike size on 1"] = CASES["shares of unlike size"]()
 for count in (1, 2):
     devices(count)
-    found[f"supervised on {count}"] = CASES["supervised, three rows"]()
+    found[f"{SUPERVISED} on {count}"] = CASES[SUPERVISED]()
 found["resumed"] = resumed()
 (folder / "found.pkl").write_bytes(pickle.dumps(found))

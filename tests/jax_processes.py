@@ -26,13 +26,14 @@ keras.distribution.initialize(f"localhost:{port}", int(size), int(rank))
 with pytest.raises(ValueError, match=r"2 processes without a keras\.distribution"):
     keras_ebft.EBFTModel.sft(llama(num_layers=1))
 keras.distribution.set_distribution(keras.distribution.DataParallel())
-found = CASES["supervised, three rows"]()
+NAMES = ("supervised, three rows", "shares of unlike size")
+cases = {name: CASES[name]() for name in NAMES}
 np.random.seed(int(rank))
 model = keras_ebft.EBFTModel.sft(llama(num_layers=1))
 model.compile("sgd")
 checkpoint = keras_ebft.TrainingCheckpoint(Path(folder) / f"saved_{rank}.weights.h5")
 model.fit(rows(2), verbose=0, callbacks=[checkpoint])
-found = {"supervised": found, "seed": model.seed}
+found = {"cases": cases, "seed": model.seed}
 
 
 def trained(epochs, *callbacks):

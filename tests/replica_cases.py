@@ -5,6 +5,7 @@ import numpy as np
 from helpers import VOCABULARY, llama, to_numpy
 
 import keras_ebft
+from keras_ebft.backend import replicas
 
 LENGTH = 20
 # Of real tokens in each row: what replicas average is unevenly filled.
@@ -90,6 +91,37 @@ def one_batch(model):
     return found | {f"test/{name}": np.array(value) for name, value in tested.items()}
 
 
+def own_rows(whole, places):
+    """The rows that a process alone has; all, in the order of batches, with one."""
+    if replicas.num_processes() == 1:
+        return whole
+    own = places[replicas.process_index()]
+    return keras_ebft.data.ProcessShare({k: values[own] for k, values in whole.items()})
+
+
+def shared_out():
+    """Batches of four, of which each of two processes has two rows."""
+    data = own_rows(rows(), [[0, 1, 4, 5], [2, 3, 6]])
+    return run(plain(), data=data, shuffle=False, evaluate=True)
+
+
+def unlike_shares():
+    """One process has five rows, the other a shorter one."""
+    whole = rows(6)
+    if replicas.num_processes() == 1:
+        # Batches of four: rows without a token where a process has none left.
+        chosen = [0, 1, 4, None, 2, 3, None, None, 5, None, None, None]
+        places = [place or 0 for place in chosen]
+        data = {name: values[places] for name, values in whole.items()}
+        data["padding_mask"][[place is None for place in chosen]] = False
+        return run(plain(kl_weight=0.1), data=data, shuffle=False)
+    data = own_rows(whole, [[0, 1, 2, 3, 5], [4]])
+    if replicas.process_index():
+        cut = {name: values[:, : LENGTHS[4]] for name, values in whole.items()}
+        data = own_rows(cut, [None, [4]])
+    return run(plain(kl_weight=0.1), data=data, shuffle=False)
+
+
 CASES = {
     "unevenly filled rows, a last partial batch": lambda: run(
         plain(), evaluate=True, validation_data=rows(5, seed=1)
@@ -116,6 +148,8 @@ CASES = {
         keras_ebft.EBFTModel.sft(llama(num_layers=1), seed=3), batch_size=3
     ),
     "given rollouts": lambda: run(replayed(), batch_size=3, data=rows(3)),
+    "rows shared out already": shared_out,
+    "shares of unlike size": unlike_shares,
     "one batch": lambda: one_batch(plain()),
 }
 

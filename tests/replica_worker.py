@@ -18,12 +18,14 @@ if os.environ["KERAS_BACKEND"] == "torch":
     import block_tensorflow  # noqa: F401 (before anything else)
 import keras
 import numpy as np
+import pytest
 from helpers import llama, to_numpy
 from keras import ops
 from replica_cases import CASES, plain, rows, sampler
 
 import keras_ebft
 from keras_ebft.backend import replicas
+from keras_ebft.data.row_batches import RowBatches
 from keras_ebft.layout.documents import read_documents
 from keras_ebft.layout.draws import draw_numbers
 
@@ -122,7 +124,28 @@ def written():
     return {"seed": model.seed, "weights": weights(model)}
 
 
+def refused():
+    """What is said of a stream without an end, or with batches nobody can share."""
+    model = plain()
+    model.compile("sgd")
+    said = []
+    unsized = keras_ebft.data.ProcessShare(iter([rows(2)]))
+    some = rows(2, packed=rank == 0)
+    for data, options in (
+        (unsized, {}),
+        (keras_ebft.data.ProcessShare(rows(3)), {"batch_size": 3}),
+        (keras_ebft.data.ProcessShare(some), {"batch_size": 4}),
+    ):
+        with pytest.raises(ValueError) as error:
+            model.fit(data, verbose=0, **options)
+        said.append(str(error.value))
+    own = RowBatches(rows(2 + 2 * rank), 2, shuffle=False, seed=0)
+    repeated = keras_ebft.data.ProcessShare(own)
+    history = model.fit(repeated, steps_per_epoch=3, epochs=2, verbose=0).history
+    return {"said": said, "steps": model.steps_trained, "loss": history["loss"]}
+
+
 found = {name: case() for name, case in CASES.items()}
 found |= {"resumed": resumed(), "at_one_path": at_one_path()}
-found |= {"drawn": drawn(), "written": written()}
+found |= {"drawn": drawn(), "written": written(), "refused": refused()}
 (folder / f"found_{rank}.pkl").write_bytes(pickle.dumps(found))

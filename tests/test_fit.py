@@ -6,7 +6,8 @@ import pytest
 from helpers import documents, family, flat, llama, to_numpy
 
 import keras_ebft
-from keras_ebft.training.batches import TokenBatches, token_batches
+from keras_ebft.training.batches import TokenBatches
+from keras_ebft.training.fit_data import token_batches
 
 LENGTH = 14
 BACKEND = keras.backend.backend()

@@ -37,7 +37,7 @@ def test_devices_train_as_one(found):
         ("four", "one"),
         ("parts", "one"),
         ("adapters in parts", "adapters on one"),
-        ("supervised on 2", "supervised on 1"),
+        ("supervised, three rows on 2", "supervised, three rows on 1"),
     ):
         worst, where = difference(found[run], found[expected])
         assert worst < 1e-5, (run, where)
@@ -90,8 +90,9 @@ def test_processes_with_the_same_data_train_as_one(found, tmp_path):
     files = [tmp_path / f"found_{rank}.pkl" for rank in range(2)]
     first, second = (pickle.loads(file.read_bytes()) for file in files)
     for own in (first, second):
-        worst, where = difference(own["supervised"], found["supervised on 1"])
-        assert worst < 1e-5, where
+        for name, values in own["cases"].items():
+            worst, where = difference(values, found[f"{name} on 1"])
+            assert worst < 1e-5, where
     assert first["seed"] == second["seed"]
     written = [(tmp_path / f"saved_{rank}.weights.h5").exists() for rank in range(2)]
     assert written == [True, False]

@@ -124,6 +124,20 @@ def test_only_the_first_process_writes_and_others_follow_it(together):
         np.testing.assert_array_equal(to_numpy(variable.value), expected)
 
 
+@on_processes
+@pytest.mark.slow
+@pytest.mark.compiled
+def test_shares_that_do_not_go_together_are_refused_in_every_process(together):
+    first, second = (found["refused"] for found in together[1])
+    assert first == second
+    assert first["steps"] == 6
+    for said, expected in zip(
+        first["said"],
+        ("Pass `steps_per_epoch`", "Received: 3", "some with 'segment_ids'"),
+    ):
+        assert expected in said
+
+
 @pytest.mark.backend_independent
 def test_a_process_that_fails_ends_the_others(tmp_path):
     """Of the tests themselves: nothing waits for what never comes."""

@@ -8,7 +8,7 @@ import pytest
 from helpers import documents, family, llama
 
 import keras_ebft
-from keras_ebft.training.batches import split_rows, token_batches
+from keras_ebft.training.fit_data import split_rows, token_batches
 from keras_ebft.training.token_rows import to_token_rows
 
 TOKENS = np.zeros((1, 2, 3, 4), dtype="int32")

@@ -1,6 +1,7 @@
 """Processes of JAX: one program on the devices of all of them."""
 
 import pickle
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -32,6 +33,11 @@ class JaxProcesses(OneProcess):
         size = int(broadcast(np.array(data.size, "int32")))
         data = np.zeros(size, "uint8") if self.index else np.resize(data, size)
         return pickle.loads(np.asarray(broadcast(data)).tobytes())
+
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """See `ProcessGroup`."""
+        found = multihost_utils.process_allgather(np.array(numbers, "int32"))
+        return [int(number) for number in np.max(found, axis=0)]
 
     def wait(self) -> None:
         """See `ProcessGroup`."""

@@ -48,6 +48,13 @@ class ProcessGroup(Protocol):
     def object_from_first(self, value: Any) -> Any:
         """What the first process passes, in every process; `pickle` can write it."""
 
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """The largest that any process passes, number by number.
+
+        Args:
+            numbers: list of ints, as many in every process.
+        """
+
     def wait(self) -> None:
         """Returns when every process has come here."""
 
@@ -74,6 +81,10 @@ class OneProcess:
     def object_from_first(self, value: Any) -> Any:
         """See `ProcessGroup`."""
         return value
+
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """See `ProcessGroup`."""
+        return list(numbers)
 
     def wait(self) -> None:
         """See `ProcessGroup`."""

@@ -234,6 +234,15 @@ def from_first(value: Any) -> Any:
     return process_group().object_from_first(value)
 
 
+def largest(numbers: Sequence[int]) -> list[int]:
+    """The largest that any process passes, number by number.
+
+    Args:
+        numbers: list of ints, as many in every process.
+    """
+    return process_group().largest(numbers)
+
+
 def wait_for_all() -> None:
     """Waits until every process has come here."""
     process_group().wait()

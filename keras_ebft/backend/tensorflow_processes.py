@@ -107,6 +107,11 @@ class TensorFlowProcesses:
         data = np.zeros(size, "uint8") if self.index else data
         return pickle.loads(bytes(self.from_first(tf.constant(data)).numpy()))
 
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """See `ProcessGroup`."""
+        (found,) = self.gather([tf.constant([list(numbers)], tf.int64)])
+        return [int(number) for number in tf.reduce_max(found, axis=0)]
+
     def wait(self) -> None:
         """See `ProcessGroup`."""
         self._words_of_first(tf.constant([0])).numpy()

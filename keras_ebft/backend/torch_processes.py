@@ -67,6 +67,12 @@ class TorchProcesses:
         torch.distributed.broadcast_object_list(held, src=0)
         return held[0]
 
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """See `ProcessGroup`."""
+        found: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(found, list(numbers))
+        return [max(of_all) for of_all in zip(*found)]
+
     def wait(self) -> None:
         """See `ProcessGroup`."""
         torch.distributed.barrier()

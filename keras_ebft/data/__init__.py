@@ -16,6 +16,7 @@ from keras_ebft.data.byte_pairs import train_byte_pair_tokenizer
 from keras_ebft.data.chat_templates import ChatTemplate
 from keras_ebft.data.packed_rows import PackedRows
 from keras_ebft.data.packing import PackedStream, PackingReport, pack
+from keras_ebft.data.process_share import ProcessShare
 from keras_ebft.data.records import RecordDocuments, from_records
 from keras_ebft.data.sources import PRESETS, Preset, load
 from keras_ebft.data.tables import from_path
@@ -29,6 +30,7 @@ __all__ = [
     "PackedStream",
     "PackingReport",
     "Preset",
+    "ProcessShare",
     "RecordDocuments",
     "TextFiles",
     "at_token_boundary",

@@ -17,14 +17,12 @@ from keras.src.trainers.data_adapters.data_adapter_utils import get_torch_datalo
 from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
 
 from keras_ebft.backend.distribution import refuse_silent_distribution
-from keras_ebft.backend.replicas import num_shares, rows_of_process
+from keras_ebft.backend.replicas import (
+    num_shares,
+    rows_of_process,
+)
 from keras_ebft.backend.tensorflow_data import training_dataset
-from keras_ebft.data import PackedRows, PackedStream, RecordDocuments
-from keras_ebft.data.columns import columns_of
 from keras_ebft.data.row_batches import RowBatches
-from keras_ebft.data.tables import is_table
-from keras_ebft.training.data_report import DataReport
-from keras_ebft.training.texts import is_sequence
 from keras_ebft.training.token_rows import (
     DTYPES,
     FILLING,
@@ -32,9 +30,7 @@ from keras_ebft.training.token_rows import (
     check_same_keys,
     to_token_rows,
 )
-from keras_ebft.validation import check_number
 
-DEFAULT_BATCH_SIZE = 16
 # Rows whose blocks are counted at a time.
 ROWS_PER_COUNT = 1024
 
@@ -148,10 +144,12 @@ class TokenBatches(DataAdapter):
         self._tell_pass()
         first = self._read(self._first(), check=True)
         self._checksum = checksum_of(source, first)
-        self.shape = first["token_ids"].shape
-        self.signature = {
-            name: (values.shape, values.dtype) for name, values in first.items()
-        }
+        self.signature = self._signature_of(first)
+        self.shape = self.signature["token_ids"][0]
+
+    def _signature_of(self, first):
+        """`(shape, dtype)` of what each batch that is read is filled up to."""
+        return {name: (values.shape, values.dtype) for name, values in first.items()}
 
     def _first(self):
         if self.keras_adapter is not None:
@@ -269,6 +267,10 @@ class TokenBatches(DataAdapter):
             self.report.count_blocks(filled, self.reader.live_blocks(filled))
         self.tokens_read += int(np.count_nonzero(filled["padding_mask"]))
         self.batches_read += 1
+        return self._share_of(filled)
+
+    def _share_of(self, filled):
+        """What of a batch this process computes with."""
         return share_of(filled)
 
     def get_jax_iterator(self):
@@ -277,7 +279,8 @@ class TokenBatches(DataAdapter):
 
     def get_tf_dataset(self):
         """A `tf.data.Dataset` of batches of static shape."""
-        share = share_of({name: np.empty(*of) for name, of in self.signature.items()})
+        empty = {name: np.empty(*of) for name, of in self.signature.items()}
+        share = self._share_of(empty)
         signature = {name: (rows.shape, rows.dtype) for name, rows in share.items()}
         return training_dataset(self.get_numpy_iterator, signature)
 
@@ -321,6 +324,9 @@ class TokenBatches(DataAdapter):
         """What `pack` did in the newest pass; `None` where an epoch is none."""
         return None if self.endless else getattr(self.source, "packing_report", None)
 
+    def check_end(self):
+        """Raises a `ValueError` where processes could end at unlike steps."""
+
     def record(self):
         """What tells these batches from others: a dict that JSON can hold."""
         shapes = {name: list(shape) for name, (shape, _) in self.signature.items()}
@@ -363,52 +369,28 @@ def share_of(rows):
         dict of arrays `[b, ...]`. Where the devices do not divide B, rows that are
         all padding fill the batch up; they count for nothing.
     """
-    missing = -len(rows["token_ids"]) % num_shares()
-    if missing:
-        rows = {
-            name: np.pad(
-                values,
-                [(0, missing)] + [(0, 0)] * (values.ndim - 1),
-                constant_values=FILLING[name],
-            )
-            for name, values in rows.items()
-        }
-    return {name: rows_of_process(values) for name, values in rows.items()}
+    filled = filled_up(rows, num_shares())
+    return {name: rows_of_process(values) for name, values in filled.items()}
 
 
-def token_batches(x, reader, batch_size, shuffle, seed, report=None):
-    """`TokenBatches` of anything `fit` accepts.
+def filled_up(rows, devices):
+    """Rows that devices divide: some that are all padding come after the last.
 
     Args:
-        x: documents in memory or a stream of batches of them.
-        reader: `Reader` of the model the documents are for.
-        batch_size: int, or `None` for the default; only for data in memory.
-        shuffle: bool, for data in memory.
-        seed: int, decides the order of shuffled documents.
-        report: `DataReport` to fill, by default one of its own.
-
-    Raises:
-        ValueError: if a stream comes with a batch size, there is no document, or
-            nothing of documents in memory counts.
+        rows: dict of arrays `[B, ...]`.
+        devices: int.
     """
-    if isinstance(x, TokenBatches):
-        return x
-    report = DataReport() if report is None else report
-    _refuse_single_documents(x)
-    if isinstance(x, PackedStream):
-        x = x.batches(batch_size or DEFAULT_BATCH_SIZE)
-    elif not _is_stream(x):
-        rows = reader.read(x, report)
-        reader.count_all(rows, report)
-        if batch_size is None:
-            batch_size = min(DEFAULT_BATCH_SIZE, len(rows["token_ids"]))
-        x = RowBatches(rows, batch_size, shuffle, seed)
-    elif batch_size is not None:
-        raise ValueError(
-            f"Expected no `batch_size` for a {type(x).__name__}, which yields whole "
-            f"batches itself. Received: batch_size={batch_size}. Leave it out."
+    missing = -len(rows["token_ids"]) % devices
+    if not missing:
+        return rows
+    return {
+        name: np.pad(
+            values,
+            [(0, missing)] + [(0, 0)] * (values.ndim - 1),
+            constant_values=FILLING[name],
         )
-    return TokenBatches(x, reader, report)
+        for name, values in rows.items()
+    }
 
 
 def checksum_of(source, first):
@@ -430,39 +412,6 @@ def checksum_of(source, first):
         checksum = zlib.crc32(described, checksum)
         checksum = zlib.crc32(values.reshape(-1).view("uint8"), checksum)
     return checksum
-
-
-def split_rows(x, reader, validation_split, report=None):
-    """Takes the last share of in-memory documents off for validation.
-
-    Args:
-        x: documents in memory.
-        reader: `Reader` of the model the documents are for.
-        validation_split: float in (0, 1).
-        report: `DataReport` that counts them, or `None`.
-
-    Returns:
-        `(training rows, validation rows)`, dicts of arrays.
-
-    Raises:
-        ValueError: for a stream, or a share that leaves one side empty.
-    """
-    check_number("validation_split", validation_split, 0.0, 1.0)
-    if _is_stream(x):
-        raise ValueError(
-            "Expected documents in memory with `validation_split`. Received: a "
-            f"{type(x).__name__}. Pass `validation_data` instead."
-        )
-    rows = reader.read(x, report)
-    total = len(rows["token_ids"])
-    kept = int(total * (1.0 - validation_split))
-    if not 0 < kept < total:
-        raise ValueError(
-            "Expected `validation_split` to leave documents on both sides. Received: "
-            f"validation_split={validation_split} of {total} documents."
-        )
-    first = {name: values[:kept] for name, values in rows.items()}
-    return first, {name: values[kept:] for name, values in rows.items()}
 
 
 def as_batch(data):
@@ -517,24 +466,3 @@ def _refuse_collated(batch, source):
             "that puts all prompts into one tuple and all answers into another. "
             "Build it with collate_fn=list."
         )
-
-
-def _refuse_single_documents(x):
-    """Raises a `TypeError` for a stream that yields one document after the other."""
-    is_table = columns_of(x) is not None and not hasattr(x, "__len__")
-    if is_table or (isinstance(x, RecordDocuments) and not is_sequence(x)):
-        raise TypeError(
-            "Expected documents in memory, or a stream of batches. Received: a "
-            f"{type(x).__name__}, which yields one document after the other. Pass "
-            "keras_ebft.data.pack(documents, tokenizer, length), which makes rows of "
-            "them; or list(documents), if they fit into memory."
-        )
-
-
-def _is_stream(x):
-    in_memory = (str, bytes, list, tuple, dict, PackedRows)
-    if isinstance(x, in_memory) or hasattr(x, "dtype") or is_table(x):
-        return False
-    if isinstance(x, keras.utils.PyDataset):
-        return True
-    return hasattr(x, "__iter__") and not is_sequence(x)

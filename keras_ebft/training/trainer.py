@@ -28,8 +28,6 @@ from keras_ebft.training.batches import (
     TokenBatches,
     refuse_targets,
     share_of,
-    split_rows,
-    token_batches,
 )
 from keras_ebft.training.callbacks import (
     AveragedWeights,
@@ -38,6 +36,7 @@ from keras_ebft.training.callbacks import (
     KernelLog,
 )
 from keras_ebft.training.data_report import DataLog, DataReport
+from keras_ebft.training.fit_data import split_rows, token_batches
 from keras_ebft.training.metrics import GradientNorm, LossMean, SkippedUpdates
 from keras_ebft.training.monitors import settle_monitors
 from keras_ebft.training.optimizers import policy_optimizer_config, with_critic
@@ -428,6 +427,7 @@ class DocumentTrainer(keras.Model):
         refuse_silent_distribution()
         batches = token_batches(x, self._reader, batch_size, shuffle, self.seed, report)
         batches.endless = batches.endless or endless
+        batches.check_end()
         return batches
 
 
