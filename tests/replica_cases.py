@@ -153,6 +153,18 @@ CASES = {
     "one batch": lambda: one_batch(plain()),
 }
 
+# TensorFlow takes ten times as long: what two cases say is said by one of them there.
+CASES_OF = {
+    "torch": tuple(CASES),
+    "tensorflow": (
+        "unevenly filled rows, a last partial batch",
+        "packed rows, random anchors",
+        "adapters, micro batches",
+        "divergence, several updates, accumulation",
+        "shares of unlike size",
+    ),
+}
+
 
 def difference(found, expected):
     """The greatest difference between two runs, and where it is."""

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from helpers import llama, to_numpy
 from keras import ops
-from replica_cases import CASES, plain, rows, sampler
+from replica_cases import CASES, CASES_OF, plain, rows, sampler
 
 import keras_ebft
 from keras_ebft.backend import replicas
@@ -145,7 +145,7 @@ def refused():
     return {"said": said, "steps": model.steps_trained, "loss": history["loss"]}
 
 
-found = {name: case() for name, case in CASES.items()}
+found = {name: CASES[name]() for name in CASES_OF[BACKEND]}
 found |= {"resumed": resumed(), "at_one_path": at_one_path()}
 found |= {"drawn": drawn(), "written": written(), "refused": refused()}
 (folder / f"found_{rank}.pkl").write_bytes(pickle.dumps(found))

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 from helpers import llama, to_numpy
-from replica_cases import CASES, difference, plain, rows
+from replica_cases import CASES, CASES_OF, difference, plain, rows
 from together import free_ports, run_together
 
 import keras_ebft
@@ -46,7 +46,7 @@ def together(tmp_path_factory):
 @on_processes
 @pytest.mark.slow
 @pytest.mark.compiled
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES_OF.get(BACKEND, CASES))
 def test_processes_train_as_one(together, case):
     """Weights, `History` and what `evaluate` returns, in every process."""
     expected = CASES[case]()
