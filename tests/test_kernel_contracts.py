@@ -10,6 +10,7 @@ from kernel_contracts import (
     FeatureRewardContract,
     LinearLogprobContract,
     LinearSampleContract,
+    ProjectionContract,
     StridedAttentionContract,
     error,
 )
@@ -25,6 +26,7 @@ OPS = (
     "feature_reward",
     "linear_logprob",
     "linear_sample",
+    "projection",
     "strided_attention",
 )
 
@@ -85,6 +87,56 @@ class TestLogprobReference(LinearLogprobContract):
 @pytest.mark.usefixtures("small_chunks")
 class TestLogprobChunked(LinearLogprobContract):
     name = "chunked"
+
+
+class TestProjectionReference(ProjectionContract):
+    name = "reference"
+
+
+@on_torch
+class TestProjectionOneDnn(ProjectionContract):
+    name = "onednn"
+
+    @pytest.fixture(autouse=True)
+    def never_too_small(self, monkeypatch):
+        from keras_ebft.kernels.projection import torch_onednn
+
+        monkeypatch.setattr(torch_onednn, "FEWEST_PRODUCTS", 0)
+
+
+@on_torch
+def test_a_gradient_that_nobody_asks_for_is_not_computed(monkeypatch):
+    """By a frozen kernel of a projection, and by a frozen head."""
+    import torch
+
+    from keras_ebft.kernels.linear_logprob.reference import linear_logprob_reference
+    from keras_ebft.kernels.projection import torch_onednn
+
+    random = torch.Generator().manual_seed(0)
+    inputs = torch.randn((6, 5), generator=random, requires_grad=True)
+    head = torch.randn((9, 5), generator=random)
+    labels = torch.arange(6, dtype=torch.int32)
+    products = []
+    plain = torch_onednn._product
+    monkeypatch.setattr(
+        torch_onednn, "_product", lambda *given: products.append(1) or plain(*given)
+    )
+    torch_onednn.projection_onednn(inputs, head.t()).sum().backward()
+    assert len(products) == 2
+    torch.testing.assert_close(inputs.grad, head.sum(0).expand(6, 5))
+    found = []
+    for run in (chunked.linear_logprob_chunked, linear_logprob_reference):
+        inputs.grad = None
+        log_prob, entropy = run(inputs, head, labels)
+        (log_prob + 0.3 * entropy).sum().backward()
+        found.append(inputs.grad)
+    torch.testing.assert_close(*found)
+    monkeypatch.setattr(chunked.RowChunks, "products", None)
+    # With a head that is trained there would be an error.
+    sum(chunked.linear_logprob_chunked(inputs, head, labels)).sum().backward()
+    head.requires_grad_()
+    with pytest.raises(TypeError):
+        sum(chunked.linear_logprob_chunked(inputs, head, labels)).sum().backward()
 
 
 class TestRewardReference(FeatureRewardContract):

@@ -1,6 +1,9 @@
 """Where tensors live, asked of the running backend alone."""
 
+import functools
 import os
+import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import keras
@@ -19,10 +22,13 @@ class Device(NamedTuple):
         platform: `"cpu"`, `"cuda"`, `"rocm"`, `"tpu"` or what the backend calls
             anything else.
         capability: `(major, minor)` of a CUDA device, otherwise `None`.
+        maker: what a CPU calls its maker, such as `"AuthenticAMD"`, asked on PyTorch
+            alone; otherwise `None`.
     """
 
     platform: str
     capability: tuple[int, int] | None = None
+    maker: str | None = None
 
 
 def device_of(tensor: Tensor) -> Device:
@@ -57,9 +63,21 @@ def device_name(tensor: Tensor) -> str:
     return platform
 
 
+@functools.cache
+def _cpu_maker() -> str | None:
+    """As Linux tells it; `None` elsewhere."""
+    processors = Path("/proc/cpuinfo")
+    if not processors.exists():
+        return None
+    found = re.search(r"^vendor_id\s*:\s*(\S+)", processors.read_text(), re.M)
+    return found and found[1]
+
+
 def _torch_device(tensor: Tensor) -> Device:
     import torch
 
+    if tensor.device.type == "cpu":
+        return Device("cpu", maker=_cpu_maker())
     if tensor.device.type != "cuda":
         return Device(tensor.device.type)
     if torch.version.hip is not None:

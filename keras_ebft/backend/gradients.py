@@ -13,6 +13,15 @@ from keras_ebft.typing import Tensor
 MOST_CALLS_KNOWN = 256
 
 
+def may_have_gradient(tensor: Tensor) -> bool:
+    """Whether a gradient by a tensor may be asked for.
+
+    PyTorch says of each tensor whether it will be; elsewhere what nobody asks for
+    costs nothing, because the compiler leaves it out.
+    """
+    return backend_name() != "torch" or bool(tensor.requires_grad)
+
+
 def differentiable(
     forward: Callable[..., tuple[Tensor, ...]],
     backward: Callable[..., tuple[Tensor, ...]],

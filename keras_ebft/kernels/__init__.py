@@ -26,6 +26,7 @@ from keras_ebft.kernels.dispatch import (
 from keras_ebft.kernels.feature_reward import feature_reward
 from keras_ebft.kernels.linear_logprob import linear_logprob
 from keras_ebft.kernels.linear_sample import linear_sample
+from keras_ebft.kernels.projection import projection
 from keras_ebft.kernels.strided_attention import strided_attention
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "implementations",
     "linear_logprob",
     "linear_sample",
+    "projection",
     "set_implementation",
     "strided_attention",
     "watch_choices",

@@ -21,6 +21,7 @@ PATHS = (
     "linear_logprob",
     "linear_sample",
     "feature_reward",
+    "projection",
 )
 
 

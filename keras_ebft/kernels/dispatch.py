@@ -62,6 +62,8 @@ class Implementation:
             `None` for all.
         forced_platforms: tuple of further platforms where it runs only if forced,
             as through an interpreter.
+        makers: tuple of makers of CPUs that it is chosen on, see `Device`; `None`
+            for all.
         min_capability: smallest CUDA compute capability `(major, minor)`.
         dtypes: tuple of dtype names, one for all floating-point arguments of a
             call; `None` for any, mixed ones too.
@@ -77,6 +79,7 @@ class Implementation:
     backends: tuple = BACKENDS
     platforms: Any = None
     forced_platforms: tuple = ()
+    makers: Any = None
     min_capability: Any = None
     dtypes: Any = None
     head_sizes: Any = None
@@ -100,6 +103,8 @@ class Implementation:
             allowed = self.platforms + (self.forced_platforms if forced else ())
             if device.platform not in allowed:
                 return f"a device of kind {_one_of(allowed)}, not {device.platform}"
+        if self.makers is not None and not forced and device.maker not in self.makers:
+            return f"a processor of {_one_of(self.makers)}, or to be forced"
         least, capability = self.min_capability, device.capability
         if least is not None and capability is not None and capability < least:
             return f"compute capability {least} or more, not {capability}"
@@ -167,7 +172,7 @@ def set_implementation(op: str, name: str | None) -> None:
 
     Args:
         op: `"causal_attention"`, `"strided_attention"`, `"linear_logprob"`,
-            `"linear_sample"` or `"feature_reward"`.
+            `"linear_sample"`, `"feature_reward"` or `"projection"`.
         name: str, one of its implementations; see `docs/kernels.md`. `None` for
             the automatic choice.
 

@@ -1,9 +1,13 @@
 """What every decoder layer runs with, whatever its family, as patches."""
 
+import functools
+import math
+
 import keras
 from keras import ops
 
 from keras_ebft.backend.runtime import after
+from keras_ebft.kernels.projection import projection, projects_matrices
 from keras_ebft.networks.patches import Patch
 
 
@@ -13,6 +17,8 @@ def token_by_token(decoder):
     - Projections of `[tokens, 1, ...]` run as `[1, tokens, ...]`: the gradient of
       what Keras runs as a batch of one-token products would hold one kernel-sized
       matrix per token on TensorFlow, before their sum.
+    - On PyTorch they run as products of two matrices, which `kernels.projection` has a
+      choice for.
     - Quantized layers read their kernels when inputs are there: those of all layers
       and passes would else lie unpacked in memory before the first of them is used.
     - Layers forget their `keras.RematScope`; see `without_remat_scope`.
@@ -28,6 +34,9 @@ def token_by_token(decoder):
         if getattr(layer, "quantization_mode", None) is not None:
             call = _after_inputs(layer.quantized_call)
             patches.append(Patch(layer, "quantized_call", call))
+        elif projects_matrices() and _contracted_axes(layer):
+            call = functools.partial(_as_matrices, layer)
+            patches.append(Patch(layer, "call", call))
         elif type(layer) is keras.layers.EinsumDense and _passes_tokens(layer):
             patches.append(Patch(layer, "call", _on_one_axis(layer.call)))
     return patches
@@ -61,6 +70,37 @@ def _passes_tokens(layer):
     inputs, rest = layer.equation.split(",")
     kernel, outputs = rest.split("->")
     return inputs[:2] == outputs[:2] and not set(inputs[:2]) & set(kernel)
+
+
+def _contracted_axes(layer):
+    """How many axes a layer's product with its kernel sums over; 0 if it is none.
+
+    Those are the last of the inputs and the first of the kernel, whose others come
+    last in the outputs.
+    """
+    if type(layer) is keras.layers.Dense:
+        return 1
+    if type(layer) is not keras.layers.EinsumDense:
+        return 0
+    inputs, rest = layer.equation.split(",")
+    kernel, outputs = rest.split("->")
+    count = sum(axis in kernel for axis in inputs)
+    found = inputs[-count:] == kernel[:count] and count > 0
+    return count if found and outputs == inputs[:-count] + kernel[count:] else 0
+
+
+def _as_matrices(layer, inputs, training=None):
+    """What a `Dense` or `EinsumDense` returns, by one product of two matrices."""
+    kernel, count = ops.convert_to_tensor(layer.kernel), _contracted_axes(layer)
+    lead, new = inputs.shape[:-count], kernel.shape[count:]
+    width = math.prod(kernel.shape[:count])
+    outputs = projection(
+        ops.reshape(inputs, (-1, width)), ops.reshape(kernel, (width, -1))
+    )
+    outputs = ops.reshape(outputs, (*lead, *new))
+    if layer.bias is not None:
+        outputs = ops.add(outputs, layer.bias)
+    return outputs if layer.activation is None else layer.activation(outputs)
 
 
 def _on_one_axis(call):

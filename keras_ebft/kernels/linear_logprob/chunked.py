@@ -9,9 +9,14 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_ebft.backend.gradients import differentiable, scan_tiles
+from keras_ebft.backend.gradients import (
+    differentiable,
+    may_have_gradient,
+    scan_tiles,
+)
 from keras_ebft.backend.replicas import parts_of_program
 from keras_ebft.kernels.linear_logprob.reference import scaled_logits
+from keras_ebft.kernels.projection import product
 from keras_ebft.kernels.row_chunks import RowChunks
 
 # A tile of logits, 8 MiB in float32: small enough for a cache, large enough for
@@ -25,15 +30,18 @@ NO_LOGIT = -1e15
 def linear_logprob_chunked(hidden, head, labels, *, temperature=1.0, soft_cap=None):
     """See `keras_ebft.kernels.linear_logprob`."""
     parts = parts_of_program(hidden.shape[0])
-    call = _Call(temperature, soft_cap, parts, ROWS, TOKENS)
-    scores = differentiable(_forward, _backward, call, (hidden, head, labels), 2)
+    has_gradients = may_have_gradient(head)
+    call = _Call(temperature, soft_cap, parts, ROWS, TOKENS, has_gradients)
+    tensors, differentiated = (hidden, head, labels), 1 + has_gradients
+    scores = differentiable(_forward, _backward, call, tensors, differentiated)
     return scores[0], scores[1]
 
 
 class _Call(NamedTuple):
     """A call without its tensors: how logits are scaled, and the size of a tile.
 
-    `parts` is on how many devices the rows lie.
+    `parts` is on how many devices the rows lie; `trains_head` whether the gradient by
+    the head is asked for.
     """
 
     temperature: float
@@ -41,6 +49,7 @@ class _Call(NamedTuple):
     parts: int
     rows: int
     tokens: int
+    trains_head: bool
 
     def tiles(self, hidden, head):
         """The `_Tiles` of hidden states `[R, D]` and a head `[V, D]`."""
@@ -50,7 +59,11 @@ class _Call(NamedTuple):
     def logits(self, tiles, hidden, head, index):
         """Logits of rows and a tile of tokens."""
         logits = scaled_logits(
-            hidden, head, temperature=self.temperature, soft_cap=self.soft_cap
+            hidden,
+            head,
+            temperature=self.temperature,
+            soft_cap=self.soft_cap,
+            multiply=product,
         )
         return tiles.without_padding(logits, index)
 
@@ -80,12 +93,13 @@ def _backward(call, tensors, outputs, upstream):
     hidden, head, labels = tiles.cut(hidden, head, labels)
     by_row = (normaliser, scores[1], upstream[0], upstream[1])
     given = _Given(labels, *map(tiles.rows.cut, by_row))
-    by_hidden, by_head = _push(tiles, logits_of, call.slope, hidden, head, given)
+    push = functools.partial(_push, tiles, logits_of, call.slope)
+    by_hidden, by_head = push(hidden, head, given, call.trains_head)
+    by_hidden = ops.cast(tiles.rows.joined(by_hidden), hidden.dtype)
+    if not call.trains_head:
+        return (by_hidden,)
     by_head = ops.reshape(by_head, (-1, by_head.shape[-1]))
-    return (
-        ops.cast(tiles.rows.joined(by_hidden), hidden.dtype),
-        ops.cast(by_head[: tiles.tokens], head.dtype),
-    )
+    return by_hidden, ops.cast(by_head[: tiles.tokens], head.dtype)
 
 
 class _Given(NamedTuple):
@@ -165,8 +179,10 @@ def _score(tiles, logits_of, hidden, head, labels):
     )
 
 
-def _push(tiles, logits_of, slope, hidden, head, given):
+def _push(tiles, logits_of, slope, hidden, head, given, trains_head):
     """Gradients by hidden states `[R, D]` and head `[token tiles, width, D]`.
+
+    Where the head is not trained, that by it is `None`.
 
     d log_prob / dz = onehot - p;  d entropy / dz = -p (log p + entropy).
     """
@@ -185,23 +201,24 @@ def _push(tiles, logits_of, slope, hidden, head, given):
             change = row.by_log_prob[:, None] * (hit - p)
             change -= row.by_entropy[:, None] * p * (log_p + row.entropy[:, None])
             change = ops.cast(change * slope(logits), head.dtype)
-            part = ops.cast(ops.matmul(change, tokens), "float32")
+            part = ops.cast(product(change, tokens), "float32")
             part = part + tiles.rows.at(by_hidden, row_index)
+            by_hidden = tiles.rows.put(by_hidden, row_index, part)
+            if not trains_head:
+                return by_hidden, by_tokens
             by_rows = tiles.rows.products(change, rows)
-            return (
-                tiles.rows.put(by_hidden, row_index, part),
-                by_tokens + ops.cast(by_rows, "float32"),
-            )
+            return by_hidden, by_tokens + ops.cast(by_rows, "float32")
 
         # What devices found is summed once, after the loop.
-        own = ops.zeros((tiles.rows.parts, *tokens.shape), dtype="float32")
+        shape = (tiles.rows.parts, *tokens.shape) if trains_head else (1,)
+        own = ops.zeros(shape, dtype="float32")
         by_hidden, by_tokens = ops.fori_loop(0, tiles.rows.count, push, (carry[0], own))
         return (by_hidden,), (ops.cast(ops.sum(by_tokens, axis=0), head.dtype),)
 
     carry = (tiles.rows.zeros(head.shape[1]),)
-    like = (((tiles.width, head.shape[1]), head.dtype),)
+    like = (((tiles.width, head.shape[1]) if trains_head else (), head.dtype),)
     carry, stacked = scan_tiles(token_tile, tiles.token_tiles, carry, like)
-    return carry[0], stacked[0]
+    return carry[0], stacked[0] if trains_head else None
 
 
 def _even_split(size, least):

@@ -3,9 +3,9 @@
 from keras import ops
 
 
-def scaled_logits(hidden, head, *, temperature=1.0, soft_cap=None):
+def scaled_logits(hidden, head, *, temperature=1.0, soft_cap=None, multiply=ops.matmul):
     """Capped logits over the temperature, float32 `[R, V]`."""
-    logits = ops.cast(ops.matmul(hidden, ops.transpose(head)), "float32")
+    logits = ops.cast(multiply(hidden, ops.transpose(head)), "float32")
     if soft_cap is not None:
         logits = soft_cap * ops.tanh(logits / soft_cap)
     return logits / temperature

@@ -66,6 +66,11 @@ def linear_sample_reference(
     logits = scaled_logits(
         hidden, head, temperature=temperature or 1.0, soft_cap=soft_cap
     )
+    return sample_logits(logits, uniform, temperature, top_k, top_p)
+
+
+def sample_logits(logits, uniform, temperature=1.0, top_k=None, top_p=1.0):
+    """Tokens and their log-probabilities, out of scaled logits `[R, V]`."""
     logits = logits - ops.max(logits, axis=-1, keepdims=True)
     weights = ops.exp(logits)
     normaliser = ops.log(ops.sum(weights, axis=-1))

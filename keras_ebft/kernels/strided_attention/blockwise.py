@@ -15,8 +15,8 @@ from keras_ebft.kernels.strided_attention.reference import strided_attention_ref
 # tiles save at most the share 1/(2 * TILES) of the work that is left.
 TILES = 8
 # Queries per head of keys in a tile: fewer make products too small to run at full
-# speed, more make scores too large for a cache.
-FEWEST_QUERIES = 128
+# speed and loops too long, more make scores too large for a cache.
+FEWEST_QUERIES = 512
 MOST_QUERIES = 1024
 
 

@@ -1,0 +1,39 @@
+"""`projection` by oneDNN, which PyTorch brings along, in place of MKL.
+
+PyTorch's own products of float32 matrices run in MKL, which on AMD's processors takes
+more than twice as long as oneDNN for the same sums (docs/kernels.md). The operation
+called here is the one that PyTorch itself puts into what it compiles.
+"""
+
+import torch
+
+# Numbers multiplied in a product; a smaller one does not make up for the call.
+FEWEST_PRODUCTS = 2**21
+
+
+def projection_onednn(inputs, kernel):
+    """See `keras_ebft.kernels.projection`."""
+    return _Projection.apply(inputs, kernel)
+
+
+class _Projection(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, inputs, kernel):
+        ctx.save_for_backward(inputs, kernel)
+        return _product(inputs, kernel)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        inputs, kernel = ctx.saved_tensors
+        by_inputs, by_kernel = ctx.needs_input_grad
+        return (
+            _product(upstream, kernel.t()) if by_inputs else None,
+            _product(inputs.t(), upstream) if by_kernel else None,
+        )
+
+
+def _product(rows, matrix):
+    if rows.shape[0] * matrix.numel() < FEWEST_PRODUCTS:
+        return rows @ matrix
+    linear = torch.ops.mkldnn._linear_pointwise
+    return linear(rows, matrix.t(), None, "none", [], "")
