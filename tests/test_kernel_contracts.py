@@ -105,6 +105,31 @@ class TestProjectionOneDnn(ProjectionContract):
 
 
 @on_torch
+def test_onednn_is_given_no_memory_with_gaps(monkeypatch):
+    """It takes it, and a thousand times as long."""
+    import torch
+
+    from keras_ebft.kernels.projection import torch_onednn
+
+    monkeypatch.setattr(torch_onednn, "FEWEST_PRODUCTS", 0)
+    given = []
+
+    def linear(rows, matrix, *options):
+        given.extend((rows, matrix))
+        return rows @ matrix.t()
+
+    monkeypatch.setattr(torch_onednn, "_linear", lambda: linear)
+    whole = torch.arange(120.0).reshape(10, 12)
+    cuts = whole[:, 1:7], whole[2:8, ::2], whole.t()[:6, 3:9], whole[:6, :6].t()
+    for left in cuts:
+        for right in cuts:
+            found = torch_onednn._product(left[:, :6], right[:6])
+            torch.testing.assert_close(found, left[:, :6] @ right[:6])
+    for tensor in given:
+        assert tensor.is_contiguous() or tensor.t().is_contiguous()
+
+
+@on_torch
 def test_a_gradient_that_nobody_asks_for_is_not_computed(monkeypatch):
     """By a frozen kernel of a projection, and by a frozen head."""
     import torch

@@ -35,5 +35,12 @@ class _Projection(torch.autograd.Function):
 def _product(rows, matrix):
     if rows.shape[0] * matrix.numel() < FEWEST_PRODUCTS:
         return rows @ matrix
-    linear = torch.ops.mkldnn._linear_pointwise
-    return linear(rows, matrix.t(), None, "none", [], "")
+    # Of memory with gaps oneDNN makes sums one by one, a thousand times slower.
+    if not (matrix.is_contiguous() or matrix.t().is_contiguous()):
+        matrix = matrix.contiguous()
+    linear = _linear()
+    return linear(rows.contiguous(), matrix.t(), None, "none", [], "")
+
+
+def _linear():
+    return torch.ops.mkldnn._linear_pointwise
