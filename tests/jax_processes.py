@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from helpers import llama
 from jax.experimental import multihost_utils
-from replica_cases import CASES, rows
+from replica_cases import CASES, own_rows, rows
 
 import keras_ebft
 
@@ -36,11 +36,12 @@ model.fit(rows(2), verbose=0, callbacks=[checkpoint])
 found = {"cases": cases, "seed": model.seed}
 
 
-def trained(epochs, *callbacks):
+def trained(epochs, *callbacks, data=None):
     """Steps and weights of a model that is made anew."""
+    data = rows(2) if data is None else data
     model = keras_ebft.EBFTModel.sft(llama(num_layers=1), seed=1)
     model.compile("sgd")
-    model.fit(rows(2), epochs=epochs, verbose=0, callbacks=list(callbacks))
+    model.fit(data, epochs=epochs, verbose=0, callbacks=list(callbacks))
     return [int(model.optimizer.iterations), *model.causal_lm.get_weights()]
 
 
@@ -51,4 +52,10 @@ found["files"] = sorted(path.name for path in one_path.parent.glob("*one.weights
 multihost_utils.sync_global_devices("looked")
 found["resumed"] = trained(2, keras_ebft.TrainingCheckpoint(one_path))
 found["whole"] = trained(2)
+own = own_rows(rows(4), [[0, 1], [2, 3]])
+own_path = keras_ebft.TrainingCheckpoint(Path(folder) / "own.weights.h5")
+trained(1, own_path, data=own)
+multihost_utils.sync_global_devices("written")
+found["own, resumed"] = trained(2, own_path, data=own)
+found["own, whole"] = trained(2, data=own)
 (Path(folder) / f"found_{rank}.pkl").write_bytes(pickle.dumps(found))

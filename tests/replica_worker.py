@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from helpers import llama, to_numpy
 from keras import ops
-from replica_cases import CASES, CASES_OF, plain, rows, sampler
+from replica_cases import CASES, CASES_OF, own_rows, plain, rows, sampler
 
 import keras_ebft
 from keras_ebft.backend import replicas
@@ -65,10 +65,11 @@ def weights(model):
     return [to_numpy(variable.value) for variable in model.causal_lm.variables]
 
 
-def trained(*callbacks):
+def trained(*callbacks, data=None):
     model = plain()
     model.compile(keras.optimizers.Adam(0.01))
-    fitted = model.fit(rows(), batch_size=4, epochs=2, verbose=0, callbacks=callbacks)
+    data = rows() if data is None else data
+    fitted = model.fit(data, batch_size=4, epochs=2, verbose=0, callbacks=callbacks)
     return {"weights": weights(model), "history": fitted.history}
 
 
@@ -93,6 +94,19 @@ def at_one_path():
     # No process may write before all have looked.
     replicas.wait_for_all()
     return {"files": files, "weights": trained(checkpoint)["weights"]}
+
+
+def of_own_rows():
+    """The same with rows of each process's own, and with others in one of them."""
+    checkpoint = keras_ebft.TrainingCheckpoint(folder / "own.weights.h5", save_freq=1)
+    data = own_rows(rows(), [[0, 1, 4, 5], [2, 3, 6]])
+    with contextlib.suppress(SystemExit):
+        trained(checkpoint, StopsAt(), data=data)
+    replicas.wait_for_all()
+    with pytest.raises(ValueError) as error:
+        trained(checkpoint, data=own_rows(rows(), [[0, 1, 4, 5], [2, 3, 4]]))
+    found = {"whole": trained(data=data), "resumed": trained(checkpoint, data=data)}
+    return {**found, "said": str(error.value)}
 
 
 def drawn():
@@ -147,5 +161,6 @@ def refused():
 
 found = {name: CASES[name]() for name in CASES_OF[BACKEND]}
 found |= {"resumed": resumed(), "at_one_path": at_one_path()}
+found |= {"of_own_rows": of_own_rows()}
 found |= {"drawn": drawn(), "written": written(), "refused": refused()}
 (folder / f"found_{rank}.pkl").write_bytes(pickle.dumps(found))

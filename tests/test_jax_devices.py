@@ -101,3 +101,5 @@ def test_processes_with_the_same_data_train_as_one(found, tmp_path):
         # The optimizer's steps are in the file, too.
         assert own["resumed"][0] == own["whole"][0] == 2
         assert all(map(np.array_equal, own["resumed"], own["whole"]))
+        pairs = zip(own["own, resumed"], own["own, whole"])
+        assert all(np.array_equal(*pair) for pair in pairs)

@@ -69,9 +69,10 @@ def test_equal_rows_of_different_processes_draw_different_rollouts(together):
 @on_processes
 @pytest.mark.slow
 @pytest.mark.compiled
-def test_training_resumes_bit_for_bit_from_what_the_first_process_wrote(together):
+@pytest.mark.parametrize("case", ["resumed", "of_own_rows"])
+def test_training_resumes_bit_for_bit_from_what_the_first_process_wrote(together, case):
     for found in together[1]:
-        whole, resumed = found["resumed"]["whole"], found["resumed"]["resumed"]
+        whole, resumed = found[case]["whole"], found[case]["resumed"]
         assert all(map(np.array_equal, whole["weights"], resumed["weights"]))
         last = {name: values[-1] for name, values in whole["history"].items()}
         assert {k: v[-1] for k, v in resumed["history"].items()} == last
@@ -122,6 +123,14 @@ def test_only_the_first_process_writes_and_others_follow_it(together):
     saved = keras.saving.load_model(folder / "saved_0.keras")
     for variable, expected in zip(saved.causal_lm.variables, first["weights"]):
         np.testing.assert_array_equal(to_numpy(variable.value), expected)
+
+
+@on_processes
+@pytest.mark.slow
+@pytest.mark.compiled
+def test_a_run_is_refused_where_the_rows_of_one_process_are_others(together):
+    for found in together[1]:
+        assert "checksum" in found["of_own_rows"]["said"]
 
 
 @on_processes

@@ -1,6 +1,7 @@
 """Batches that each of several processes brings its own rows to."""
 
 import itertools
+import zlib
 
 import numpy as np
 
@@ -20,14 +21,20 @@ class ProcessBatches(TokenBatches):
         own = super()._signature_of(first)
         batches = super().batches_per_pass
         shapes = [own[name][0] if name in own else (0, 0) for name in FILLING]
-        *found, lacking, most = largest(
+        # What JAX sends has 31 bits.
+        checksum = self._checksum >> 1
+        *found, lacking, most, greatest, least = largest(
             [
                 *itertools.chain(*shapes),
                 *(name not in own for name in FILLING),
                 batches is None,
                 batches or 0,
+                checksum,
+                -checksum,
             ]
         )
+        # One that all processes know their data by, those of the others too.
+        self._checksum = zlib.crc32(f"{greatest} {least}".encode())
         self._batches_of_all = None if lacking else most
         sizes, absent = found[: 2 * len(FILLING)], found[2 * len(FILLING) :]
         shapes = dict(zip(FILLING, zip(sizes[::2], sizes[1::2])))
