@@ -58,6 +58,14 @@ def pipeline(request):
     return Pipeline(request.param)
 
 
+@pytest.fixture
+def products_that_are_counted():
+    """PyTorch's counter of operations does not know oneDNN's."""
+    keras_ebft.kernels.set_implementation("projection", "reference")
+    yield
+    keras_ebft.kernels.set_implementation("projection", None)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def few_collections():
     """Keeps the garbage collector from what earlier modules left.

@@ -59,6 +59,7 @@ def model():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("products_that_are_counted")
 @pytest.mark.parametrize("phase", TOKEN_FORWARDS)
 def test_token_forwards_of_a_phase(model, phase):
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (1, LENGTH))

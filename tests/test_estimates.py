@@ -177,6 +177,7 @@ def test_the_paper_s_rows_hold_127_blocks():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not ON_TORCH, reason="PyTorch counts what runs")
+@pytest.mark.usefixtures("products_that_are_counted")
 def test_operations_of_a_step():
     from torch.utils.flop_counter import FlopCounterMode
 
