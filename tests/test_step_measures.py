@@ -121,13 +121,13 @@ def test_gradients_of_any_rank_have_one_norm():
     assert float(to_numpy(found)) == pytest.approx(expected, rel=1e-5)
 
 
-def moved_embedding(optimizer):
-    """How far one step moves an embedding from which tokens were read repeatedly."""
+def moved_embedding(optimizer, steps=1):
+    """How far steps move an embedding from which tokens were read repeatedly."""
     model = keras_ebft.EBFTModel.sft(llama(num_layers=1), seed=0)
     model.compile(optimizer)
     embedding = model.causal_lm.backbone.token_embedding._embeddings
     before = to_numpy(embedding.value).copy()
-    model.fit(np.tile(X, (1, 3)), verbose=0)
+    model.fit(np.tile(X, (1, 3)), epochs=steps, verbose=0)
     return to_numpy(embedding.value) - before
 
 
@@ -142,6 +142,16 @@ def test_an_embedding_moves_by_the_sum_over_all_times_a_token_was_read():
     adam = keras.optimizers.Adam(0.1, beta_2=0.75, epsilon=1e-2)
     expected = -0.1 * gradient / (np.abs(gradient) + 2e-2)
     np.testing.assert_allclose(moved_embedding(adam), expected, atol=2e-6)
+
+
+def test_accumulated_gradients_are_those_of_all_times_a_token_was_read():
+    """Two equal batches: their mean is that of one."""
+    gradient = -moved_embedding(keras.optimizers.SGD(1.0))
+    adam = keras.optimizers.Adam(
+        0.1, beta_2=0.75, epsilon=1e-2, gradient_accumulation_steps=2
+    )
+    expected = -0.1 * gradient / (np.abs(gradient) + 2e-2)
+    np.testing.assert_allclose(moved_embedding(adam, 2), expected, atol=2e-6)
 
 
 def test_a_norm_is_clipped_of_the_sum_over_all_times_a_token_was_read():

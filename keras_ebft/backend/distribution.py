@@ -11,7 +11,7 @@ import keras
 from keras_ebft.backend.runtime import backend_name
 
 GUIDE = "See docs/distribution.md."
-REMEDY = (
+LEAVE_THE_SCOPE = (
     "Leave the scope: processes that call tf.distribute.MultiWorkerMirroredStrategy() "
     "before anything else train together, each with one device."
 )
@@ -91,8 +91,8 @@ def refuse_mirrored(variables: Sequence[keras.Variable], made: str) -> None:
         if isinstance(variable.value, tf.distribute.DistributedValues):
             raise ValueError(
                 f"Expected {made} outside of the scope of a tf.distribute strategy. "
-                f"Received: '{variable.path}', which was made within one. {REMEDY} "
-                f"{GUIDE}"
+                f"Received: '{variable.path}', which was made within one. "
+                f"{LEAVE_THE_SCOPE} {GUIDE}"
             )
 
 
@@ -158,7 +158,7 @@ def _on_tensorflow() -> Found:
         strategy = tf.distribute.get_strategy()
         if not isinstance(strategy, tf.distribute.OneDeviceStrategy):
             name = type(strategy).__name__
-            return f"the scope of a tf.distribute.{name}", REMEDY
+            return f"the scope of a tf.distribute.{name}", LEAVE_THE_SCOPE
     known = len(processes.tasks_of_cluster())
     expected = processes.expected_processes()
     if expected > 1 and known <= 1:

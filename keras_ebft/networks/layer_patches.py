@@ -34,8 +34,8 @@ def token_by_token(decoder):
         if getattr(layer, "quantization_mode", None) is not None:
             call = _after_inputs(layer.quantized_call)
             patches.append(Patch(layer, "quantized_call", call))
-        elif projects_matrices() and _contracted_axes(layer):
-            call = functools.partial(_as_matrices, layer)
+        elif projects_matrices() and (count := _contracted_axes(layer)):
+            call = functools.partial(_as_matrices, layer, count)
             patches.append(Patch(layer, "call", call))
         elif type(layer) is keras.layers.EinsumDense and _passes_tokens(layer):
             patches.append(Patch(layer, "call", _on_one_axis(layer.call)))
@@ -89,9 +89,9 @@ def _contracted_axes(layer):
     return count if found and outputs == inputs[:-count] + kernel[count:] else 0
 
 
-def _as_matrices(layer, inputs, training=None):
+def _as_matrices(layer, count, inputs, training=None):
     """What a `Dense` or `EinsumDense` returns, by one product of two matrices."""
-    kernel, count = ops.convert_to_tensor(layer.kernel), _contracted_axes(layer)
+    kernel = ops.convert_to_tensor(layer.kernel)
     lead, new = inputs.shape[:-count], kernel.shape[count:]
     width = math.prod(kernel.shape[:count])
     outputs = projection(

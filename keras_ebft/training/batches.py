@@ -1,4 +1,4 @@
-"""Whatever `fit` accepts, as a stream of token batches of one fixed shape."""
+"""A stream of token batches of one fixed shape, out of batches of any documents."""
 
 import itertools
 import threading

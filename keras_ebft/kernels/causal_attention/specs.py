@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 import numpy as np
 from keras import ops
 
+from keras_ebft.kernels.spec_arrays import normal_arrays
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -35,11 +37,7 @@ class Spec:
 
     def arrays(self, seed=0):
         """The tensors that have gradients: dict of float32 NumPy arrays."""
-        random = np.random.default_rng(seed)
-        return {
-            name: random.normal(size=shape).astype("float32")
-            for name, shape in self.shapes().items()
-        }
+        return normal_arrays(self.shapes(), seed)
 
     def bind(self, run):
         """An implementation as a function of `arrays` alone, returns a tuple."""
