@@ -35,7 +35,7 @@ WITHOUT_TESTS = f"{platform.python_version()}-without_tests"
 
 
 def parse_arguments():
-    """Settings; the defaults take about ten minutes on two cores."""
+    """Settings; the defaults take four to ten minutes on two cores."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     base_model.add_arguments(parser)
     settings.add_data_arguments(parser, dataset="python_source")
