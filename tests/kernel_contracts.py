@@ -175,13 +175,13 @@ def parameters(specs, bfloat16):
     return decorate
 
 
-@parameters(projection_specs, ("plain", "wide"))
+@parameters(projection_specs, ("plain", "wide", "from_heads"))
 class ProjectionContract(Contract):
     op = "projection"
 
     @staticmethod
     def float64(spec, inputs, kernel):
-        return [inputs @ kernel]
+        return [np.tensordot(inputs, kernel, axes=len(spec.width))]
 
 
 @parameters(causal_specs, ("plain", "everything"))

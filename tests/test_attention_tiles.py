@@ -171,3 +171,44 @@ def test_tensors_are_freed_without_the_garbage_collector():
             assert [reference() for reference in alive] == [None] * len(alive)
     finally:
         gc.enable()
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="PyTorch's own fused attention"
+)
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        # Seen by all: 2 to 6; a query each begins later and ends earlier.
+        ([0, 2], [9, 6], [(0, 2, True), (2, 6, False), (6, 9, True)]),
+        ([0, 0], [5, 9], [(0, 5, False), (5, 9, True)]),
+        ([0, 0], [9, 9], [(0, 9, False)]),
+        # Three keys are too few for a call of their own, as is none at all.
+        ([0, 2], [9, 5], [(0, 9, True)]),
+        ([0, 5], [4, 9], [(0, 9, True)]),
+        ([0, 0], [0, 0], []),
+    ],
+)
+def test_keys_that_every_query_sees_are_met_without_a_mask(
+    monkeypatch, low, high, expected
+):
+    import torch
+
+    from keras_ebft.kernels import torch_fused_attention
+
+    monkeypatch.setattr(torch_fused_attention, "FEWEST_OPEN_KEYS", 4)
+    low, high = (torch.tensor([[places]]) for places in (low, high))
+    ranges = attention_tiles.Ranges(low, high, (0,), (int(high.max()),))
+    key = torch.zeros((1, 1, 9, 2))
+    shared = torch_fused_attention._SharedKeys(
+        key, key, ranges, attention_tiles.Scores(1.0, None)
+    )
+    spans = shared._spans(0)
+    assert [
+        (span.keys.start, span.keys.stop, span.mask is not None) for span in spans
+    ] == expected
+    for span in spans:
+        if span.mask is not None:
+            for query, row in enumerate(span.mask[0, 0] == 0):
+                seen = [low[0, 0, query] <= k < high[0, 0, query] for k in range(9)]
+                assert row.tolist() == seen[span.keys]

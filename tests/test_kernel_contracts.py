@@ -13,6 +13,7 @@ from kernel_contracts import (
     ProjectionContract,
     StridedAttentionContract,
     error,
+    implementation,
 )
 
 from keras_ebft import kernels
@@ -79,6 +80,12 @@ class TestStridedBlockwise(StridedAttentionContract):
 class TestStridedFused(StridedAttentionContract):
     name = "fused"
 
+    @pytest.fixture(autouse=True)
+    def some_spans_are_open(self, monkeypatch):
+        from keras_ebft.kernels import torch_fused_attention
+
+        monkeypatch.setattr(torch_fused_attention, "FEWEST_OPEN_KEYS", 3)
+
 
 class TestLogprobReference(LinearLogprobContract):
     name = "reference"
@@ -87,6 +94,12 @@ class TestLogprobReference(LinearLogprobContract):
 @pytest.mark.usefixtures("small_chunks")
 class TestLogprobChunked(LinearLogprobContract):
     name = "chunked"
+
+
+@on_torch
+@pytest.mark.usefixtures("small_chunks")
+class TestLogprobInPlace(LinearLogprobContract):
+    name = "in_place"
 
 
 class TestProjectionReference(ProjectionContract):
@@ -130,12 +143,39 @@ def test_onednn_is_given_no_memory_with_gaps(monkeypatch):
 
 
 @on_torch
+@pytest.mark.parametrize("outputs", [4, 30])
+def test_the_smaller_side_is_copied_for_the_gradient_of_a_kernel(monkeypatch, outputs):
+    """oneDNN reads rows one after another, and one side is the transposed inputs."""
+    import torch
+
+    from keras_ebft.kernels.projection import torch_onednn
+
+    monkeypatch.setattr(torch_onednn, "FEWEST_PRODUCTS", 0)
+    copied = []
+
+    def linear(rows, matrix, *options):
+        copied.append(rows.shape)
+        return rows @ matrix.t()
+
+    monkeypatch.setattr(torch_onednn, "_linear", lambda: linear)
+    random = torch.Generator().manual_seed(0)
+    inputs = torch.randn((50, 20), generator=random)
+    upstream = torch.randn((50, outputs), generator=random)
+    found = torch_onednn._product(inputs.t(), upstream)
+    torch.testing.assert_close(found, inputs.t() @ upstream)
+    assert copied == [(min(outputs, 20), 50)]
+
+
+@on_torch
 def test_a_gradient_that_nobody_asks_for_is_not_computed(monkeypatch):
     """By a frozen kernel of a projection, and by a frozen head."""
     import torch
 
+    from keras_ebft.kernels.linear_logprob import torch_in_place
     from keras_ebft.kernels.linear_logprob.reference import linear_logprob_reference
     from keras_ebft.kernels.projection import torch_onednn
+
+    linear_logprob_in_place = torch_in_place.linear_logprob_in_place
 
     random = torch.Generator().manual_seed(0)
     inputs = torch.randn((6, 5), generator=random, requires_grad=True)
@@ -150,12 +190,21 @@ def test_a_gradient_that_nobody_asks_for_is_not_computed(monkeypatch):
     assert len(products) == 2
     torch.testing.assert_close(inputs.grad, head.sum(0).expand(6, 5))
     found = []
-    for run in (chunked.linear_logprob_chunked, linear_logprob_reference):
+    runs = linear_logprob_in_place, chunked.linear_logprob_chunked
+    for run in (*runs, linear_logprob_reference):
         inputs.grad = None
         log_prob, entropy = run(inputs, head, labels)
         (log_prob + 0.3 * entropy).sum().backward()
         found.append(inputs.grad)
-    torch.testing.assert_close(*found)
+    torch.testing.assert_close(found[0], found[2])
+    torch.testing.assert_close(found[1], found[2])
+    products.clear()
+    monkeypatch.setattr(
+        torch_in_place, "product", lambda *given: products.append(1) or plain(*given)
+    )
+    # Logits, again backwards, and the gradient by hidden states.
+    sum(linear_logprob_in_place(inputs, head, labels)).sum().backward()
+    assert len(products) == 3
     monkeypatch.setattr(chunked.RowChunks, "products", None)
     # With a head that is trained there would be an error.
     sum(chunked.linear_logprob_chunked(inputs, head, labels)).sum().backward()
@@ -175,6 +224,38 @@ class TestSampleReference(LinearSampleContract):
 @pytest.mark.usefixtures("small_chunks")
 class TestSampleChunked(LinearSampleContract):
     name = "chunked"
+
+
+@on_torch
+@pytest.mark.usefixtures("small_chunks")
+class TestSampleInPlace(LinearSampleContract):
+    name = "in_place"
+
+
+@on_torch
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+def test_what_is_given_is_not_written_over(temperature, soft_cap):
+    import torch
+
+    random = torch.Generator().manual_seed(0)
+    options = {"temperature": temperature, "soft_cap": soft_cap}
+    hidden, head = (
+        torch.randn((size, 5), generator=random, requires_grad=True)
+        for size in (8, 30)
+    )
+    labels = torch.arange(8, dtype=torch.int32)
+    uniform = torch.rand((8,), generator=random)
+    given = [tensor.detach().clone() for tensor in (hidden, head, labels, uniform)]
+    logprob = implementation("linear_logprob", "in_place").load()
+    for _ in range(2):
+        log_prob, entropy = logprob(hidden, head, labels, **options)
+        before = log_prob.detach().clone(), entropy.detach().clone()
+        (log_prob - 0.3 * entropy).sum().backward()
+        torch.testing.assert_close((log_prob, entropy), before, rtol=0, atol=0)
+    implementation("linear_sample", "in_place").load()(hidden, head, uniform, **options)
+    for tensor, was in zip((hidden, head, labels, uniform), given):
+        torch.testing.assert_close(tensor.detach(), was, rtol=0, atol=0)
 
 
 def contracted():

@@ -119,7 +119,13 @@ def is_comparison(node):
     return isinstance(node, ast.Compare) or called == "isinstance"
 
 
-KERNEL_LANGUAGES = ("torch_triton", "torch_fused", "torch_onednn", "jax_pallas")
+KERNEL_LANGUAGES = (
+    "torch_triton",
+    "torch_fused",
+    "torch_in_place",
+    "torch_onednn",
+    "jax_pallas",
+)
 
 
 def is_kernel(path):

@@ -1,13 +1,12 @@
 """What every decoder layer runs with, whatever its family, as patches."""
 
 import functools
-import math
 
 import keras
 from keras import ops
 
 from keras_ebft.backend.runtime import after
-from keras_ebft.kernels.projection import projection, projects_matrices
+from keras_ebft.kernels.projection import has_projections, projection
 from keras_ebft.networks.patches import Patch
 
 
@@ -17,10 +16,10 @@ def token_by_token(decoder):
     - Projections of `[tokens, 1, ...]` run as `[1, tokens, ...]`: the gradient of
       what Keras runs as a batch of one-token products would hold one kernel-sized
       matrix per token on TensorFlow, before their sum.
-    - On PyTorch they run as products of two matrices, which `kernels.projection` has a
-      choice for.
+    - On PyTorch they run through `kernels.projection`, which has a choice there.
     - Quantized layers read their kernels when inputs are there: those of all layers
       and passes would else lie unpacked in memory before the first of them is used.
+    - Attention masks are not made: the caller's attention has its own.
     - Layers forget their `keras.RematScope`; see `without_remat_scope`.
 
     Args:
@@ -29,13 +28,13 @@ def token_by_token(decoder):
     Returns:
         list of `Patch`.
     """
-    patches = without_remat_scope(decoder)
+    patches = [*without_remat_scope(decoder), *_without_masks(decoder)]
     for layer in _with_layers_within(decoder):
         if getattr(layer, "quantization_mode", None) is not None:
             call = _after_inputs(layer.quantized_call)
             patches.append(Patch(layer, "quantized_call", call))
-        elif projects_matrices() and (count := _contracted_axes(layer)):
-            call = functools.partial(_as_matrices, layer, count)
+        elif has_projections() and (count := _contracted_axes(layer)):
+            call = functools.partial(_projected, layer, count)
             patches.append(Patch(layer, "call", call))
         elif type(layer) is keras.layers.EinsumDense and _passes_tokens(layer):
             patches.append(Patch(layer, "call", _on_one_axis(layer.call)))
@@ -59,6 +58,18 @@ def without_remat_scope(whole):
         for layer in _with_layers_within(whole)
         if getattr(layer, "_remat_mode", None) is not None
     ]
+
+
+def _without_masks(decoder):
+    return [
+        Patch(decoder, name, _no_mask)
+        for name in ("_compute_self_attention_mask", "_compute_attention_mask")
+        if hasattr(decoder, name)
+    ]
+
+
+def _no_mask(*_, **__):
+    return None
 
 
 def _with_layers_within(layer):
@@ -89,15 +100,9 @@ def _contracted_axes(layer):
     return count if found and outputs == inputs[:-count] + kernel[count:] else 0
 
 
-def _as_matrices(layer, count, inputs, training=None):
-    """What a `Dense` or `EinsumDense` returns, by one product of two matrices."""
-    kernel = ops.convert_to_tensor(layer.kernel)
-    lead, new = inputs.shape[:-count], kernel.shape[count:]
-    width = math.prod(kernel.shape[:count])
-    outputs = projection(
-        ops.reshape(inputs, (-1, width)), ops.reshape(kernel, (width, -1))
-    )
-    outputs = ops.reshape(outputs, (*lead, *new))
+def _projected(layer, count, inputs, training=None):
+    """What a `Dense` or `EinsumDense` returns, by `projection`."""
+    outputs = projection(inputs, ops.convert_to_tensor(layer.kernel), count)
     if layer.bias is not None:
         outputs = ops.add(outputs, layer.bias)
     return outputs if layer.activation is None else layer.activation(outputs)

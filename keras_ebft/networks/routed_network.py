@@ -13,6 +13,7 @@ from keras_ebft.networks.layer_patches import token_by_token, without_remat_scop
 from keras_ebft.networks.patches import patched
 from keras_ebft.networks.rematerialisation import run_again
 from keras_ebft.networks.repeated_layers import run_repeated, worth_looping
+from keras_ebft.networks.rotary_tables import RotaryTables
 
 
 class RoutedNetwork:
@@ -66,7 +67,7 @@ class RoutedNetwork:
         decoders = self.family.decoder_layers(self.backbone)[: self.num_layers]
         caches = [None] * len(decoders) if caches is None else caches
         taps = [self.depth] if self.layers is None else self.layers
-        outputs, updated = [], []
+        outputs, updated, tables = [], [], RotaryTables()
         with (
             adapters.switched_off(self.switched_off),
             patched(without_remat_scope(self.backbone)),
@@ -76,7 +77,7 @@ class RoutedNetwork:
             for last in sorted({*taps, len(decoders)}):
                 run = slice(first, last)
                 layers = [
-                    _Layer(self, decoder, index, attend, shape, positions)
+                    _Layer(self, decoder, index, attend, shape, positions, tables)
                     for index, decoder in enumerate(decoders[run], start=first + 1)
                 ]
                 x, new = self._run(layers, x, given[run], caches[run])
@@ -89,7 +90,10 @@ class RoutedNetwork:
     def _run(self, layers, x, given, caches):
         """One decoder layer after another, or all of them as one in a loop."""
         decoders = [layer.decoder for layer in layers]
-        if worth_looping(self.family, decoders, given, self.num_layers):
+        looping = worth_looping(self.family, decoders, given, self.num_layers)
+        if looping or self.rematerialize:
+            layers = [layer.with_own_tables() for layer in layers]
+        if looping:
             return run_repeated(
                 layers[0], decoders, x, given[0], caches, self.rematerialize
             )
@@ -116,18 +120,26 @@ class _Layer:
         decoder: decoder layer.
         index: int from 1.
         attend, shape, positions: see `RoutedNetwork.__call__`.
+        tables: `RotaryTables`, or `None` for some of each call's own.
     """
 
-    def __init__(self, network, decoder, index, attend, shape, positions):
+    def __init__(self, network, decoder, index, attend, shape, positions, tables):
         self.network = network
         self.decoder = decoder
         self.index = index
         self.attend = attend
         self.shape = shape
         self.positions = positions
+        self.tables = tables
+
+    def with_own_tables(self):
+        """The same layer, to be run in a program of its own."""
+        given = self.network, self.decoder, self.index, self.attend
+        return _Layer(*given, self.shape, self.positions, None)
 
     def __call__(self, x, given, cache):
         family, updated = self.network.family, []
+        tables = RotaryTables() if self.tables is None else self.tables
 
         def attend(query, key, value, scale, sliding_window=None, soft_cap=None):
             output, new = self.attend(
@@ -148,6 +160,7 @@ class _Layer:
         with (
             family.attention(self.decoder, attend, self.positions),
             patched(token_by_token(self.decoder)),
+            patched(tables.patches(self.decoder)),
         ):
             x = family.layer(self.decoder, x, given)
         self._check_called_once(len(updated))

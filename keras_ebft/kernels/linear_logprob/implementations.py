@@ -41,6 +41,13 @@ IMPLEMENTATIONS = (
         options=("soft_cap",),
         packages=("triton",),
     ),
+    Implementation(
+        "in_place",
+        f"{_HERE}.torch_in_place:linear_logprob_in_place",
+        backends=("torch",),
+        platforms=("cpu",),
+        dtypes=("float32", "bfloat16"),
+    ),
     Implementation("chunked", f"{_HERE}.chunked:linear_logprob_chunked"),
     Implementation("reference", f"{_HERE}.reference:linear_logprob_reference"),
 )

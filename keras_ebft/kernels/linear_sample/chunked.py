@@ -11,16 +11,21 @@ from keras_ebft.kernels.row_chunks import RowChunks, chunk_rows
 
 def linear_sample_chunked(hidden, head, uniform, **options):
     """See `keras_ebft.kernels.linear_sample`."""
+    return sample_chunks(_sample, hidden, head, uniform, **options)
+
+
+def sample_chunks(sample, hidden, head, uniform, **options):
+    """`sample`, a `linear_sample` with all logits in memory, of chunks of rows."""
     rows = hidden.shape[0]
     parts = parts_of_program(rows)
     num_chunks, _ = chunk_rows(rows // parts, head.shape[0])
     if num_chunks == 1:
-        return _sample(hidden, head, uniform, **options)
+        return sample(hidden, head, uniform, **options)
     chunks = RowChunks(rows, parts, num_chunks)
     hidden, uniform = chunks.cut(hidden), chunks.cut(uniform)
 
     def body(index, carry):
-        found = _sample(
+        found = sample(
             chunks.at(hidden, index), head, chunks.at(uniform, index), **options
         )
         return tuple(

@@ -40,6 +40,13 @@ IMPLEMENTATIONS = (
         options=("soft_cap", "greedy"),
         packages=("triton",),
     ),
+    Implementation(
+        "in_place",
+        f"{_HERE}.torch_in_place:linear_sample_in_place",
+        backends=("torch",),
+        platforms=("cpu",),
+        dtypes=("float32", "bfloat16"),
+    ),
     Implementation("chunked", f"{_HERE}.chunked:linear_sample_chunked"),
     Implementation("reference", f"{_HERE}.reference:linear_sample_reference"),
 )

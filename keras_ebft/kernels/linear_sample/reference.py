@@ -21,7 +21,8 @@ def invert_cumulative(weights, uniform):
     """
     rows, size = weights.shape
     groups = -(-size // GROUP)
-    weights = ops.pad(weights, ((0, 0), (0, groups * GROUP - size)))
+    if groups * GROUP > size:
+        weights = ops.pad(weights, ((0, 0), (0, groups * GROUP - size)))
     weights = ops.reshape(weights, (rows, groups, GROUP))
     group, rest = find_group(ops.sum(weights, axis=-1), uniform)
     chosen = ops.take_along_axis(weights, group[:, None, None], axis=1)[:, 0, :]
@@ -73,6 +74,14 @@ def sample_logits(logits, uniform, temperature=1.0, top_k=None, top_p=1.0):
     """Tokens and their log-probabilities, out of scaled logits `[R, V]`."""
     logits = logits - ops.max(logits, axis=-1, keepdims=True)
     weights = ops.exp(logits)
+    return choose(logits, weights, uniform, temperature, top_k, top_p)
+
+
+def choose(logits, weights, uniform, temperature=1.0, top_k=None, top_p=1.0):
+    """Tokens and log-probabilities, out of logits less their largest `[R, V]`.
+
+    `weights` are the exponentials of the logits.
+    """
     normaliser = ops.log(ops.sum(weights, axis=-1))
     if temperature == 0.0:
         token_ids = ops.cast(ops.argmax(logits, axis=-1), "int32")

@@ -1,15 +1,16 @@
 """The product of tokens and a layer's kernel."""
 
+from keras import ops
+
 from keras_ebft.backend.runtime import backend_name
 from keras_ebft.kernels import dispatch
 from keras_ebft.kernels.projection.implementations import IMPLEMENTATIONS
-from keras_ebft.kernels.projection.reference import projection_reference
 from keras_ebft.typing import Tensor
 
 dispatch.register("projection", IMPLEMENTATIONS)
 
 
-def projects_matrices() -> bool:
+def has_projections() -> bool:
     """Whether there is anything but the plain product on the running backend."""
     return any(
         backend_name() in implementation.backends
@@ -17,20 +18,22 @@ def projects_matrices() -> bool:
     )
 
 
-def projection(inputs: Tensor, kernel: Tensor) -> Tensor:
-    """Each row of inputs times a kernel.
+def projection(inputs: Tensor, kernel: Tensor, axes: int = 1) -> Tensor:
+    """The sum of inputs times a kernel over axes that they share.
 
     Args:
-        inputs: float tensor `[R, C]`.
-        kernel: float tensor `[C, N]`.
+        inputs: float tensor `[..., *C]`, such as hidden states.
+        kernel: float tensor `[*C, *N]`.
+        axes: int, number of axes C, which are summed over.
 
     Returns:
-        float tensor `[R, N]`, `sum_c inputs[r, c] kernel[c, n]`.
+        float tensor `[..., *N]`, `sum_c inputs[..., c] kernel[c, n]`.
     """
-    return dispatch.choose("projection", (inputs, kernel))(inputs, kernel)
+    run = dispatch.choose("projection", (inputs, kernel), settings={"axes": axes})
+    return run(inputs, kernel, axes)
 
 
 def product(rows: Tensor, matrix: Tensor) -> Tensor:
     """A product within another path: `projection`, where a backend has a choice."""
-    run = projection if projects_matrices() else projection_reference
+    run = projection if has_projections() else ops.matmul
     return run(rows, matrix)

@@ -3,6 +3,6 @@
 from keras import ops
 
 
-def projection_reference(inputs, kernel):
+def projection_reference(inputs, kernel, axes=1):
     """See `keras_ebft.kernels.projection`."""
-    return ops.matmul(inputs, kernel)
+    return ops.tensordot(inputs, kernel, axes=axes)

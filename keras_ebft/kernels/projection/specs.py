@@ -1,5 +1,7 @@
 """Shapes for tests and benchmarks of `projection`."""
 
+import functools
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -8,12 +10,12 @@ from keras_ebft.kernels.spec_arrays import normal_arrays
 
 @dataclass(frozen=True)
 class Spec:
-    """One call: R rows of width C, N outputs each; see the signature."""
+    """One call: rows of `width`, `outputs` of each; see the signature."""
 
     name: str
-    rows: int = 37
-    width: int = 24
-    outputs: int = 30
+    rows: tuple = (37,)
+    width: tuple = (24,)
+    outputs: tuple = (30,)
 
     # Whether its outputs have gradients by the tensors.
     differentiable: ClassVar[bool] = True
@@ -21,8 +23,8 @@ class Spec:
     def shapes(self):
         """Shapes of the tensors that have gradients, by name."""
         return {
-            "inputs": (self.rows, self.width),
-            "kernel": (self.width, self.outputs),
+            "inputs": (*self.rows, *self.width),
+            "kernel": (*self.width, *self.outputs),
         }
 
     def arrays(self, seed=0):
@@ -31,25 +33,32 @@ class Spec:
 
     def bind(self, run):
         """An implementation as a function of `arrays` alone, returns a tuple."""
+        run = functools.partial(run, **self.options())
         return lambda *tensors: (run(*tensors),)
 
     def options(self):
-        """Keyword arguments that are no tensors: there are none."""
-        return {}
+        """Keyword arguments that are no tensors."""
+        return {"axes": len(self.width)}
 
     def in_use(self):
         """Names of the options in use: there are none."""
         return frozenset()
 
 
-# Sizes that divide nothing.
-SPECS = (Spec("plain"), Spec("one_row", rows=1), Spec("wide", 50, 7, 129))
+# Sizes that divide nothing; as attention projects to heads, and back from them.
+SPECS = (
+    Spec("plain"),
+    Spec("one_row", rows=(1,)),
+    Spec("wide", (50,), (7,), (129,)),
+    Spec("to_heads", (11, 1), (24,), (3, 10)),
+    Spec("from_heads", (5, 3), (3, 10), (24,)),
+)
 # Small enough for finite differences.
-TINY = Spec("tiny", rows=3, width=4, outputs=5)
+TINY = Spec("tiny", rows=(3,), width=(2, 2), outputs=(5,))
 # The widest layer of Llama 3.2 1B over the rollouts of one document: n=4, K=127, G=8.
-BENCHMARK = Spec("llama_1b", rows=4 * 127 * 8, width=2048, outputs=8192)
+BENCHMARK = Spec("llama_1b", rows=(4 * 127 * 8,), width=(2048,), outputs=(8192,))
 # That of SmolLM2-135M over those of a shorter one, one step of sampling.
-SMALL = replace(BENCHMARK, name="small", rows=120, width=576, outputs=1536)
+SMALL = replace(BENCHMARK, name="small", rows=(120,), width=(576,), outputs=(1536,))
 # What an implementation is timed with at most.
 MOST_ROWS = 8192
 
@@ -66,6 +75,10 @@ def like(shapes, options, settings):
         `(checks, timing)`: small ragged specs, and one shaped like the call, of at
         most `MOST_ROWS` rows.
     """
-    del options, settings
-    (rows, width), (_, outputs) = shapes
-    return SPECS, Spec("call", min(rows, MOST_ROWS), width, outputs)
+    del options
+    inputs, kernel = shapes
+    width = kernel[: settings["axes"]]
+    rows, outputs = inputs[: len(inputs) - len(width)], kernel[len(width) :]
+    if math.prod(rows) > MOST_ROWS:
+        rows = (MOST_ROWS,)
+    return SPECS, Spec("call", rows, width, outputs)

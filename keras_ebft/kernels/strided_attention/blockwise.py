@@ -116,7 +116,8 @@ class _Layout:
 
     def places(self, places):
         """Row indices `[B or 1, K]` as `[N, B or 1, k]`; 0 for what is padded."""
-        places = ops.pad(places, ((0, 0), (0, self.padding)))
+        if self.padding:
+            places = ops.pad(places, ((0, 0), (0, self.padding)))
         places = ops.reshape(places, (-1, self.tiles, self.blocks_per_tile))
         return ops.transpose(places, (1, 0, 2))
 
