@@ -16,6 +16,7 @@ from keras_ebft.backend.large_updates import (
     updates_in_steps,
     without_interruption,
 )
+from keras_ebft.backend.loops import compiles_every_step
 from keras_ebft.backend.replicas import summed_gradients
 from keras_ebft.backend.runtime import dense, no_gradient, python_failed
 from keras_ebft.typing import Tensor
@@ -314,8 +315,23 @@ def _all_finite(values: Sequence[Any]) -> Tensor:
         for value in values
         if "float" in keras.backend.standardize_dtype(value.dtype)
     ]
-    found = [ops.all(ops.isfinite(value)) for value in _together(floats)]
-    return ops.all(ops.stack(found)) if found else ops.convert_to_tensor(True)
+    floats = _together(floats)
+    if not floats:
+        return ops.convert_to_tensor(True)
+
+    def each() -> Tensor:
+        return ops.all(ops.stack([ops.all(ops.isfinite(value)) for value in floats]))
+
+    if compiles_every_step():
+        return each()
+    # Op by op every number would be looked at four times, but what is not finite leaves
+    # no sum finite. A sum can overflow by itself: then it takes a closer look.
+    sums = [ops.cast(ops.sum(value), "float32") for value in floats]
+    return ops.cond(
+        ops.isfinite(ops.sum(ops.stack(sums))),
+        lambda: ops.convert_to_tensor(True),
+        each,
+    )
 
 
 def _together(values: list[Tensor]) -> list[Tensor]:

@@ -115,9 +115,14 @@ class _Layout:
         return output[:, :, :blocks] if self.padding else output
 
     def places(self, places):
-        """Row indices `[B or 1, K]` as `[N, B or 1, k]`; 0 for what is padded."""
+        """Row indices `[B or 1, K]` as `[N, B or 1, k]`.
+
+        What is padded sees what the last block does: nothing is read of it, and its
+        tile has no ends of its own.
+        """
         if self.padding:
-            places = ops.pad(places, ((0, 0), (0, self.padding)))
+            last = ops.repeat(places[:, -1:], self.padding, axis=1)
+            places = ops.concatenate([places, last], axis=1)
         places = ops.reshape(places, (-1, self.tiles, self.blocks_per_tile))
         return ops.transpose(places, (1, 0, 2))
 
@@ -142,7 +147,7 @@ class _Layout:
 
 
 def _ranges(layout, anchors, starts, sliding_window, step):
-    """`Ranges` of document keys of every query; padded blocks see none."""
+    """`Ranges` of document keys of every query."""
     high = layout.places(_per_row(anchors))
     low = ops.zeros_like(high) if starts is None else layout.places(_per_row(starts))
     low, high = low[..., None], high[..., None]
