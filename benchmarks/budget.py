@@ -75,7 +75,7 @@ def measure_rate(shape):
     import numpy as np
     from phases import compiled, wait
 
-    from keras_ebft.kernels.projection import product
+    from keras_ebft.kernels.projection import projection
 
     done, seconds = 0.0, 0.0
     generator = np.random.default_rng(0)
@@ -86,7 +86,7 @@ def measure_rate(shape):
             keras.ops.convert_to_tensor(generator.normal(size=size).astype("float32"))
             for size in ((rows, inner), (inner, outer))
         )
-        run = functools.partial(compiled(product, model), left, right)
+        run = functools.partial(compiled(projection, model), left, right)
         found = harness.measure(lambda run=run: wait(run()), 4 * shape["repeats"])
         seconds += found["seconds"]
         done += 2 * rows * inner * outer

@@ -388,7 +388,8 @@ except ValueError as error:
     )
     assert process.returncode == 0, process.stderr
     chosen, raised = process.stdout.split("\n")[-3:-1]
-    plain = {"blockwise", "chunked", "fused", "in_place", "onednn", "reference"}
+    plain = {"blockwise", "chunked", "fused", "in_place", "matrices", "onednn"}
+    plain.add("reference")
     assert set(ast.literal_eval(chosen)) <= plain
     assert raised == "raises"
 

@@ -106,6 +106,10 @@ class TestProjectionReference(ProjectionContract):
     name = "reference"
 
 
+class TestProjectionMatrices(ProjectionContract):
+    name = "matrices"
+
+
 @on_torch
 class TestProjectionOneDnn(ProjectionContract):
     name = "onednn"
@@ -200,7 +204,7 @@ def test_a_gradient_that_nobody_asks_for_is_not_computed(monkeypatch):
     torch.testing.assert_close(found[1], found[2])
     products.clear()
     monkeypatch.setattr(
-        torch_in_place, "product", lambda *given: products.append(1) or plain(*given)
+        torch_in_place, "projection", lambda *given: products.append(1) or plain(*given)
     )
     # Logits, again backwards, and the gradient by hidden states.
     sum(linear_logprob_in_place(inputs, head, labels)).sum().backward()
@@ -241,8 +245,7 @@ def test_what_is_given_is_not_written_over(temperature, soft_cap):
     random = torch.Generator().manual_seed(0)
     options = {"temperature": temperature, "soft_cap": soft_cap}
     hidden, head = (
-        torch.randn((size, 5), generator=random, requires_grad=True)
-        for size in (8, 30)
+        torch.randn((size, 5), generator=random, requires_grad=True) for size in (8, 30)
     )
     labels = torch.arange(8, dtype=torch.int32)
     uniform = torch.rand((8,), generator=random)

@@ -240,8 +240,8 @@ class Pushed(NamedTuple):
         weights = ops.cast(weights, self.query.dtype)
         products = (
             ops.matmul(change, key),
-            ops.matmul(ops.swapaxes(change, -1, -2), self.query),
-            ops.matmul(ops.swapaxes(weights, -1, -2), self.upstream),
+            ops.einsum("...mk,...md->...kd", change, self.query),
+            ops.einsum("...mk,...md->...kd", weights, self.upstream),
         )
         return tuple(ops.cast(product, "float32") for product in products)
 

@@ -2,7 +2,7 @@
 
 from keras import ops
 
-from keras_ebft.kernels.projection import product
+from keras_ebft.kernels.projection import projection
 
 # Floats of one `[rows, vocabulary]` chunk: 8 MiB in float32.
 CHUNK_ELEMENTS = 2**21
@@ -93,7 +93,7 @@ class RowChunks:
         """
         if self.parts == 1:
             # In a batch of one XLA takes half as long again on a CPU.
-            return product(ops.transpose(left), right)[None]
+            return projection(ops.transpose(left), right)[None]
         left, right = (
             ops.reshape(v, (self.parts, self._size_of_part, v.shape[1]))
             for v in (left, right)

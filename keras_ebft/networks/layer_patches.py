@@ -6,17 +6,17 @@ import keras
 from keras import ops
 
 from keras_ebft.backend.runtime import after
-from keras_ebft.kernels.projection import has_projections, projection
+from keras_ebft.kernels.projection import projection
 from keras_ebft.networks.patches import Patch
 
 
 def token_by_token(decoder):
     """Patches with which a decoder layer reads each token as a row of its own.
 
-    - Projections of `[tokens, 1, ...]` run as `[1, tokens, ...]`: the gradient of
-      what Keras runs as a batch of one-token products would hold one kernel-sized
-      matrix per token on TensorFlow, before their sum.
-    - On PyTorch they run through `kernels.projection`, which has a choice there.
+    - Projections of `[tokens, 1, ...]` run through `kernels.projection`, or else as
+      `[1, tokens, ...]`: the gradient of what Keras runs as a batch of one-token
+      products would hold one kernel-sized matrix per token on TensorFlow, before
+      their sum.
     - Quantized layers read their kernels when inputs are there: those of all layers
       and passes would else lie unpacked in memory before the first of them is used.
     - Attention masks are not made: the caller's attention has its own.
@@ -33,7 +33,7 @@ def token_by_token(decoder):
         if getattr(layer, "quantization_mode", None) is not None:
             call = _after_inputs(layer.quantized_call)
             patches.append(Patch(layer, "quantized_call", call))
-        elif has_projections() and (count := _contracted_axes(layer)):
+        elif count := _contracted_axes(layer):
             call = functools.partial(_projected, layer, count)
             patches.append(Patch(layer, "call", call))
         elif type(layer) is keras.layers.EinsumDense and _passes_tokens(layer):

@@ -16,7 +16,7 @@ from keras_ebft.backend.gradients import (
 )
 from keras_ebft.backend.replicas import parts_of_program
 from keras_ebft.kernels.linear_logprob.reference import scaled_logits
-from keras_ebft.kernels.projection import product
+from keras_ebft.kernels.projection import projection
 from keras_ebft.kernels.row_chunks import RowChunks
 
 # A tile of logits, 8 MiB in float32: small enough for a cache, large enough for
@@ -63,7 +63,7 @@ class _Call(NamedTuple):
             head,
             temperature=self.temperature,
             soft_cap=self.soft_cap,
-            multiply=product,
+            multiply=projection,
         )
         return tiles.without_padding(logits, index)
 
@@ -201,7 +201,7 @@ def _push(tiles, logits_of, slope, hidden, head, given, trains_head):
             change = row.by_log_prob[:, None] * (hit - p)
             change -= row.by_entropy[:, None] * p * (log_p + row.entropy[:, None])
             change = ops.cast(change * slope(logits), head.dtype)
-            part = ops.cast(product(change, tokens), "float32")
+            part = ops.cast(projection(change, tokens), "float32")
             part = part + tiles.rows.at(by_hidden, row_index)
             by_hidden = tiles.rows.put(by_hidden, row_index, part)
             if not trains_head:

@@ -11,7 +11,7 @@ import torch
 
 from keras_ebft.backend.gradients import differentiable, may_have_gradient
 from keras_ebft.kernels.linear_logprob import chunked
-from keras_ebft.kernels.projection import product
+from keras_ebft.kernels.projection import projection
 
 
 def linear_logprob_in_place(hidden, head, labels, *, temperature=1.0, soft_cap=None):
@@ -25,7 +25,7 @@ def linear_logprob_in_place(hidden, head, labels, *, temperature=1.0, soft_cap=N
 
 def scaled_logits_in_place(hidden, head, *, temperature=1.0, soft_cap=None):
     """Capped logits over the temperature, float32 `[R, V]`, in memory of their own."""
-    logits = product(hidden, head.t()).float()
+    logits = projection(hidden, head.t()).float()
     if soft_cap is not None:
         logits.div_(soft_cap).tanh_().mul_(soft_cap)
     return logits if temperature == 1.0 else logits.div_(temperature)
@@ -104,9 +104,9 @@ def _backward(call, tensors, outputs, upstream):
             row = _Row(*(values[own] for values in given))
             change = _change(call, call.logits(rows, tokens), row, first, memory)
             change = change.to(head.dtype)
-            by_hidden[own] += product(change, tokens)
+            by_hidden[own] += projection(change, tokens)
             if call.trains_head:
-                by_head[first : first + len(tokens)] += product(change.t(), rows)
+                by_head[first : first + len(tokens)] += projection(change.t(), rows)
     found = (by_hidden, by_head) if call.trains_head else (by_hidden,)
     return tuple(gradient.to(head.dtype) for gradient in found)
 

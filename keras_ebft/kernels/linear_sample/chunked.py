@@ -5,7 +5,7 @@ from keras import ops
 from keras_ebft.backend.replicas import parts_of_program
 from keras_ebft.kernels.linear_logprob.reference import scaled_logits
 from keras_ebft.kernels.linear_sample.reference import sample_logits
-from keras_ebft.kernels.projection import product
+from keras_ebft.kernels.projection import projection
 from keras_ebft.kernels.row_chunks import RowChunks, chunk_rows
 
 
@@ -43,6 +43,6 @@ def _sample(hidden, head, uniform, *, temperature=1.0, soft_cap=None, **kept):
         head,
         temperature=temperature or 1.0,
         soft_cap=soft_cap,
-        multiply=product,
+        multiply=projection,
     )
     return sample_logits(logits, uniform, temperature, **kept)

@@ -1,21 +1,10 @@
 """The product of tokens and a layer's kernel."""
 
-from keras import ops
-
-from keras_ebft.backend.runtime import backend_name
 from keras_ebft.kernels import dispatch
 from keras_ebft.kernels.projection.implementations import IMPLEMENTATIONS
 from keras_ebft.typing import Tensor
 
 dispatch.register("projection", IMPLEMENTATIONS)
-
-
-def has_projections() -> bool:
-    """Whether there is anything but the plain product on the running backend."""
-    return any(
-        backend_name() in implementation.backends
-        for implementation in IMPLEMENTATIONS[:-1]
-    )
 
 
 def projection(inputs: Tensor, kernel: Tensor, axes: int = 1) -> Tensor:
@@ -31,9 +20,3 @@ def projection(inputs: Tensor, kernel: Tensor, axes: int = 1) -> Tensor:
     """
     run = dispatch.choose("projection", (inputs, kernel), settings={"axes": axes})
     return run(inputs, kernel, axes)
-
-
-def product(rows: Tensor, matrix: Tensor) -> Tensor:
-    """A product within another path: `projection`, where a backend has a choice."""
-    run = projection if has_projections() else ops.matmul
-    return run(rows, matrix)

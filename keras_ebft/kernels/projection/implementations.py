@@ -13,5 +13,6 @@ IMPLEMENTATIONS = (
         makers=("AuthenticAMD",),
         dtypes=("float32",),
     ),
+    Implementation("matrices", f"{_HERE}.matrices:projection_matrices"),
     Implementation("reference", f"{_HERE}.reference:projection_reference"),
 )
