@@ -407,3 +407,21 @@ def test_what_is_not_proven_runs_if_it_passes_or_is_forced(path, monkeypatch):
     verdicts.clear()
     kernels.set_implementation("made_up", "fast")
     assert run() == "fast"
+
+
+@pytest.mark.parametrize("backend", dispatch.BACKENDS)
+def test_kernels_in_parts_are_not_reshaped(backend):
+    """What lies on several devices would be sent between them."""
+
+    def chosen(*options):
+        call = dispatch.Call(
+            "projection",
+            backend,
+            Device("cpu", None, "GenuineIntel"),
+            frozenset(["float32"]),
+            options=frozenset(options),
+        )
+        return dispatch._select(call, None, None).name
+
+    assert chosen() == "matrices"
+    assert chosen("distribution") == "reference"

@@ -13,6 +13,7 @@ IMPLEMENTATIONS = (
         makers=("AuthenticAMD",),
         dtypes=("float32",),
     ),
-    Implementation("matrices", f"{_HERE}.matrices:projection_matrices"),
+    # Of kernels in parts, reshaped ones would be sent from device to device.
+    Implementation("matrices", f"{_HERE}.matrices:projection_matrices", options=()),
     Implementation("reference", f"{_HERE}.reference:projection_reference"),
 )
