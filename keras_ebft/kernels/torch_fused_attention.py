@@ -129,12 +129,12 @@ class _SharedKeys:
         )
 
     def push(self, index, tile, output, by_key, by_value):
-        """Gradient by a tile of queries; adds those by keys and values in place.
+        """Gradient by a tile of queries, float32; adds those by keys and values.
 
         With the output and log-normaliser of all keys together, the kernel's
         gradient is that of its part of them.
         """
-        by_query = torch.zeros_like(tile.query)
+        by_query = torch.zeros_like(tile.query, dtype=torch.float32)
         for span in self._spans(index):
             query_part, key_part, value_part = _BACKWARD(
                 tile.upstream,
