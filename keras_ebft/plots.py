@@ -126,7 +126,10 @@ def accuracy_plane(
                 f"shape {pairs.shape} for {name!r}."
             )
         axis.plot(pairs[:, 0], pairs[:, 1], "o-" if joined else "o", label=name)
-    _finish(axis, likelihood_label, accuracy_label)
+    _finish(axis, likelihood_label, accuracy_label, legend=False)
+    # Beside the points: any place among them may hide one.
+    figure.legend(loc="outside right upper")
+    figure.set_size_inches(7.0, 3.6)
     return figure
 
 
@@ -297,10 +300,11 @@ def _figure(panels: int) -> Any:
     return figure, np.ravel(figure.subplots(1, panels))
 
 
-def _finish(axis: Any, x_label: str, y_label: str) -> None:
+def _finish(axis: Any, x_label: str, y_label: str, legend: bool = True) -> None:
     axis.set(xlabel=x_label, ylabel=y_label)
     axis.grid(alpha=0.3)
-    axis.legend()
+    if legend:
+        axis.legend()
 
 
 def _not_empty(name: str, values: Any) -> Any:

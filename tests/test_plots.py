@@ -51,6 +51,10 @@ def test_accuracy_plane():
     (axis,) = plots.accuracy_plane(points, likelihood_label=label, joined=False).axes
     assert {line.get_linestyle() for line in axis.lines} == {"None"}
     assert axis.get_xlabel() == label
+    figure = axis.figure
+    figure.savefig(io.BytesIO())
+    (legend,) = figure.legends
+    assert not legend.get_window_extent().overlaps(axis.get_window_extent())
     with pytest.raises(ValueError, match=r"\(1, 3\) for 'SFT'"):
         plots.accuracy_plane({"SFT": (1, 2, 3)})
 
