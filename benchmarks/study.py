@@ -7,9 +7,10 @@
 
 A plan says which model, tasks, methods, learning rates and seeds. What is finished is
 a line in `FOLDER/study.jsonl`, and a study that is started again goes on after the
-last line, on another machine too if the folder comes along. `--tables` makes
-`tables.md` and pictures of what is there, at any time. How a study is made, and what
-can be concluded from one: docs/evidence.md.
+last line, on another machine too if the folder comes along. The same command once more,
+at the same time, shares the work: one process for each core, or each GPU with
+`CUDA_VISIBLE_DEVICES`. `--tables` makes `tables.md` and pictures of what is there, at
+any time. How a study is made, and what can be concluded from one: docs/evidence.md.
 """
 
 import argparse
@@ -20,6 +21,9 @@ import time
 from pathlib import Path
 
 import study_plan
+
+# How often a process that others have left nothing to do looks again.
+WAIT_SECONDS = 5.0
 
 
 def read_arguments():
@@ -113,34 +117,58 @@ def next_words(plan, records):
 
 
 def go_on(plan, records, arguments):
-    """Does unit after unit."""
+    """Does unit after unit, beside other processes that do the same."""
+    with study_plan.Claims(arguments.folder / "claims") as claims:
+        workshop, seconds, begin, done = None, {}, time.monotonic(), 0
+        while study_plan.next_unit(plan, records) is not None:
+            unit = study_plan.claim_unit(plan, records, claims)
+            usual = seconds.setdefault(unit and unit[0], [])
+            left = left_after(arguments.minutes, begin, usual)
+            if left < 0 or done == arguments.units:
+                print(f"Stopped before {next_words(plan, records)}.", flush=True)
+                return
+            if unit is None:
+                # Others are at all that can be done now.
+                time.sleep(WAIT_SECONDS)
+                continue
+            if workshop is not None and workshop.name != unit[1]:
+                # Two tasks' models at once are too much for some machines.
+                workshop = None
+            start = time.monotonic()
+            workshop = do_unit(unit, plan, records, arguments.folder, workshop)
+            usual.append(time.monotonic() - start)
+            claims.release()
+            done += 1
+    print("Everything is done. --tables makes the tables.", flush=True)
+
+
+def do_unit(unit, plan, records, folder, workshop):
+    """Does a unit and writes its line.
+
+    Args:
+        unit: tuple, see `study_plan`.
+        plan: dict, see `study_plan`.
+        records: `study_plan.Records`.
+        folder: `pathlib.Path`, for all results.
+        workshop: `study_runs.Workshop` of the unit's task, or `None` to make one.
+
+    Returns:
+        `study_runs.Workshop`.
+    """
     import keras
     import study_runs
     from harness import machine
 
+    start = time.monotonic()
+    if workshop is None:
+        workshop = study_runs.Workshop(plan, unit[1], folder / "weights", records)
+    found = workshop.do(unit)
+    spent = time.monotonic() - start
     where = {**machine(), "backend": keras.backend.backend()}
-    workshop, seconds, begin, done = None, {}, time.monotonic(), 0
-    while (unit := study_plan.next_unit(plan, records)) is not None:
-        left = left_after(arguments.minutes, begin, seconds.get(unit[0]))
-        if left < 0 or done == arguments.units:
-            print(f"Stopped before {' '.join(map(str, unit))}.", flush=True)
-            return
-        start = time.monotonic()
-        if workshop is None or workshop.name != unit[1]:
-            workshop = None
-            workshop = study_runs.Workshop(
-                plan, unit[1], arguments.folder / "weights", records
-            )
-        found = workshop.do(unit)
-        spent = time.monotonic() - start
-        seconds.setdefault(unit[0], []).append(spent)
-        records.add(unit, {**found, "unit_seconds": round(spent, 1), "machine": where})
-        workshop.tidy()
-        done += 1
-        print(
-            f"[{spent:.0f} s] {' '.join(map(str, unit))}: {in_short(found)}", flush=True
-        )
-    print("Everything is done. --tables makes the tables.", flush=True)
+    records.add(unit, {**found, "unit_seconds": round(spent, 1), "machine": where})
+    workshop.tidy()
+    print(f"[{spent:.0f} s] {' '.join(map(str, unit))}: {in_short(found)}", flush=True)
+    return workshop
 
 
 def left_after(minutes, begin, seconds):

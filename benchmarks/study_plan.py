@@ -10,9 +10,12 @@ A *unit* is a tuple, and the JSONL file has a line for each that was finished:
     ("test", task, method, budget, rate, seed) a chosen run, measured on test
 
 What comes next follows from the plan and the file alone, so that a study that was
-killed goes on, on another machine too.
+killed goes on, on another machine too, and several processes can share one.
 """
 
+import contextlib
+import fcntl
+import hashlib
 import json
 import statistics
 from pathlib import Path
@@ -120,6 +123,14 @@ def _filled(what, given, defaults):
     return {**defaults, **given}
 
 
+@contextlib.contextmanager
+def _alone(path):
+    """While no other process is in here for the same file."""
+    with path.with_suffix(".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 class Records:
     """The JSONL file of a study: one line for every finished unit.
 
@@ -130,21 +141,30 @@ class Records:
     def __init__(self, path):
         self.path = path
         self.lines = {}
-        if not path.exists():
+        self._read = 0
+        self.refresh()
+
+    def refresh(self):
+        """Reads what has been added since, by other processes too."""
+        if not self.path.exists():
             return
-        text = path.read_text("utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            path.write_text(whole, "utf-8")
+        # Nobody is writing then: a line without an end was cut off.
+        with _alone(self.path), self.path.open("r+b") as file:
+            file.seek(self._read)
+            new = file.read()
+            whole = new[: new.rfind(b"\n") + 1]
+            self._read += len(whole)
+            if whole != new:
+                file.truncate(self._read)
         for line in map(json.loads, whole.splitlines()):
             self.lines[tuple(line["unit"])] = line
 
     def add(self, unit, found):
         """Appends a finished unit."""
-        line = {"unit": list(unit), **found}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        self.lines[tuple(unit)] = line
+        line = json.dumps({"unit": list(unit), **found}) + "\n"
+        with _alone(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(line)
+        self.refresh()
 
     def get(self, *unit):
         """The line of a unit, or `None`."""
@@ -158,12 +178,88 @@ class Records:
         return {u: v for u, v in self.lines.items() if u[:2] == (kind, task)}
 
 
+class Claims:
+    """Which units the processes of a study are at, each a lock on a file.
+
+    The system gives a lock back when its process ends, however it ends.
+
+    Args:
+        folder: `pathlib.Path`, the same for all processes, which share a machine.
+    """
+
+    def __init__(self, folder):
+        self._folder = folder
+        self._file = None
+
+    def take(self, unit):
+        """Takes a unit, unless another process has it.
+
+        Returns:
+            bool, whether it is this process's.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        name = hashlib.sha256(json.dumps(unit).encode()).hexdigest()[:16]
+        file = (self._folder / name).open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return False
+        self._file = file
+        return True
+
+    def release(self):
+        """Gives back the unit that was taken last, if any."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *failure):
+        self.release()
+
+
 def next_unit(plan, records):
-    """The unit to do now, or `None` when everything is done."""
+    """The first unit that is not done, or `None` when everything is done."""
+    return next((u for u in units(plan, records) if u not in records), None)
+
+
+def claim_unit(plan, records, claims):
+    """Takes the first unit that is not done, can be done and that nobody is at.
+
+    Returns:
+        tuple, or `None` where there is none.
+    """
+    records.refresh()
     for unit in units(plan, records):
+        if unit in records or not is_ready(plan, records, unit):
+            continue
+        if not claims.take(unit):
+            continue
+        # It may have been finished between the two looks.
+        records.refresh()
         if unit not in records:
             return unit
+        claims.release()
     return None
+
+
+def is_ready(plan, records, unit):
+    """Whether what a unit needs of others is done."""
+    if unit[0] == "test":
+        return ("run", *unit[1:]) in records
+    if unit[0] == "run" and unit[3] == COMPUTE:
+        names = plan["equal_compute"]["reference"], unit[2]
+        return all(_runs(records, unit[1], name) for name in names)
+    return True
+
+
+def _runs(records, task, method):
+    """Lines of the runs of a method at equal documents."""
+    found = records.kind("run", task).items()
+    return [line for unit, line in found if unit[2:4] == (method, DOCUMENTS)]
 
 
 def units(plan, records):
@@ -368,15 +464,11 @@ def equal_compute_steps(plan, records, task, method):
     reference = plan["equal_compute"]["reference"]
     costs = {}
     for name in (reference, method):
-        found = [
-            line["passes_per_step"]
-            for unit, line in records.kind("run", task).items()
-            if unit[2:4] == (name, DOCUMENTS)
-        ]
+        found = _runs(records, task, name)
         if not found:
             raise ValueError(
                 f"Expected runs of {name!r} at equal documents, before those at equal "
                 "compute. Received: none."
             )
-        costs[name] = found[0]
+        costs[name] = found[0]["passes_per_step"]
     return max(round(plan["steps"] * costs[reference] / costs[method]), 1)

@@ -1,9 +1,11 @@
 """The study: what is chosen and on what, and that a killed one goes on as it was."""
 
 import argparse
+import contextlib
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -292,6 +294,91 @@ def test_a_folder_holds_one_plan(tmp_path):
     study.keep_plan(plan_of(), tmp_path)
     with pytest.raises(ValueError, match="Received: another"):
         study.keep_plan(plan_of(steps=4), tmp_path)
+
+
+@pytest.fixture
+def claims_of(tmp_path):
+    with contextlib.ExitStack() as stack:
+        yield lambda: stack.enter_context(study_plan.Claims(tmp_path / "claims"))
+
+
+@pytest.mark.backend_independent
+def test_processes_share_a_study(tmp_path, claims_of):
+    plan = plan_of(equal_compute={"methods": ["SFT"], "reference": "EBFT"})
+    path = tmp_path / "study.jsonl"
+    ours, theirs = study_plan.Records(path), study_plan.Records(path)
+    own, other, third, fourth, fifth, sixth = (claims_of() for _ in range(6))
+
+    def run(method, rate, budget="documents"):
+        return ("run", "numbers", method, budget, rate, 0)
+
+    def done(unit, records):
+        records.add(unit, {"validation": measured(0.5, 1.0), "passes_per_step": 9.0})
+
+    first = ("base", "numbers", 0)
+    assert study_plan.claim_unit(plan, ours, own) == first
+    # What follows depends on it, so that there is nothing for another to do.
+    assert study_plan.claim_unit(plan, theirs, other) is None
+    ours.add(first, {"cross_entropy": 1.0})
+    own.release()
+    for unit in [*list(START)[1:], ("audit", "numbers")]:
+        assert study_plan.claim_unit(plan, theirs, other) == unit
+        theirs.add(unit, {"measured": measured(0.5, 1.0)})
+        other.release()
+    assert study_plan.claim_unit(plan, ours, own) == run("SFT", 1e-3)
+    assert study_plan.claim_unit(plan, theirs, other) == run("SFT", 1e-2)
+    assert study_plan.claim_unit(plan, theirs, third) == run("EBFT", 1e-2)
+    # A process that ended without a result, killed for example.
+    other.release()
+    assert study_plan.claim_unit(plan, theirs, other) == run("SFT", 1e-2)
+    done(run("EBFT", 1e-2), theirs)
+    third.release()
+    # Admission, and with it all that comes after, waits for supervised training.
+    assert study_plan.claim_unit(plan, ours, third) is None
+    for rate, claims in ((1e-3, own), (1e-2, other)):
+        done(run("SFT", rate), ours)
+        claims.release()
+    assert study_plan.claim_unit(plan, theirs, own) == ("admission", "numbers")
+    tested = ("test", "numbers", "SFT", "documents", 1e-3, 0)
+    assert study_plan.claim_unit(plan, ours, other) == tested
+    tested = ("test", "numbers", "EBFT", "documents", 1e-2, 0)
+    assert study_plan.claim_unit(plan, ours, third) == tested
+    # Of seed 1 the runs, and their measurements when they are done.
+    later = ("run", "numbers", "SFT", "documents", 1e-3, 1)
+    assert study_plan.claim_unit(plan, ours, fourth) == later
+    later = ("run", "numbers", "EBFT", "documents", 1e-2, 1)
+    assert study_plan.claim_unit(plan, ours, fifth) == later
+    done(later, ours)
+    fifth.release()
+    assert study_plan.claim_unit(plan, ours, fifth) == ("test", *later[1:])
+    # Equal compute is next, whose length has been measured by now.
+    compute = run("SFT", 1e-3, "compute")
+    assert study_plan.claim_unit(plan, theirs, sixth) == compute
+
+
+@pytest.mark.backend_independent
+def test_equal_compute_waits_for_the_reference():
+    plan = plan_of(equal_compute={"methods": ["SFT"], "reference": "EBFT"})
+    unit = ("run", "numbers", "SFT", "compute", 1e-3, 0)
+    lines = run_of(1e-3, (0.5, 1.0), (0, 0))
+    assert not study_plan.is_ready(plan, Written(lines), unit)
+    lines["run", "numbers", "EBFT", "documents", 1e-2, 0] = {"passes_per_step": 9.0}
+    assert study_plan.is_ready(plan, Written(lines), unit)
+
+
+@pytest.mark.backend_independent
+def test_two_processes_write_whole_lines(tmp_path):
+    path = tmp_path / "study.jsonl"
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import study_plan; "
+        "from pathlib import Path; records = study_plan.Records(Path(sys.argv[2]))\n"
+        "for i in range(40): records.add((sys.argv[3], i), {'text': 'x' * 50_000})"
+    )
+    command = [sys.executable, "-c", program, str(BENCHMARKS), str(path)]
+    both = [subprocess.Popen([*command, name]) for name in "ab"]
+    assert [process.wait(60) for process in both] == [0, 0]
+    units = {(name, index) for name in "ab" for index in range(40)}
+    assert set(study_plan.Records(path).lines) == units
 
 
 class Snapshot(study_plan.Records):
