@@ -5,7 +5,7 @@ A *unit* is a tuple, and the JSONL file has a line for each that was finished:
     ("base", task, i)                          a stretch of training the base
     ("start", task, part)                      the base measured on a part
     ("audit", task)                            what `RewardAudit` recommends
-    ("run", task, method, budget, rate, seed)  training, measured on validation
+    ("run", task, method, budget, rate, seed)  training; the first seeds are validated
     ("admission", task)                        whether the base was admitted
     ("test", task, method, budget, rate, seed) a chosen run, measured on test
 
@@ -352,8 +352,13 @@ def rates(plan, method):
     return plan["methods"][method]["learning_rates"]
 
 
+def screening_seeds(plan):
+    """Seeds that learning rates are chosen with; the others are not validated."""
+    return plan["seeds"][: plan["screening_seeds"]]
+
+
 def _screening(plan, records, task, budget):
-    for seed in plan["seeds"][: plan["screening_seeds"]]:
+    for seed in screening_seeds(plan):
         for method in methods_of(plan, task, budget):
             for rate in rates(plan, method):
                 yield ("run", task, method, budget, rate, seed)
@@ -366,7 +371,7 @@ def is_screened(plan, records, task, method, budget):
     return all(
         ("run", task, method, budget, rate, seed) in records
         for rate in rates(plan, method)
-        for seed in plan["seeds"][: plan["screening_seeds"]]
+        for seed in screening_seeds(plan)
     )
 
 
@@ -385,7 +390,7 @@ def choose_rate(plan, records, task, method, budget=DOCUMENTS):
     def merit(rate):
         found = [
             records.get("run", task, method, budget, rate, seed)["validation"]
-            for seed in plan["seeds"][: plan["screening_seeds"]]
+            for seed in screening_seeds(plan)
         ]
         return (
             statistics.fmean(v["greedy"] for v in found),
@@ -425,7 +430,7 @@ def admission(plan, records, task):
     for rate in rates(plan, method) if method else ():
         found = [
             records.get("run", task, method, DOCUMENTS, rate, seed)
-            for seed in plan["seeds"][: plan["screening_seeds"]]
+            for seed in screening_seeds(plan)
         ]
         values = [line["validation"]["greedy"] for line in found]
         gains[f"{rate:g}"] = statistics.fmean(values) - accuracy

@@ -276,8 +276,9 @@ class Workshop:
             ),
             "cpu_seconds": round(seconds[0], 1),
             "seconds": round(seconds[1], 1),
-            "validation": self.judge("validation", whole=False),
         }
+        if seed in study_plan.screening_seeds(self.plan):
+            found["validation"] = self.judge("validation", whole=False)
         # Its slots and its frozen network, which refer to each other.
         del model
         gc.collect()

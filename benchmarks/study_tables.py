@@ -89,7 +89,7 @@ def screening_table(plan, records, task, budget):
         for rate in study_plan.rates(plan, method):
             found = [
                 records.get("run", task, method, budget, rate, seed)
-                for seed in plan["seeds"][: plan["screening_seeds"]]
+                for seed in study_plan.screening_seeds(plan)
             ]
             found = [line["validation"] for line in found if line]
             if not found:
@@ -125,7 +125,8 @@ def test_table(plan, records, task, budget):
     names = [n for n in base if n.startswith(("sampled", "best@", "unbiased"))]
     names += ["entropy", "kl_from_base"]
     columns = ["test", "rate", "seeds", "greedy", "from base", "from SFT"]
-    columns += ["cross-entropy", "from base", *map(short, names), "steps", "CPU s"]
+    columns += ["cross-entropy", "from base", *map(short, names)]
+    columns += ["steps", "token passes", "CPU s"]
     rows = [base_row(base, names)]
     sft = study_plan.first_sft(plan)
     _, compared = chosen_lines(plan, records, task, sft, budget) if sft else (0, [])
@@ -144,12 +145,15 @@ def test_table(plan, records, task, budget):
 
 
 def rows_of(plan, task, budget):
-    """Methods of a table, and the budget of their runs."""
-    found = [(m, budget) for m in study_plan.methods_of(plan, task, budget)]
-    if budget == study_plan.COMPUTE:
-        reference = plan["equal_compute"]["reference"]
-        found.append((reference, study_plan.DOCUMENTS))
-    return found
+    """Methods of a table, and the budget of their runs.
+
+    At equal compute those that were given more steps come first, and after them the
+    others as they are, with what they took.
+    """
+    found = dict.fromkeys(study_plan.methods_of(plan, task, budget), budget)
+    for method in study_plan.methods_of(plan, task, study_plan.DOCUMENTS):
+        found.setdefault(method, study_plan.DOCUMENTS)
+    return list(found.items())
 
 
 def short(name):
@@ -162,7 +166,7 @@ def base_row(base, names):
     """The first line of a table."""
     cells = ["base", "", "", f"{base['greedy']:.3f}", "", ""]
     cells += [f"{base['cross_entropy']:.4f}", ""]
-    return [*cells, *(f"{base[name]:.4f}" for name in names), "", ""]
+    return [*cells, *(f"{base[name]:.4f}" for name in names), "", "", ""]
 
 
 def method_row(plan, method, rate, found, base, compared, names):
@@ -182,6 +186,7 @@ def method_row(plan, method, rate, found, base, compared, names):
         change([base], tests, "cross_entropy"),
         *(spread([test[name] for test in tests], 4) for name in names),
         found[0][0]["steps"],
+        f"{found[0][0]['steps'] * found[0][0]['passes_per_step'] / 1000:.1f}k",
         f"{statistics.fmean(run['cpu_seconds'] for run, _ in found):.0f}",
     ]
 

@@ -407,7 +407,7 @@ def tables_of(plan, folder):
 @pytest.mark.on_torch
 @pytest.mark.filterwarnings("ignore")
 def test_a_study_that_was_killed_goes_on_and_ends_the_same(tmp_path, capsys):
-    plan = plan_of(seeds=[0])
+    plan = plan_of(equal_compute={"methods": ["SFT"], "reference": "EBFT"})
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     arguments = argparse.Namespace(folder=whole, minutes=None, units=None)
@@ -422,6 +422,17 @@ def test_a_study_that_was_killed_goes_on_and_ends_the_same(tmp_path, capsys):
     tested = records.get("test", "numbers", "EBFT", "documents", 1e-2, 0)["measured"]
     assert tested["kl_from_base"] > 0.0
     assert tested["cross_entropy"] != pytest.approx(start["cross_entropy"], abs=1e-6)
+
+    # Rates are chosen with the first seed: only that is validated.
+    validated = {
+        unit[5]
+        for unit, line in records.kind("run", "numbers").items()
+        if "validation" in line
+    }
+    assert validated == {0}
+    _, _, compute = tables_of(plan, whole).partition("### Equal compute")
+    rows = re.findall(r"^\| (\w+) \| [\d.^]+ \|", compute, re.MULTILINE)
+    assert rows == ["SFT", "EBFT"]
 
     assert len((killed / "study.jsonl").read_text("utf-8").splitlines()) == 6
     with (killed / "study.jsonl").open("a", encoding="utf-8") as file:
