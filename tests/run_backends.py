@@ -8,7 +8,8 @@ all of them, where XLA compiles them.
 
 A process runs for each core, two at least: most of the time goes into compiling, one
 program after the other, which leaves other cores idle. Each takes a part of the files,
-so that no core waits for another in the end.
+so that no core waits for another in the end. What JAX compiles is kept for the next
+time; `make clean` removes it.
 """
 
 import collections
@@ -16,7 +17,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 AT_ONCE = min(max(os.cpu_count() or 1, 2), 6)
 PARTS = 3
 NO_TESTS = 5
+# Programs that JAX compiled, for all processes of a run and for later runs.
+COMPILED = ROOT / ".pytest_cache" / "compiled"
+KEPT_SECONDS = 7 * 24 * 3600
 
 
 # What runs again with XLA's optimizations on. TensorFlow compiles with XLA only where
@@ -57,7 +60,7 @@ class Result(NamedTuple):
     seconds: float
 
 
-def environment(backend, cache, optimized=False):
+def environment(backend, optimized=False):
     """What the suite runs under: tiny programs, many of them, each run once."""
     unoptimized = {
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
@@ -75,19 +78,19 @@ def environment(backend, cache, optimized=False):
         "TF_NUM_INTRAOP_THREADS": "1",
         "TF_NUM_INTEROP_THREADS": "1",
         **({} if optimized else unoptimized),
-        "JAX_COMPILATION_CACHE_DIR": cache,
+        "JAX_COMPILATION_CACHE_DIR": str(COMPILED),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     }
 
 
-def execute(run, cache):
+def execute(run):
     """Runs pytest; returns `Result`."""
     start = time.monotonic()
     command = [sys.executable, "-m", "pytest", "--durations=10", "-m", run.markers]
     process = subprocess.run(
         [*command, *run.files],
         cwd=ROOT,
-        env=environment(run.backend, cache, run.optimized),
+        env=environment(run.backend, run.optimized),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -145,11 +148,20 @@ def summary(name, results):
     return [f"{name}: {ran or 'no tests ran'} ({seconds:.0f} s)", *failures], well
 
 
+def remove_old(folder):
+    """Removes programs that a change of the code has made useless, or soon will."""
+    for path in folder.iterdir():
+        if time.time() - path.stat().st_mtime > KEPT_SECONDS:
+            path.unlink(missing_ok=True)
+
+
 def main():
     slow = "--slow" in sys.argv[1:]
     backends = [argument for argument in sys.argv[1:] if argument != "--slow"]
-    with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(AT_ONCE) as pool:
-        running = [pool.submit(execute, run, cache) for run in runs(backends, slow)]
+    COMPILED.mkdir(parents=True, exist_ok=True)
+    remove_old(COMPILED)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        running = [pool.submit(execute, run) for run in runs(backends, slow)]
         results = [future.result() for future in running]
     all_well = True
     for name in dict.fromkeys(result.name for result in results):

@@ -1,5 +1,7 @@
 """Sums of several runs of pytest, and what counts as a failure."""
 
+import os
+
 import pytest
 import run_backends
 
@@ -56,3 +58,12 @@ def test_every_file_is_run_once_on_every_backend(slow):
         files = [f for run in plain if run.backend == backend for f in run.files]
         assert len(files) == len(set(files)) > 80
     assert [run.name for run in planned if run.optimized] == ["jax, optimized"]
+
+
+def test_old_programs_are_removed_and_new_ones_kept(tmp_path):
+    new, old = tmp_path / "new", tmp_path / "old"
+    for path in (new, old):
+        path.write_text("a program")
+    os.utime(old, (0, 0))
+    run_backends.remove_old(tmp_path)
+    assert list(tmp_path.iterdir()) == [new]
