@@ -5,6 +5,7 @@ needed. In a notebook a figure as the last line of a cell shows itself. They nee
 `pip install "keras_ebft[plots]"`.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ LABELS = {
     "whitened_feature_matching_loss": "whitened feature-matching loss",
     "ce_loss": "cross-entropy (nats/token)",
 }
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def training_curves(
@@ -101,7 +103,8 @@ def accuracy_plane(
 ) -> Any:
     """Accuracy against validation cross-entropy, the plane of the paper's Figure 1.
 
-    Better is up and to the left.
+    Better is up and to the left. Every method has a shape of its own, open so that
+    points at the same place are all seen.
 
     Args:
         points: dict from a method's name to `(cross-entropy, accuracy)` or a list
@@ -118,14 +121,18 @@ def accuracy_plane(
         ValueError: if there is no point, or one is no pair of numbers.
     """
     figure, (axis,) = _figure(1)
-    for name, given in _not_empty("points", points):
+    named = _not_empty("points", points)
+    for (name, given), marker in zip(named, itertools.cycle(MARKERS)):
         pairs = np.atleast_2d(np.asarray(given, dtype="float64"))
         if pairs.ndim != 2 or pairs.shape[1] != 2:
             raise ValueError(
                 "Expected pairs (cross-entropy, accuracy). Received: an array of "
                 f"shape {pairs.shape} for {name!r}."
             )
-        axis.plot(pairs[:, 0], pairs[:, 1], "o-" if joined else "o", label=name)
+        (line,) = axis.plot(pairs[:, 0], pairs[:, 1], marker, label=name)
+        line.set(fillstyle="none", linestyle="-" if joined else "none")
+    # Likelihoods that differ little have long labels.
+    axis.locator_params("x", nbins=5)
     _finish(axis, likelihood_label, accuracy_label, legend=False)
     # Beside the points: any place among them may hide one.
     figure.legend(loc="outside right upper")

@@ -1,6 +1,7 @@
 """Pictures: what is drawn is what was given."""
 
 import io
+import itertools
 import sys
 
 import numpy as np
@@ -55,8 +56,20 @@ def test_accuracy_plane():
     figure.savefig(io.BytesIO())
     (legend,) = figure.legends
     assert not legend.get_window_extent().overlaps(axis.get_window_extent())
+    # Points at the same place: shapes of their own, open.
+    assert len({line.get_marker() for line in axis.lines}) == len(points)
+    assert {line.get_fillstyle() for line in axis.lines} == {"none"}
     with pytest.raises(ValueError, match=r"\(1, 3\) for 'SFT'"):
         plots.accuracy_plane({"SFT": (1, 2, 3)})
+
+
+def test_labels_of_near_likelihoods_stand_apart():
+    points = {"SFT": (0.3876, 0.59), "EBFT": (0.3915, 0.58)}
+    (axis,) = plots.accuracy_plane(points).axes
+    axis.figure.savefig(io.BytesIO())
+    boxes = [label.get_window_extent() for label in axis.get_xticklabels()]
+    assert len(boxes) > 2
+    assert all(one.x1 < next_.x0 for one, next_ in itertools.pairwise(boxes))
 
 
 def test_rollout_length_curves():
