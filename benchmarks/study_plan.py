@@ -106,6 +106,15 @@ def complete(given):
             f"Expected `equal_compute` to name methods of the plan, "
             f"{list(plan['methods'])}. Received: {sorted(unknown)}."
         )
+    for task in plan["tasks"]:
+        # Steps at equal compute are counted from its runs.
+        if methods_of(plan, task, COMPUTE) and extra["reference"] not in methods_of(
+            plan, task, DOCUMENTS
+        ):
+            raise ValueError(
+                "Expected `equal_compute` with a `reference` that is run on every task "
+                f"of its methods. Received: {extra['reference']!r} for {task!r}."
+            )
     if not 1 <= plan["screening_seeds"] <= len(plan["seeds"]):
         raise ValueError(
             f"Expected `screening_seeds` from 1 to {len(plan['seeds'])}, the number of "

@@ -254,6 +254,7 @@ def test_parts_of_a_task_share_no_prompt_and_their_answers_pass():
         ),
         ({"screening_seeds": 3}, "from 1 to 2"),
         ({"equal_compute": {"methods": ["PPO"]}}, "\\['PPO'\\]"),
+        ({"equal_compute": {"methods": ["SFT"]}}, "Received: None for 'numbers'"),
     ],
 )
 def test_plans_that_cannot_be_done(change, message):
