@@ -64,7 +64,7 @@ def test_accuracy_plane():
 
 
 def test_labels_of_near_likelihoods_stand_apart():
-    points = {"SFT": (0.3876, 0.59), "EBFT": (0.3915, 0.58)}
+    points = {"EBFT audit, gamma 0.03": [(0.3876, 0.59), (0.3915, 0.58)]}
     (axis,) = plots.accuracy_plane(points).axes
     axis.figure.savefig(io.BytesIO())
     boxes = [label.get_window_extent() for label in axis.get_xticklabels()]
