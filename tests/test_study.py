@@ -368,18 +368,28 @@ def test_equal_compute_waits_for_the_reference():
 
 
 @pytest.mark.backend_independent
-def test_two_processes_write_whole_lines(tmp_path):
+def test_a_process_waits_until_another_has_written_its_line(tmp_path):
     path = tmp_path / "study.jsonl"
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); import study_plan; "
-        "from pathlib import Path; records = study_plan.Records(Path(sys.argv[2]))\n"
-        "for i in range(40): records.add((sys.argv[3], i), {'text': 'x' * 50_000})"
+        "from pathlib import Path; records = study_plan.Records(Path(sys.argv[2])); "
+        "print('ready', flush=True); input(); records.add(('b', 1), {})"
     )
     command = [sys.executable, "-c", program, str(BENCHMARKS), str(path)]
-    both = [subprocess.Popen([*command, name]) for name in "ab"]
-    assert [process.wait(60) for process in both] == [0, 0]
-    units = {(name, index) for name in "ab" for index in range(40)}
-    assert set(study_plan.Records(path).lines) == units
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as other:
+        # Not before: it would wait with that, too.
+        assert other.stdout.readline() == "ready\n"
+        with study_plan._alone(path), path.open("a", encoding="utf-8") as file:
+            file.write('{"unit": ["a", 1]')
+            file.flush()
+            other.stdin.write("go\n")
+            other.stdin.flush()
+            with pytest.raises(subprocess.TimeoutExpired):
+                other.wait(1.0)
+            file.write("}\n")
+        assert other.wait(60) == 0
+    assert list(study_plan.Records(path).lines) == [("a", 1), ("b", 1)]
 
 
 class Snapshot(study_plan.Records):
