@@ -1,4 +1,4 @@
-"""Updates of large weights: those of Keras, in buckets, whole or not at all."""
+"""Updates of large weights: those of Keras, by parts, whole or not at all."""
 
 import os
 import signal
@@ -9,11 +9,12 @@ import pytest
 from helpers import to_numpy
 from keras import ops
 
-from keras_ebft.backend import large_updates, updates
+from keras_ebft.backend import large_updates, partial_updates, updates
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() == "jax", reason="JAX chooses between states: updates.py"
 )
+BY_PARTS = updates.is_rehearsed
 SHAPES = ((3, 4), (), (5,), (2, 3, 2))
 OPTIMIZERS = {
     "sgd": lambda: keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True),
@@ -31,14 +32,24 @@ OPTIMIZERS = {
 
 @pytest.fixture(autouse=True)
 def small_numbers(monkeypatch):
-    """Scalars alone are small, and a bucket holds one or two of the weights."""
+    """Scalars alone are small, a bucket holds one or two of the weights, rows few."""
     monkeypatch.setattr(updates, "SMALL", 1)
     monkeypatch.setattr(large_updates, "BUCKET", 16)
+    monkeypatch.setattr(partial_updates, "CACHED", {"cpu": 7})
+    # One weight is compiled by XLA, the others are not.
+    monkeypatch.setattr(partial_updates, "LARGE", 12)
 
 
 @pytest.fixture
 def rehearsed(monkeypatch):
-    monkeypatch.setattr(updates, "lacks_memory", lambda variables: True)
+    """As on accelerators, for optimizers that have to see all of a weight."""
+    monkeypatch.setattr(large_updates, "updates_by_parts", lambda optimizer: False)
+    monkeypatch.setattr(updates, "is_rehearsed", lambda optimizer, variables: True)
+
+
+@pytest.fixture
+def copied(monkeypatch):
+    monkeypatch.setattr(updates, "is_rehearsed", lambda optimizer, variables: False)
 
 
 @pytest.fixture
@@ -49,10 +60,10 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.fixture(params=["rehearsed", "copied"])
+@pytest.fixture(params=["by parts", "rehearsed", "copied"])
 def either_way(request):
-    if request.param == "rehearsed":
-        request.getfixturevalue("rehearsed")
+    if request.param != "by parts":
+        request.getfixturevalue(request.param)
 
 
 def weights():
@@ -82,12 +93,27 @@ def same(first, second):
     return all(map(np.array_equal, first, second))
 
 
+def step_of(optimizer, variables):
+    """A function of gradients that updates as a step does.
+
+    In a graph where steps run in one, if that makes a difference.
+    """
+
+    def step(found):
+        with large_updates.replaced(
+            optimizer, apply=updates._apply_if_finite(optimizer, [])
+        ):
+            optimizer.apply(found, variables)
+
+    if keras.backend.backend() == "tensorflow" and updates.is_rehearsed is BY_PARTS:
+        import tensorflow as tf
+
+        return tf.function(step, autograph=False)
+    return step
+
+
 def apply_if_finite(optimizer, found, variables):
-    with large_updates.replaced(
-        optimizer, apply=updates._apply_if_finite(optimizer, norms := [])
-    ):
-        optimizer.apply(found, variables)
-    return norms
+    step_of(optimizer, variables)(found)
 
 
 def spoil(found, place):
@@ -103,9 +129,10 @@ def test_updates_are_those_of_keras(either_way, name):
     found = built(OPTIMIZERS[name])
     assert large_updates.updates_in_steps(found[1], found[0])
     before = values(*found)
+    update = step_of(found[1], found[0])
     for step in range(3):
         expected[1].apply(gradients(step), expected[0])
-        apply_if_finite(found[1], gradients(step), found[0])
+        update(gradients(step))
     assert not same(before, values(*found))
     for one, other in zip(values(*found), values(*expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)
@@ -146,10 +173,11 @@ def otherwise(kind):
 def test_other_updates_are_undone_as_a_whole(either_way, kind):
     variables, optimizer = built(lambda: otherwise(kind))
     assert not large_updates.updates_in_steps(optimizer, variables)
+    update = step_of(optimizer, variables)
     for step in range(3):
-        apply_if_finite(optimizer, gradients(step), variables)
+        update(gradients(step))
     before = values(variables, optimizer)
-    apply_if_finite(optimizer, spoil(gradients(3), 2), variables)
+    update(spoil(gradients(3), 2))
     assert same(before, values(variables, optimizer))
 
 
@@ -165,11 +193,115 @@ def test_buckets_follow_one_another():
     assert sizes == [2, 1, 1]
 
 
-def test_memory_is_dear_on_accelerators(monkeypatch):
-    assert not large_updates.lacks_memory(weights())
-    gpu = large_updates.device_of(weights()[0])._replace(platform="cuda")
+@pytest.mark.parametrize(
+    ("name", "on_cpu"), [("adamw", True), ("adafactor", False), ("muon", False)]
+)
+def test_memory_is_dear_on_accelerators(monkeypatch, name, on_cpu):
+    variables, optimizer = built(OPTIMIZERS[name])
+    assert large_updates.is_rehearsed(optimizer, variables) is on_cpu
+    gpu = large_updates.device_of(variables[0])._replace(platform="cuda")
     monkeypatch.setattr(large_updates, "device_of", lambda variable: gpu)
-    assert large_updates.lacks_memory(weights())
+    assert large_updates.is_rehearsed(optimizer, variables)
+
+
+@pytest.mark.parametrize("kind", partial_updates.ELEMENTWISE)
+def test_optimizers_that_update_by_parts_change_as_keras_has_it(kind):
+    options = {}
+    if kind in (keras.optimizers.SGD, keras.optimizers.RMSprop):
+        options["momentum"] = 0.9
+    if kind is keras.optimizers.RMSprop:
+        options["centered"] = True
+    if kind is keras.optimizers.Adam:
+        options["amsgrad"] = True
+
+    def make():
+        return kind(0.1, weight_decay=0.1, **options)
+
+    expected, found = built(make), built(make)
+    assert partial_updates.updates_by_parts(found[1])
+    update = step_of(found[1], found[0])
+    for step in range(2):
+        expected[1].apply(gradients(step), expected[0])
+        update(gradients(step))
+    for one, other in zip(values(*found), values(*expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_optimizers_of_users_are_not_cut_into_parts():
+    class Own(keras.optimizers.SGD):
+        pass
+
+    class Other(keras.optimizers.Optimizer):
+        def update_step(self, gradient, variable, learning_rate):
+            """Nothing."""
+
+    assert not partial_updates.updates_by_parts(Own(0.1))
+    assert not partial_updates.updates_by_parts(Other(0.1))
+
+
+@pytest.mark.parametrize("excluded", ["first", "all of a bucket", "all"])
+def test_weight_decay_leaves_out_what_a_user_leaves_out(either_way, excluded):
+    """PyTorch's own refuses a bucket without any weight that decays."""
+    chosen = {"first": [0], "all of a bucket": [2], "all": [0, 1, 2, 3]}[excluded]
+    variables, optimizer = built(lambda: keras.optimizers.SGD(0.1, weight_decay=0.5))
+    optimizer.exclude_from_weight_decay(var_list=[variables[i] for i in chosen])
+    before = [to_numpy(variable) for variable in variables]
+    zeros = [np.zeros(shape, "float32") for shape in SHAPES]
+    apply_if_finite(optimizer, list(map(ops.convert_to_tensor, zeros)), variables)
+    for place, (variable, value) in enumerate(zip(variables, before)):
+        decayed = value if place in chosen else value * (1 - 0.1 * 0.5)
+        np.testing.assert_allclose(to_numpy(variable), decayed, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("elements", "expected"),
+    [
+        # A single row has four, one, one and six elements.
+        (7, [[(0, 0, 1)], [(0, 1, 2)], [(0, 2, 3), (1, 0, 1), (2, 0, 2)]]),
+        (1000, [[(0, 0, 3), (1, 0, 1), (2, 0, 5), (3, 0, 2)]]),
+    ],
+)
+def test_rows_follow_one_another(elements, expected):
+    found = list(partial_updates.rows_of(weights(), elements))
+    assert [[tuple(part) for part in rows] for rows in found[: len(expected)]] == (
+        expected
+    )
+    seen = [
+        (part.place, row)
+        for rows in found
+        for part in rows
+        for row in range(part.start, part.stop)
+    ]
+    assert seen == [
+        (place, row)
+        for place, shape in enumerate(SHAPES)
+        for row in range(shape[0] if shape else 1)
+    ]
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow's")
+def test_without_xla_graphs_compute_the_same(monkeypatch):
+    import tensorflow as tf
+
+    expected = built(OPTIMIZERS["adamw"])
+    apply_if_finite(expected[1], gradients(0), expected[0])
+    partial_updates._has_xla.cache_clear()
+    assert partial_updates._has_xla()
+    partial_updates._has_xla.cache_clear()
+    function = tf.function
+
+    def refused(*arguments, **options):
+        if options.get("jit_compile"):
+            raise tf.errors.UnimplementedError(None, None, "no XLA here")
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(tf, "function", refused)
+    assert not partial_updates._has_xla()
+    found = built(OPTIMIZERS["adamw"])
+    apply_if_finite(found[1], gradients(0), found[0])
+    partial_updates._has_xla.cache_clear()
+    for one, other in zip(values(*found), values(*expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)
 
 
 def test_an_interruption_waits_for_the_update_to_end(

@@ -1,9 +1,9 @@
-"""Updates of large weights, a few at a time; on accelerators rehearsed first.
+"""Updates of large weights, whole or not at all.
 
-To be whole or not at all, an update keeps a copy of everything that it changes. Where
-memory lacks more than time does, every weight's update is computed, looked at and
-forgotten instead before any is made: memory holds the numbers of one weight, and the
-optimizer computes twice.
+Every weight's update is computed, looked at and forgotten before any is made, by parts
+where the optimizer allows it (`partial_updates`). One that has to see all of a weight
+keeps copies of everything that it changes where memory is cheaper than computing twice,
+and updates a few weights at a time.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from keras import ops
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 
 from keras_ebft.backend.device import device_of
+from keras_ebft.backend.partial_updates import rehearsal_and_update, updates_by_parts
 from keras_ebft.backend.runtime import after, dense, no_gradient
 from keras_ebft.typing import Tensor
 
@@ -45,13 +46,19 @@ def updates_in_steps(
     )
 
 
-def lacks_memory(variables: Sequence[keras.Variable]) -> bool:
-    """Whether weights lie where memory is dearer than computing twice.
+def is_rehearsed(
+    optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
+) -> bool:
+    """Whether an update is better computed twice than undone from copies.
+
+    By parts it takes less time than copies do; otherwise more, and where memory is
+    dear copies cost more than that.
 
     Args:
-        variables: list of Keras variables.
+        optimizer: one that `updates_in_steps`.
+        variables: list of Keras variables that it updates.
     """
-    return device_of(variables[0]).platform != "cpu"
+    return updates_by_parts(optimizer) or device_of(variables[0]).platform != "cpu"
 
 
 def in_buckets(optimizer: keras.optimizers.Optimizer) -> dict[str, Callable[..., Any]]:
@@ -65,7 +72,9 @@ def in_buckets(optimizer: keras.optimizers.Optimizer) -> dict[str, Callable[...,
     def update_in_buckets(grads: Any, variables: Any, learning_rate: Any) -> None:
         for places in buckets(variables):
             own = [variables[place] for place in places]
-            decay(own)
+            # PyTorch's refuses a list without weights.
+            if any(map(optimizer._use_weight_decay, own)):
+                decay(own)
             update([grads[place] for place in places], own, learning_rate)
 
     return {
@@ -79,7 +88,7 @@ def rehearsed(
     optimizer: keras.optimizers.Optimizer,
     all_finite: Callable[[Sequence[Any]], Tensor],
 ) -> tuple[dict[str, Callable[..., Any]], list[Tensor]]:
-    """The same methods, which update nothing unless all of it is finite.
+    """Methods like those of `in_buckets`, which update nothing unless all is finite.
 
     Args:
         optimizer: one that `updates_in_steps`.
@@ -89,23 +98,15 @@ def rehearsed(
         `(methods, made)`: methods by name, and a list that gets one bool scalar when
         they have run, whether there was an update.
     """
-    methods = in_buckets(optimizer)
-    update = methods["_backend_update_step"]
+    if updates_by_parts(optimizer):
+        rehearse, update = rehearsal_and_update(optimizer, all_finite)
+    else:
+        rehearse, update = _of_whole_weights(optimizer, all_finite)
     made: list[Tensor] = []
 
-    def rehearse(gradient: Any, variable: Any, learning_rate: Any) -> Tensor:
-        with _seen_by_scopes(optimizer, variable), keras.StatelessScope() as scope:
-            BaseOptimizer._apply_weight_decay(optimizer, [variable])
-            optimizer.update_step(dense(gradient), variable, learning_rate)
-        return all_finite(list(scope.state_mapping.values()))
-
     def update_if_finite(grads: Any, variables: Any, learning_rate: Any) -> None:
-        found = all_finite([])
-        for gradient, variable in zip(grads, variables):
-            # One after the other on TensorFlow, too.
-            with no_gradient(), after(found):
-                finite = rehearse(gradient, variable, learning_rate)
-                found = ops.logical_and(found, finite)
+        with no_gradient():
+            found = rehearse(grads, variables, learning_rate)
         made.append(found)
 
         def make() -> None:
@@ -114,7 +115,36 @@ def rehearsed(
 
         ops.cond(found, make, lambda: None)
 
-    return {**methods, "_backend_update_step": update_if_finite}, made
+    methods = {
+        # With the update that it belongs to.
+        "_apply_weight_decay": lambda variables: None,
+        "_backend_update_step": update_if_finite,
+    }
+    return methods, made
+
+
+def _of_whole_weights(
+    optimizer: keras.optimizers.Optimizer,
+    all_finite: Callable[[Sequence[Any]], Tensor],
+) -> tuple[Callable[..., Tensor], Callable[..., None]]:
+    """`rehearsal_and_update` for optimizers that have to see all of a weight."""
+
+    def rehearse_one(gradient: Any, variable: Any, learning_rate: Any) -> Tensor:
+        with _seen_by_scopes(optimizer, variable), keras.StatelessScope() as scope:
+            BaseOptimizer._apply_weight_decay(optimizer, [variable])
+            optimizer.update_step(dense(gradient), variable, learning_rate)
+        return all_finite(list(scope.state_mapping.values()))
+
+    def rehearse(grads: Any, variables: Any, learning_rate: Any) -> Tensor:
+        found = all_finite([])
+        for gradient, variable in zip(grads, variables):
+            # One after the other on TensorFlow, too.
+            with after(found):
+                finite = rehearse_one(gradient, variable, learning_rate)
+                found = ops.logical_and(found, finite)
+        return found
+
+    return rehearse, in_buckets(optimizer)["_backend_update_step"]
 
 
 def buckets(variables: Sequence[keras.Variable]) -> Iterator[list[int]]:

@@ -10,7 +10,7 @@ from keras import ops
 
 from keras_ebft.backend.large_updates import (
     in_buckets,
-    lacks_memory,
+    is_rehearsed,
     rehearsed,
     replaced,
     updates_in_steps,
@@ -18,11 +18,18 @@ from keras_ebft.backend.large_updates import (
 )
 from keras_ebft.backend.loops import compiles_every_step
 from keras_ebft.backend.replicas import summed_gradients
-from keras_ebft.backend.runtime import dense, no_gradient, python_failed
+from keras_ebft.backend.runtime import (
+    backend_name,
+    dense,
+    no_gradient,
+    python_failed,
+)
 from keras_ebft.typing import Tensor
 
 # Elements of a tensor that may be in memory twice during an update, and be copied.
 SMALL = 2**18
+# Elements that are copied in the time that PyTorch takes to begin an operation.
+COPIED_IN_A_CALL = 2**12
 
 
 @contextlib.contextmanager
@@ -157,10 +164,18 @@ def gradient_norm(gradients: Sequence[Any], scale: Any) -> Tensor:
     """
     found = [gradient for gradient in gradients if gradient is not None]
     squares = [
-        ops.sum(ops.square(ops.cast(gradient, "float32")))
-        for gradient in _together(found)
+        _sum_of_squares(ops.cast(gradient, "float32")) for gradient in _together(found)
     ]
     return ops.divide(ops.sqrt(ops.sum(ops.stack(squares))), scale)
+
+
+def _sum_of_squares(value: Tensor) -> Tensor:
+    if backend_name() == "jax":
+        # XLA squares while it sums, and what is sharded it would gather for a product.
+        return ops.sum(ops.square(value))
+    # Squares in memory would be a tensor more.
+    flat = ops.reshape(value, (-1,))
+    return ops.dot(flat, flat)
 
 
 def _loss_scale(optimizer: keras.optimizers.Optimizer) -> Any:
@@ -238,7 +253,7 @@ def _apply_if_finite(
         methods: dict[str, Callable[..., Any]] = {}
         has_large = not all(map(_is_small, changed))
         if has_large and updates_in_steps(optimizer, trainable_variables):
-            if lacks_memory(trainable_variables):
+            if is_rehearsed(optimizer, trainable_variables):
                 _apply_rehearsed(optimizer, apply, grads, trainable_variables)
                 return
             methods = in_buckets(optimizer)
@@ -256,13 +271,12 @@ def _apply_rehearsed(
     grads: Sequence[Tensor],
     trainable_variables: Sequence[keras.Variable],
 ) -> None:
-    """Copies nothing that is large; an interruption waits until all is done."""
-    changed = [*trainable_variables, *optimizer.variables]
-    small = [variable for variable in changed if _is_small(variable)]
+    """Copies no weight and no slot; an interruption waits until all is done."""
+    counters = [v for v in optimizer.variables if len(v.shape) == 0]
     methods, made = rehearsed(optimizer, _all_finite)
     with (
         without_interruption(),
-        _undone_if_it_fails(small) as undo,
+        _undone_if_it_fails(counters) as undo,
         replaced(optimizer, **methods),
     ):
         apply(grads, trainable_variables)
@@ -335,14 +349,18 @@ def _all_finite(values: Sequence[Any]) -> Tensor:
 
 
 def _together(values: list[Tensor]) -> list[Tensor]:
-    """Small tensors as one of each dtype: adapters have hundreds, a program each."""
+    """Small tensors as one of each dtype: adapters have hundreds, a program each.
+
+    Op by op it is a call each, which costs as much as copying few numbers.
+    """
+    limit = SMALL if compiles_every_step() else COPIED_IN_A_CALL
     if keras.distribution.distribution() is not None:
         # Parts of them would have to be sent from device to device.
         return values
     small: dict[str, list[Tensor]] = {}
     large = []
     for value in values:
-        if _is_small(value):
+        if math.prod(value.shape) <= limit:
             dtype = keras.backend.standardize_dtype(value.dtype)
             small.setdefault(dtype, []).append(ops.reshape(value, (-1,)))
         else:
