@@ -13,6 +13,7 @@ from keras_ebft.kernels.linear_sample import linear_sample
 from keras_ebft.kernels.linear_sample.reference import (
     invert_cumulative,
     linear_sample_reference,
+    running_sum,
     take,
 )
 from keras_ebft.kernels.strided_attention.reference import strided_attention_reference
@@ -138,6 +139,14 @@ def test_invert_cumulative_finds_the_first_sum_above(size):
         index[clear], (running <= goal[:, None]).sum(axis=1)[clear]
     )
     assert clear.sum() > 400
+
+
+@pytest.mark.parametrize("count", [1, 16, 17, 100, 128, 129])
+def test_running_sums_are_those_of_numpy(count):
+    """Of whole numbers, which are exact in any order."""
+    rows = np.random.default_rng(0).integers(0, 100, (3, count)).astype("float32")
+    found = ops.convert_to_numpy(running_sum(ops.convert_to_tensor(rows)))
+    np.testing.assert_array_equal(found, np.cumsum(rows, axis=1))
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1.0 - 2.0**-24])
