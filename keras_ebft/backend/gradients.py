@@ -202,6 +202,8 @@ def scan_tiles(
     if count == 1:
         carry, outputs = function(ops.convert_to_tensor(0, dtype="int32"), carry)
         return carry, tuple(output[None] for output in outputs)
+    if backend_name() == "tensorflow":
+        return _scan_tiles_tensorflow(function, count, carry, like)
     num_carried = len(carry)
 
     def body(index: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -215,6 +217,33 @@ def scan_tiles(
     stacked = (ops.zeros((count, *shape), dtype=dtype) for shape, dtype in like)
     state = ops.fori_loop(0, count, body, (*carry, *stacked))
     return state[:num_carried], state[num_carried:]
+
+
+def _scan_tiles_tensorflow(
+    function: Callable[[Any, Any], tuple[Any, Any]],
+    count: int,
+    carry: tuple[Tensor, ...],
+    like: tuple[tuple[Any, Any], ...],
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Outputs in arrays of tensors: an update of a slice copies all the others."""
+    import tensorflow as tf
+
+    arrays = tuple(
+        tf.TensorArray(dtype, size=count, element_shape=shape) for shape, dtype in like
+    )
+
+    def body(index: Tensor, carry: Any, arrays: Any) -> tuple[Any, ...]:
+        carry, outputs = function(index, carry)
+        written = (array.write(index, one) for array, one in zip(arrays, outputs))
+        return index + 1, tuple(carry), tuple(written)
+
+    _, carry, arrays = tf.while_loop(
+        lambda index, *_: index < count,
+        body,
+        (tf.constant(0), tuple(carry), arrays),
+        parallel_iterations=1,
+    )
+    return carry, tuple(array.stack() for array in arrays)
 
 
 def float_tensors(structure: Any) -> tuple[list[Tensor], Callable[..., Any]]:

@@ -268,7 +268,9 @@ def _of_weights(
     optimizer: keras.optimizers.Optimizer, all_finite: AllFinite
 ) -> tuple[Update, Update]:
     def is_finite(*arguments: Any) -> Tensor:
-        return all_finite(_computed(optimizer, *arguments))
+        values = map(keras.ops.isfinite, _computed(optimizer, *arguments))
+        # Looked at together, none of them has to be in memory.
+        return keras.ops.all(functools.reduce(keras.ops.logical_and, values))
 
     def assign(gradient: Any, rate: Any, decays: bool, names: Any, *own: Any) -> Tensor:
         computed = _computed(optimizer, gradient, rate, decays, names, *own)
