@@ -339,25 +339,3 @@ def test_a_failure_in_the_middle_says_what_is_lost(rehearsed, monkeypatch):
     monkeypatch.setattr(type(optimizer), "_backend_update_step", broken)
     with pytest.raises(RuntimeError, match=r"MemoryError: no more.*TrainingCheckpoint"):
         apply_if_finite(optimizer, gradients(0), variables)
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ([[1.0, -2.0], [3.0]], True),
-        ([[1.0, np.nan], [3.0]], False),
-        ([[1.0, 2.0], [np.inf]], False),
-        # Sums that cancel, and sums that overflow where no number does.
-        ([[np.inf, 2.0], [-np.inf]], False),
-        ([[3e38, 3e38], [3e38]], True),
-        ([[3e38, 3e38], [np.nan]], False),
-        ([], True),
-    ],
-)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_what_is_finite_is_told_number_by_number(values, expected, dtype):
-    if dtype == "float16":
-        values = [[6e4 if v == 3e38 else v for v in part] for part in values]
-    tensors = [ops.convert_to_tensor(part, dtype) for part in values]
-    tensors.append(ops.convert_to_tensor([7], "int32"))
-    assert bool(updates._all_finite(tensors)) is expected

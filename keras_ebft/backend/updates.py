@@ -1,6 +1,7 @@
 """Updates that are not finite are none: everything stays as it was before them."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -171,8 +172,11 @@ def gradient_norm(gradients: Sequence[Any], scale: Any) -> Tensor:
 
 def _sum_of_squares(value: Tensor) -> Tensor:
     if backend_name() == "jax":
-        # XLA squares while it sums, and what is sharded it would gather for a product.
-        return ops.sum(ops.square(value))
+        import jax
+
+        # What is sharded XLA would gather for a product. Apart from the squares that
+        # optimizers take: if they were one, XLA would keep them in memory for both.
+        return ops.sum(ops.square(jax.lax.optimization_barrier(value)))
     # Squares in memory would be a tensor more.
     flat = ops.reshape(value, (-1,))
     return ops.dot(flat, flat)
@@ -201,6 +205,7 @@ def _stateless_apply_if_finite(
         if isinstance(scale, keras.Variable):
             values = zip(optimizer.variables, optimizer_variables)
             scale = next(value for variable, value in values if variable is scale)
+        grads = _laid_out_as_weights(grads)
         norms.append(gradient_norm(grads, scale))
         arguments = optimizer_variables, grads, trainable_variables
         new = apply(*arguments)
@@ -220,6 +225,23 @@ def _stateless_apply_if_finite(
         )
 
     return apply_if_finite
+
+
+def _laid_out_as_weights(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients in the order of their rows, where JAX's processor is a CPU.
+
+    That of a head is transposed by what makes it. XLA would keep it so for one of its
+    readers and copy it for another, and hold both.
+    """
+    import jax
+    from jax.experimental.layout import Layout, with_layout_constraint
+
+    if jax.default_backend() != "cpu":
+        return list(gradients)
+    return [
+        with_layout_constraint(gradient, Layout(tuple(range(gradient.ndim))))
+        for gradient in gradients
+    ]
 
 
 def _is_small(value: Any) -> bool:
@@ -334,7 +356,10 @@ def _all_finite(values: Sequence[Any]) -> Tensor:
         return ops.convert_to_tensor(True)
 
     def each() -> Tensor:
-        return ops.all(ops.stack([ops.all(ops.isfinite(value)) for value in floats]))
+        alike: dict[Any, list[Tensor]] = {}
+        for value in floats:
+            alike.setdefault(_kept_alike(value), []).append(value)
+        return ops.all(ops.stack(list(map(_all_finite_of, alike.values()))))
 
     if compiles_every_step():
         return each()
@@ -346,6 +371,27 @@ def _all_finite(values: Sequence[Any]) -> Tensor:
         lambda: ops.convert_to_tensor(True),
         each,
     )
+
+
+def _all_finite_of(alike: list[Tensor]) -> Tensor:
+    """The same of tensors of one shape, looked at together.
+
+    So XLA has none of them in memory that it computed for this alone. On JAX no bools
+    either: numbers times 0 are 0, or not a number. (Their largest would not do: XLA's
+    maxima along a vector lose what is not a number.)
+    """
+    if backend_name() == "jax":
+        zeros = (ops.multiply(value, 0) for value in alike)
+        return ops.isfinite(ops.sum(functools.reduce(ops.add, zeros)))
+    finite = functools.reduce(ops.logical_and, map(ops.isfinite, alike))
+    return ops.all(finite)
+
+
+def _kept_alike(value: Tensor) -> Any:
+    """What tensors have in common that can be combined where they are."""
+    if keras.distribution.distribution() is not None:
+        return id(value)
+    return tuple(value.shape)
 
 
 def _together(values: list[Tensor]) -> list[Tensor]:
