@@ -2,9 +2,9 @@
 
     python tests/run_backends.py [--slow] jax torch tensorflow
 
-XLA runs with most of its optimizations off: they take longer than the tests. Users
-have them on, so the tests that guard numbers (marked `numbers`) run a second time with
-all of them, where XLA compiles them.
+XLA and TensorFlow's graphs run with most of their optimizations off: they take longer
+than the tests. Users have them on, so the tests that guard numbers (marked `numbers`)
+run with all of them, in a run of their own.
 
 A process runs for each core, two at least: most of the time goes into compiling, one
 program after the other, which leaves other cores idle. Each takes a part of the files,
@@ -32,9 +32,8 @@ COMPILED = ROOT / ".pytest_cache" / "compiled"
 KEPT_SECONDS = 7 * 24 * 3600
 
 
-# What runs again with XLA's optimizations on. TensorFlow compiles with XLA only where
-# it is asked to, and PyTorch never does.
-OPTIMIZED = {"jax": "numbers", "tensorflow": "numbers and xla"}
+# Where the tests of numbers run with optimizations on; PyTorch runs op by op.
+OPTIMIZED = ("jax", "tensorflow")
 
 
 class Run(NamedTuple):
@@ -68,6 +67,8 @@ def environment(backend, optimized=False):
         "XLA_FLAGS": "--xla_backend_optimization_level=0 "
         "--xla_llvm_disable_expensive_passes=true "
         "--xla_cpu_use_fusion_emitters=false",
+        # Read by `conftest.py`: TensorFlow itself has no variable for it.
+        "UNOPTIMIZED_GRAPHS": "1",
     }
     return {
         **os.environ,
@@ -112,9 +113,11 @@ def read_summary(printed):
     return counts, re.findall(r"^(?:FAILED|ERROR) .*", printed, re.M)
 
 
-def markers_of(backend, backends, slow):
+def markers_of(backend, backends, slow, optimized=False):
     """Which tests a backend runs: what has no tensors runs under the first."""
     chosen = [] if slow else ["not slow"]
+    if backend in OPTIMIZED:
+        chosen.append("numbers" if optimized else "not numbers")
     if backend != backends[0]:
         chosen.append("not backend_independent")
     return " and ".join(chosen)
@@ -128,10 +131,9 @@ def runs(backends, slow):
         for part in range(PARTS):
             yield Run(backend, markers, files[part::PARTS])
     for backend in backends:
-        # Those that TensorFlow compiles with XLA are slow ones all.
-        if backend in OPTIMIZED and (slow or backend == "jax"):
-            chosen = [OPTIMIZED[backend], *([] if slow else ["not slow"])]
-            yield Run(backend, " and ".join(chosen), files, optimized=True)
+        if backend in OPTIMIZED:
+            markers = markers_of(backend, backends, slow, optimized=True)
+            yield Run(backend, markers, files, optimized=True)
 
 
 def summary(name, results):

@@ -60,6 +60,24 @@ def test_every_file_is_run_once_on_every_backend(slow):
     assert [run.name for run in planned if run.optimized] == ["jax, optimized"]
 
 
+@pytest.mark.parametrize("slow", [False, True])
+def test_tests_of_numbers_are_run_with_optimizations_or_where_there_are_none(slow):
+    planned = list(run_backends.runs(["jax", "tensorflow", "torch"], slow))
+    for run in planned:
+        chosen = run.markers.split(" and ")
+        assert ("not slow" in chosen) is not slow
+        assert ("numbers" in chosen) is run.optimized
+        left_out = run.backend != "torch" and not run.optimized
+        assert ("not numbers" in chosen) is left_out
+        unoptimized = run_backends.environment(run.backend, run.optimized)
+        assert ("UNOPTIMIZED_GRAPHS" in unoptimized) is not run.optimized
+    optimized = {run.backend for run in planned if run.optimized}
+    assert optimized == {"jax", "tensorflow"}
+    for run in planned:
+        if run.optimized:
+            assert len(run.files) == len(set(run.files)) > 80
+
+
 def test_old_programs_are_removed_and_new_ones_kept(tmp_path):
     new, old = tmp_path / "new", tmp_path / "old"
     for path in (new, old):
