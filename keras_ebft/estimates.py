@@ -117,7 +117,9 @@ class MemoryEstimate:
         gradients: of the trained weights.
         casts: weights in half precision beside float32 ones (mixed policies).
         activations: what the backward pass needs of the forward passes.
-        update: copies of weights and optimizer while an update is applied (0 on JAX).
+        update: copies of adapters and their slots while an update is applied, on
+            TensorFlow and PyTorch. Large weights need none, except for optimizers
+            that have to see all of a weight: Adafactor, Lamb and Muon.
     """
 
     policy: int
@@ -222,7 +224,7 @@ def memory(
             rematerialize,
             micro_batches,
         ),
-        update=0 if backend == "jax" else trained + optimizer,
+        update=0 if backend == "jax" or lora_rank is None else trained + optimizer,
     )
 
 

@@ -122,7 +122,11 @@ def test_settings_that_save_memory_save_it():
     adapters = memory(SHAPES["1B"], lora_rank=16)
     assert adapters.frozen == 0
     assert adapters.optimizer < plain.optimizer / 50
-    assert memory(SHAPES["1B"], backend="jax").update == 0
+    for backend in ("jax", "tensorflow", "torch"):
+        assert memory(SHAPES["1B"], backend=backend).update == 0
+    assert memory(SHAPES["1B"], lora_rank=16, backend="jax").update == 0
+    copied = memory(SHAPES["1B"], lora_rank=16, backend="torch")
+    assert copied.update == copied.gradients + copied.optimizer
 
 
 @pytest.mark.backend_independent

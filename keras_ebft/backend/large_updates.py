@@ -115,7 +115,7 @@ def rehearsed(
 
         ops.cond(found, make, lambda: None)
 
-    methods = {
+    methods: dict[str, Callable[..., Any]] = {
         # With the update that it belongs to.
         "_apply_weight_decay": lambda variables: None,
         "_backend_update_step": update_if_finite,
