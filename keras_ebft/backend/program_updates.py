@@ -1,7 +1,7 @@
 """Updates by one program for all weights of a shape, for TensorFlow.
 
 A graph has a call of it for each weight, in place of all of its operations. XLA
-compiles those of large weights, so that nothing is in memory between reading and writing.
+compiles those of large weights: nothing is in memory between reading and writing.
 """
 
 import functools
