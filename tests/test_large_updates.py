@@ -99,7 +99,7 @@ def same(first, second):
     return all(map(np.array_equal, first, second))
 
 
-def step_of(optimizer, variables):
+def step_of(optimizer, variables, in_graph=True):
     """A function of gradients that updates as a step does.
 
     In a graph where steps run in one, if that makes a difference.
@@ -111,7 +111,8 @@ def step_of(optimizer, variables):
         ):
             optimizer.apply(found, variables)
 
-    if keras.backend.backend() == "tensorflow" and updates.is_rehearsed is BY_PARTS:
+    in_graph = in_graph and updates.is_rehearsed is BY_PARTS
+    if keras.backend.backend() == "tensorflow" and in_graph:
         import tensorflow as tf
 
         return tf.function(step, autograph=False)
@@ -283,6 +284,18 @@ def test_rows_follow_one_another(elements, expected):
         for place, shape in enumerate(SHAPES)
         for row in range(shape[0] if shape else 1)
     ]
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow's")
+def test_outside_of_graphs_updates_are_the_same():
+    """As with `run_eagerly=True`."""
+    expected, found = built(OPTIMIZERS["adamw"]), built(OPTIMIZERS["adamw"])
+    update = step_of(found[1], found[0], in_graph=False)
+    for step in range(2):
+        expected[1].apply(gradients(step), expected[0])
+        update(gradients(step))
+    for one, other in zip(values(*found), values(*expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow's")
