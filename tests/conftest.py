@@ -84,15 +84,6 @@ def pytest_runtest_setup():
     keras.utils.set_random_seed(0)
 
 
-def pytest_configure():
-    """Leaves TensorFlow's graphs as they are traced, where `run_backends.py` asks."""
-    if keras.backend.backend() == "tensorflow" and os.environ.get("UNOPTIMIZED_GRAPHS"):
-        import tensorflow as tf
-
-        options = {"disable_meta_optimizer": True}
-        tf.config.optimizer.set_experimental_options(options)
-
-
 def pytest_unconfigure():
     """Lets everything end that was kept from the collector."""
     gc.unfreeze()

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import io
+import os
 import runpy
 import sys
 from unittest import mock
@@ -12,6 +13,13 @@ import keras_hub
 import numpy as np
 import tokenizers
 from keras import ops
+
+# Here, because the processes that tests start import this too.
+if keras.backend.backend() == "tensorflow" and os.environ.get("UNOPTIMIZED_GRAPHS"):
+    import tensorflow as tf
+
+    # Graphs stay as they are traced.
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 
 models = keras_hub.models
 

@@ -67,7 +67,7 @@ def environment(backend, optimized=False):
         "XLA_FLAGS": "--xla_backend_optimization_level=0 "
         "--xla_llvm_disable_expensive_passes=true "
         "--xla_cpu_use_fusion_emitters=false",
-        # Read by `conftest.py`: TensorFlow itself has no variable for it.
+        # Read by `helpers.py`: TensorFlow itself has no variable for it.
         "UNOPTIMIZED_GRAPHS": "1",
     }
     return {

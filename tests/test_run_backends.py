@@ -61,7 +61,8 @@ def test_every_file_is_run_once_on_every_backend(slow):
 
 
 @pytest.mark.parametrize("slow", [False, True])
-def test_tests_of_numbers_are_run_with_optimizations_or_where_there_are_none(slow):
+def test_tests_of_numbers_run_optimized_or_where_nothing_compiles(slow, monkeypatch):
+    monkeypatch.delenv("UNOPTIMIZED_GRAPHS", raising=False)
     planned = list(run_backends.runs(["jax", "tensorflow", "torch"], slow))
     for run in planned:
         chosen = run.markers.split(" and ")
