@@ -15,6 +15,7 @@ time; `make clean` removes it.
 import collections
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -170,6 +171,8 @@ def main():
         lines, well = summary(name, [r for r in results if r.name == name])
         print("\n".join(lines))
         all_well &= well
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    print(f"The largest process held {peak:.1f} GiB.")
     sys.exit(not all_well)
 
 

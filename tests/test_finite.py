@@ -56,3 +56,27 @@ def test_one_number_among_many_is_found(value, place):
     assert bool(check([ops.convert_to_tensor(good)] * 2))
     assert not bool(check([ops.convert_to_tensor(good), ops.convert_to_tensor(bad)]))
     assert not bool(check([ops.convert_to_tensor(bad), ops.convert_to_tensor(good)]))
+
+
+@pytest.mark.numbers
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="XLA's schedule on JAX")
+def test_looking_at_an_update_holds_no_tensor():
+    """XLA shares tensors of zeros, and then holds them from one use to the other."""
+    import jax
+
+    rows, width = 2**14, 64
+    optimizer = keras.optimizers.AdamW()
+    optimizer.build([keras.Variable(ops.zeros((rows, width)))])
+    apply = updates._stateless_apply_if_finite(optimizer, [])
+
+    def step(weights, state, tokens, changes):
+        gradient = ops.zeros((rows, width)).at[tokens].add(changes)
+        return apply(state, [gradient], [weights])
+
+    state = [variable.value for variable in optimizer.variables]
+    weights, changes = ops.ones((rows, width)), ops.ones((8, width))
+    arguments = weights, state, ops.arange(8), changes
+    program = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+    temporary = program.memory_analysis().temp_size_in_bytes
+    # The gradient itself.
+    assert temporary < 1.5 * weights.nbytes

@@ -377,11 +377,12 @@ def _all_finite_of(alike: list[Tensor]) -> Tensor:
     """The same of tensors of one shape, looked at together.
 
     So XLA has none of them in memory that it computed for this alone. On JAX no bools
-    either: numbers times 0 are 0, or not a number. (Their largest would not do: XLA's
-    maxima along a vector lose what is not a number.)
+    either: numbers less themselves are 0, or not a number. (Times 0 as well, but XLA
+    would hold a tensor of zeros for it. Their largest would not do: XLA's maxima along
+    a vector lose what is not a number.)
     """
     if backend_name() == "jax":
-        zeros = (ops.multiply(value, 0) for value in alike)
+        zeros = (ops.subtract(value, value) for value in alike)
         return ops.isfinite(ops.sum(functools.reduce(ops.add, zeros)))
     finite = functools.reduce(ops.logical_and, map(ops.isfinite, alike))
     return ops.all(finite)
