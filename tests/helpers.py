@@ -18,9 +18,9 @@ from keras import ops
 if keras.backend.backend() == "tensorflow" and os.environ.get("UNOPTIMIZED_GRAPHS"):
     import tensorflow as tf
 
-    # Graphs stay as they are traced, but for what nobody reads. Without the optimizer of
-    # all (`disable_meta_optimizer`) each function called holds a copy of all functions:
-    # a process came to 16 GiB.
+    # Graphs stay as they are traced, but for what nobody reads. Without the optimizer
+    # of all (`disable_meta_optimizer`) each function called holds a copy of all
+    # functions: a process came to 16 GiB.
     passes = (
         "layout_optimizer",
         "constant_folding",

@@ -199,11 +199,7 @@ def test_keys_that_every_query_sees_are_met_without_a_mask(
     monkeypatch.setattr(torch_fused_attention, "FEWEST_OPEN_KEYS", 4)
     low, high = (torch.tensor([[places]]) for places in (low, high))
     ranges = attention_tiles.Ranges(low, high, (0,), (int(high.max()),))
-    key = torch.zeros((1, 1, 9, 2))
-    shared = torch_fused_attention._SharedKeys(
-        key, key, ranges, attention_tiles.Scores(1.0, None)
-    )
-    spans = shared._spans(0)
+    spans = torch_fused_attention.Spans(ranges).of(0, torch.float32)
     assert [
         (span.keys.start, span.keys.stop, span.mask is not None) for span in spans
     ] == expected
@@ -212,3 +208,71 @@ def test_keys_that_every_query_sees_are_met_without_a_mask(
             for query, row in enumerate(span.mask[0, 0] == 0):
                 seen = [low[0, 0, query] <= k < high[0, 0, query] for k in range(9)]
                 assert row.tolist() == seen[span.keys]
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="of PyTorch")
+class TestKnownSpans:
+    """What is seen is looked up once, and anew for all that it follows from."""
+
+    @staticmethod
+    def spans_of(known, anchors, starts=None, blocks=5, window=None, offset=0):
+        layout = strided.TileLayout((1, 2, blocks, 1, 4, 8), 2)
+        return known(layout, anchors, starts, window, offset)
+
+    @pytest.fixture
+    def known(self):
+        from keras_ebft.kernels.strided_attention import torch_fused
+
+        return torch_fused.KnownSpans()
+
+    def test_the_same_places_are_the_same_spans(self, known):
+        import torch
+
+        anchors, tensor = np.arange(5, dtype="int32"), torch.arange(5)[None]
+        first = self.spans_of(known, anchors)
+        assert self.spans_of(known, anchors.copy()) is first
+        assert self.spans_of(known, anchors, offset=1) is first
+        second = self.spans_of(known, anchors, tensor)
+        assert second is not first
+        assert self.spans_of(known, anchors, tensor) is second
+        in_window = self.spans_of(known, anchors, window=3, offset=1)
+        assert in_window is not first
+        assert self.spans_of(known, anchors, window=3, offset=1) is in_window
+        assert self.spans_of(known, anchors, window=3, offset=2) is not in_window
+
+    def test_what_was_written_to_is_looked_up_again(self, known):
+        import torch
+
+        anchors, tensor = np.arange(5, dtype="int32"), torch.arange(5)[None]
+        of_array, of_tensor = (self.spans_of(known, a) for a in (anchors, tensor))
+        anchors[:] += 3
+        tensor += 3
+        for places, before in ((anchors, of_array), (tensor, of_tensor)):
+            found = self.spans_of(known, places)
+            assert found is not before
+            assert int(found.high.max()) == 7
+
+    def test_tensors_are_forgotten_with_their_address(self, known):
+        import torch
+
+        for last in (4, 7):
+            places = torch.linspace(0, last, 5).to(torch.int32)[None]
+            assert int(self.spans_of(known, places).high.max()) == last
+            del places
+            assert not known._found
+
+    def test_few_are_held_and_large_masks_not(self, known, monkeypatch):
+        import torch
+
+        from keras_ebft.kernels import torch_fused_attention
+        from keras_ebft.kernels.strided_attention import torch_fused
+
+        for place in range(9):
+            self.spans_of(known, np.arange(place, place + 5, dtype="int32"))
+        assert len(known._found) == torch_fused.MOST_KNOWN
+        spans = self.spans_of(known, np.arange(5, 10, dtype="int32"))
+        assert spans.of(0, torch.float32) is spans.of(0, torch.float32)
+        held = spans._numbers_kept
+        assert held == sum(span.mask.numel() for span in spans.of(0, torch.float32))
+        monkeypatch.setattr(torch_fused_attention, "MOST_NUMBERS_KEPT", held)
+        assert spans.of(1, torch.float32) is not spans.of(1, torch.float32)

@@ -25,33 +25,34 @@ from keras_ebft.kernels.attention_tiles import (
 # Keys that all queries of a tile see are met without a mask, which takes a sixth of
 # the time to make; fewer than this do not make up for a call of their own.
 FEWEST_OPEN_KEYS = 128
+# Numbers of masks that `Spans` hold, 16 MiB: what is larger is made for every call.
+MOST_NUMBERS_KEPT = 2**22
 
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def fused_tile_attention(query, key, value, ranges, scores, own):
-    """See `tile_attention`; `scores` without soft cap, `own` keys always given."""
-    bounds = (tuple(int(bound) for bound in bounds) for bounds in ranges[2:])
-    call = _FusedCall(scores, *bounds)
-    floats = (query, key, value, own.key, own.value)
-    given = (ranges.low, ranges.high, own.seen)
-    return differentiable(_attend, _attend_gradient, call, (*floats, *given), 5)
+    """See `tile_attention`; `scores` without soft cap, `own` keys always given.
+
+    `ranges` are `Spans`, which layers and tokens that see the same keys can share.
+    """
+    call = _FusedCall(scores, ranges)
+    tensors = (query, key, value, own.key, own.value, own.seen)
+    return differentiable(_attend, _attend_gradient, call, tensors, 5)
 
 
 class _FusedCall(NamedTuple):
-    """A call without its tensors: `Scores`, and the bounds of `Ranges` as ints."""
+    """A call without its tensors."""
 
     scores: Scores
-    first: tuple
-    last: tuple
+    spans: "Spans"
 
     def unpack(self, tensors):
         """`(query, shared keys, own keys)`."""
-        query, key, value, own_key, own_value, low, high, seen = tensors
-        ranges = Ranges(low, high, self.first, self.last)
-        shared = _SharedKeys(key, value, ranges, self.scores)
-        return query, shared, OwnKeys(own_key, own_value, seen)
+        query, key, value, *own = tensors
+        shared = _SharedKeys(key, value, self.spans, self.scores)
+        return query, shared, OwnKeys(*own)
 
 
 def _attend(call, *tensors):
@@ -97,14 +98,14 @@ def _attend_gradient(call, tensors, outputs, upstream):
 class _SharedKeys:
     """Keys and values `[B, Hkv, T, d]`, and which of them each query sees."""
 
-    def __init__(self, key, value, ranges: Ranges, scores):
+    def __init__(self, key, value, spans, scores):
         self.key, self.value = key, value
-        self.ranges = ranges
+        self.spans = spans
         self.scale = scores.scale
 
     def see(self, index, query, state):
         """The online softmax `state` once a tile of queries has seen its keys."""
-        for span in self._spans(index):
+        for span in self.spans.of(index, self.key.dtype):
             state = self._see(span, query, state)
         return state
 
@@ -135,7 +136,7 @@ class _SharedKeys:
         gradient is that of its part of them.
         """
         by_query = torch.zeros_like(tile.query, dtype=torch.float32)
-        for span in self._spans(index):
+        for span in self.spans.of(index, self.key.dtype):
             query_part, key_part, value_part = _BACKWARD(
                 tile.upstream,
                 tile.query,
@@ -153,31 +154,54 @@ class _SharedKeys:
             by_value[:, :, span.keys] += value_part
         return by_query
 
-    def _spans(self, index):
-        """The `_Span`s that a tile of queries sees, in order."""
-        low, high = self.ranges.low[index], self.ranges.high[index]
-        first, last = self.ranges.first[index], self.ranges.last[index]
+
+class Spans:
+    """Keys that the queries of each tile see, remembered from one call to the next.
+
+    Args:
+        ranges: `Ranges`.
+    """
+
+    def __init__(self, ranges: Ranges):
+        self.low, self.high = ranges.low, ranges.high
+        self.bounds = [tuple(map(int, bounds)) for bounds in ranges[2:]]
+        self._found = {}
+        self._numbers_kept = 0
+
+    def of(self, index, dtype):
+        """The `_Span`s of a tile of queries, in order, with masks of a dtype."""
+        if (index, dtype) in self._found:
+            return self._found[index, dtype]
+        low, high = self.low[index], self.high[index]
+        spans = [
+            _Span(slice(*ends), _mask(low, high, ends, dtype) if masked else None)
+            for ends, masked in self._ends(index)
+        ]
+        numbers = sum(span.mask.numel() for span in spans if span.mask is not None)
+        if self._numbers_kept + numbers <= MOST_NUMBERS_KEPT:
+            self._numbers_kept += numbers
+            self._found[index, dtype] = spans
+        return spans
+
+    def _ends(self, index):
+        """`((start, stop), whether some queries do not see all of it)` of each span."""
+        first, last = (bounds[index] for bounds in self.bounds)
         # Between these two every query sees every key.
-        open_from = min(max(int(low.max()), first), last)
-        open_to = max(min(int(high.min()), last), open_from)
+        open_from = min(max(int(self.low[index].max()), first), last)
+        open_to = max(min(int(self.high[index].min()), last), open_from)
         if open_to - open_from < FEWEST_OPEN_KEYS:
             open_from = open_to = first
         ends = (first, open_from), (open_from, open_to), (open_to, last)
         masked = True, False, True
-        return [
-            _Span(slice(start, stop), self._mask(low, high, start, stop, some))
-            for (start, stop), some in zip(ends, masked)
-            if start < stop
-        ]
+        return [found for found in zip(ends, masked) if found[0][0] < found[0][1]]
 
-    def _mask(self, low, high, start, stop, masked):
-        if not masked:
-            return None
-        place = torch.arange(start, stop, dtype=low.dtype)
-        hidden = (place < low[..., None]) | (place >= high[..., None])
-        mask = torch.zeros(hidden.shape, dtype=self.key.dtype)
-        # Finite: a query that sees none of these keys then weighs them with 0.
-        return mask.masked_fill_(hidden, LOWEST_SCORE)[:, None]
+
+def _mask(low, high, ends, dtype):
+    place = torch.arange(*ends, dtype=low.dtype)
+    hidden = (place < low[..., None]) | (place >= high[..., None])
+    mask = torch.zeros(hidden.shape, dtype=dtype)
+    # Finite: a query that sees none of these keys then weighs them with 0.
+    return mask.masked_fill_(hidden, LOWEST_SCORE)[:, None]
 
 
 class _Span(NamedTuple):

@@ -34,8 +34,13 @@ def strided_attention_blockwise(
     sliding_window=None,
     soft_cap=None,
     attend=tile_attention,
+    make_ranges=None,
 ):
-    """See `keras_ebft.kernels.strided_attention`; `attend` is a `tile_attention`."""
+    """See `keras_ebft.kernels.strided_attention`.
+
+    `attend` is a `tile_attention`, and `make_ranges` makes what it takes for `Ranges`,
+    as `tile_ranges` does.
+    """
     if document_key is None:
         return strided_attention_reference(
             query, key, value,
@@ -43,12 +48,14 @@ def strided_attention_blockwise(
             sliding_window=sliding_window, soft_cap=soft_cap,
         )  # fmt: skip
     step = ops.arange(query.shape[3], dtype="int32") + query_offset
-    layout = _Layout(query.shape, key.shape[-2])
+    layout = TileLayout(query.shape, key.shape[-2])
     output = attend(
         layout.queries(query),
         ops.transpose(document_key, (0, 2, 1, 3)),
         ops.transpose(document_value, (0, 2, 1, 3)),
-        _ranges(layout, anchors, starts, sliding_window, step),
+        (make_ranges or tile_ranges)(
+            layout, anchors, starts, sliding_window, query_offset
+        ),
         Scores(scale, soft_cap),
         OwnKeys(
             layout.own_keys(key),
@@ -59,7 +66,7 @@ def strided_attention_blockwise(
     return layout.blocks(output)
 
 
-class _Layout:
+class TileLayout:
     """Blocks `[B, n, K, Q, H, d]` as tiles `[N, B, Hkv, n * k, g * Q, d]`.
 
     A tile holds k blocks of all samples; g query heads share one head of keys.
@@ -71,7 +78,8 @@ class _Layout:
         self.heads = (kv_heads, heads // kv_heads)
         per_block = samples * (heads // kv_heads) * queries
         wanted = min(max(per_block * blocks // TILES, FEWEST_QUERIES), MOST_QUERIES)
-        self.tiles = -(-blocks // max(wanted // per_block, 1))
+        # Rounded up: rounded down, a tile more would be filled with padding.
+        self.tiles = -(-blocks // -(-wanted // per_block))
         self.blocks_per_tile = -(-blocks // self.tiles)
         self.padding = self.tiles * self.blocks_per_tile - blocks
         self.cut = (self.tiles, self.blocks_per_tile)
@@ -146,13 +154,22 @@ class _Layout:
         return ops.pad(tensor, widths)
 
 
-def _ranges(layout, anchors, starts, sliding_window, step):
-    """`Ranges` of document keys of every query."""
+def tile_ranges(layout, anchors, starts, sliding_window, query_offset):
+    """`Ranges` of document keys of every query.
+
+    Args:
+        layout: `TileLayout`.
+        anchors: as `strided_attention` takes them, and all that follows.
+        starts: int32 tensor `[B, K]` or `None`.
+        sliding_window: int or `None`.
+        query_offset: int or int scalar tensor.
+    """
     high = layout.places(_per_row(anchors))
     low = ops.zeros_like(high) if starts is None else layout.places(_per_row(starts))
     low, high = low[..., None], high[..., None]
     first, last = ops.min(low, axis=(1, 2, 3)), ops.max(high, axis=(1, 2, 3))
     if sliding_window is not None:
+        step = ops.arange(layout.shape[3], dtype="int32") + query_offset
         low = ops.maximum(low, high + step - (sliding_window - 1))
         first = ops.min(low, axis=(1, 2, 3))
     if isinstance(anchors, np.ndarray) and anchors.ndim == 1:
