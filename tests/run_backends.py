@@ -6,10 +6,10 @@ XLA and TensorFlow's graphs run with most of their optimizations off: they take 
 than the tests. Users have them on, so the tests that guard numbers (marked `numbers`)
 run with all of them, in a run of their own.
 
-A process runs for each core, two at least: most of the time goes into compiling, one
-program after the other, which leaves other cores idle. Each takes a part of the files,
-so that no core waits for another in the end. What JAX compiles is kept for the next
-time; `make clean` removes it.
+A process runs for each core, two at least, as far as memory goes: most of the time
+goes into compiling, one program after the other, which leaves other cores idle. Each
+takes a part of the files, so that no core waits for another in the end. What JAX
+compiles is kept for the next time; `make clean` removes it.
 """
 
 import collections
@@ -24,8 +24,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-# A process holds up to 3 GiB.
-AT_ONCE = min(max(os.cpu_count() or 1, 2), 6)
+# With the slow tests a process of TensorFlow comes to 8.
+GIBIBYTES = 8
+MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+AT_ONCE = max(2, min(os.cpu_count() or 1, int(MEMORY / GIBIBYTES), 6))
 PARTS = 3
 NO_TESTS = 5
 # Programs that JAX compiled, for all processes of a run and for later runs.
