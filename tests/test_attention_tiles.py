@@ -252,6 +252,15 @@ class TestKnownSpans:
             assert found is not before
             assert int(found.high.max()) == 7
 
+    def test_nothing_is_known_of_tensors_that_may_have_been_written_to(self, known):
+        import torch
+
+        with torch.inference_mode():
+            places = torch.arange(5)[None]
+            assert int(self.spans_of(known, places).high.max()) == 4
+            places += 3
+            assert int(self.spans_of(known, places).high.max()) == 7
+
     def test_tensors_are_forgotten_with_their_address(self, known):
         import torch
 
