@@ -239,6 +239,7 @@ class TestKnownSpans:
         assert in_window is not first
         assert self.spans_of(known, anchors, window=3, offset=1) is in_window
         assert self.spans_of(known, anchors, window=3, offset=2) is not in_window
+        assert self.spans_of(known, anchors, window=2, offset=1) is not in_window
 
     def test_what_was_written_to_is_looked_up_again(self, known):
         import torch
