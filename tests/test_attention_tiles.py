@@ -262,6 +262,21 @@ class TestKnownSpans:
             places += 3
             assert int(self.spans_of(known, places).high.max()) == 7
 
+    def test_what_has_no_values_is_not_known_where_there_are_some(self, known):
+        import torch
+        from torch._subclasses import FakeTensorMode
+
+        anchors = np.arange(5, dtype="int32")
+        with FakeTensorMode():
+            self.spans_of(known, anchors)
+        assert not known._found
+        with torch.inference_mode():
+            first = self.spans_of(known, anchors)
+            masks = first.of(0, torch.float32)
+        # What was made in inference mode serves training, too.
+        assert self.spans_of(known, anchors) is first
+        assert first.of(0, torch.float32) is masks
+
     def test_tensors_are_forgotten_with_their_address(self, known):
         import torch
 

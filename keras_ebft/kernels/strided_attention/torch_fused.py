@@ -36,6 +36,9 @@ class KnownSpans:
         if key not in self._found:
             arguments = layout, anchors, starts, sliding_window, query_offset
             spans = Spans(tile_ranges(*arguments))
+            # What PyTorch traces with has no values; nobody else may be given it.
+            if type(spans.low) is not torch.Tensor:
+                return spans
             self._found[key] = spans, self._until_gone(key, anchors, starts)
         self._found.move_to_end(key)
         while len(self._found) > MOST_KNOWN:
