@@ -1,15 +1,15 @@
-"""All that is to be known of the kernels on a GPU, in one call of under ten minutes.
+"""All that is to be known of the kernels on a GPU, in calls of under ten minutes.
 
-    python benchmarks/gpu_check.py             # writes into benchmarks/results/
-    python benchmarks/gpu_check.py --dry-run   # what it would do, anywhere
+    python benchmarks/gpu_check.py --reference <checkout>   # all, one after the other
+    python benchmarks/gpu_check.py --parts torch_trials jax_trials
+    python benchmarks/gpu_check.py --dry-run                # what it would do, anywhere
 
-For PyTorch and JAX, one after the other: trials as users have them (`python -m
-keras_ebft.kernels`), every spec of every kernel under its contract on the device, and
-the benchmarks `kernels.py` (a 1B step in bfloat16 among it) and `kernels_jax.py`, with
-FlexAttention, Liger and cuDNN beside them where installed. Each part has a process and
-a time limit of its own: what fails or is late says so, and the rest goes on.
-
-It has never run on a GPU: nobody had one.
+For PyTorch and JAX: trials as users have them (`python -m keras_ebft.kernels`), every
+spec of every kernel under its contract on the device, the benchmarks `kernels.py` and
+`kernels_jax.py` with FlexAttention, Liger and cuDNN beside them where installed, and
+whole steps (`gpu_step.py`) with and without unproven kernels, beside the authors' code
+from a checkout of theirs. Each part has a process and a time limit of its own: what
+fails or is late says so, and the rest goes on.
 """
 
 import argparse
@@ -31,34 +31,38 @@ LIMIT = 570.0
 PACKAGES = ("keras", "keras-hub", "jax", "jaxlib", "torch", "triton", "liger-kernel")
 
 
-def parts():
+def parts(reference=None):
     """`(name, backend, command, seconds)` of each part, in order.
 
     `OUTPUT` in a command is where it writes JSON.
+
+    Args:
+        reference: path of a checkout of the authors' code, or `None`.
     """
     python, own = sys.executable, str(Path(__file__).resolve())
-    for backend, script, seconds in (
-        ("torch", "kernels.py", 150),
-        ("jax", "kernels_jax.py", 110),
-    ):
-        yield (
-            f"{backend}_trials",
-            backend,
-            [python, "-m", "keras_ebft.kernels"],
-            75,
-        )
+    scripts = {"torch": "kernels.py", "jax": "kernels_jax.py"}
+    for backend in scripts:
         yield (
             f"{backend}_contracts",
             backend,
             [python, own, "--contracts", "OUTPUT"],
-            80,
+            180,
         )
-        yield (
-            f"{backend}_benchmark",
-            backend,
-            [python, str(HERE / script), "OUTPUT", "--seconds", str(seconds - 20)],
-            seconds,
-        )
+    for backend in scripts:
+        command = [python, "-m", "keras_ebft.kernels"]
+        yield f"{backend}_trials", backend, command, 120
+    for backend, script in scripts.items():
+        command = [python, str(HERE / script), "OUTPUT", "--seconds", "130"]
+        yield f"{backend}_benchmark", backend, command, 150
+    step = [python, str(HERE / "gpu_step.py"), "OUTPUT", "--shape"]
+    for shape in ("1b", "smollm2"):
+        for backend in scripts:
+            yield f"{backend}_step_{shape}", backend, [*step, shape], 120
+            plain = [*step, shape, "--kernels", "off"]
+            yield f"{backend}_plain_step_{shape}", backend, plain, 120
+        if reference is not None:
+            theirs = [*step, shape, "--reference", str(reference)]
+            yield f"reference_step_{shape}", "torch", theirs, 120
 
 
 def run_part(backend, command, seconds, folder):
@@ -195,13 +199,24 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--contracts", metavar="OUTPUT", help="of this backend alone")
+    parser.add_argument("--parts", nargs="+", help="those alone, in their order")
+    parser.add_argument(
+        "--reference", type=Path, help="a checkout of the authors' code"
+    )
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="to write to")
+    parser.add_argument("--seconds", type=float, default=LIMIT)
     arguments = parser.parse_args()
     if arguments.contracts:
         contracts(arguments.contracts)
     found = machine()
+    planned = [
+        part
+        for part in parts(arguments.reference and arguments.reference.resolve())
+        if arguments.parts is None or part[0] in arguments.parts
+    ]
     if arguments.dry_run:
         print(json.dumps(found, indent=1))
-        for name, backend, command, seconds in parts():
+        for name, backend, command, seconds in planned:
             print(f"{name} ({backend}, {seconds} s): {' '.join(command)}")
         return
     if found["device"] is None:
@@ -210,14 +225,16 @@ def main():
         )
     results, start = {"machine": found, "parts": {}}, time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        for name, backend, command, seconds in parts():
-            left = LIMIT - (time.monotonic() - start)
+        for name, backend, command, seconds in planned:
+            left = arguments.seconds - (time.monotonic() - start)
             part = run_part(
                 backend, command, max(1.0, min(seconds, left)), Path(folder)
             )
             results["parts"][name] = part
             print(name, part["exit_code"], f"{part['seconds']:.0f} s", flush=True)
-            print(write(results, RESULTS), flush=True)
+            if part["exit_code"] != 0:
+                print(part["said"][-2000:], flush=True)
+            write(results, arguments.folder)
     sys.exit(any(part["exit_code"] != 0 for part in results["parts"].values()))
 
 

@@ -5,6 +5,7 @@ framework compiles, waits and differentiates in its own way.
 """
 
 import datetime
+import importlib.util
 import json
 import math
 import os
@@ -164,7 +165,11 @@ def machine():
         "processor": processor,
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        **{package: metadata.version(package) for package in packages},
+        **{
+            p: metadata.version(p)
+            for p in packages
+            if importlib.util.find_spec(p.replace("-", "_"))
+        },
     }
 
 

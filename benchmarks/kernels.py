@@ -1,13 +1,11 @@
-"""Builds, checks and times every kernel and a whole step on PyTorch; writes JSON.
+"""Builds, checks and times every kernel on PyTorch; writes JSON.
 
     KERAS_BACKEND=torch python benchmarks/kernels.py results.json
 
 Made for one call on a borrowed GPU, of at most `--seconds` (450). Every number is
 measured in this call; what fails or is out of time says so in the JSON, and the exit
-code is then 1. The step is measured without unproven kernels, with what is chosen by
-itself and with every Triton kernel forced; utilisation is of the measured matrix
-product. `--tiny` runs the same code at toy sizes, on a CPU too, to see that it runs:
-its times mean nothing.
+code is then 1. `--tiny` runs the same code at toy sizes, on a CPU too, to see that it
+runs: its times mean nothing.
 Compared with, where installed: PyTorch's FlexAttention, Liger. Their times are of the
 forward pass and of forward and backward.
 """
@@ -17,21 +15,13 @@ import gc
 import importlib.util
 import os
 import platform
-import statistics
-import time
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
-import keras
-import keras_hub
 import kernel_harness as harness
-import numpy as np
 import torch
 from kernel_harness import able, attempt, load, with_ratios
 
-import keras_ebft
-from keras_ebft import kernels
-from keras_ebft.kernels.dispatch import ENVIRONMENT_VARIABLE
 from keras_ebft.kernels.feature_reward import specs as reward_specs
 from keras_ebft.kernels.linear_logprob import specs as logprob_specs
 from keras_ebft.kernels.linear_sample import specs as sample_specs
@@ -312,104 +302,12 @@ def rewards_of(samples, tiny):
     return result
 
 
-class Steps(keras.callbacks.Callback):
-    """Seconds of every step, the device's work included."""
-
-    def on_train_begin(self, logs=None):
-        """Forgets earlier steps."""
-        self.seconds = []
-
-    def on_train_batch_begin(self, batch, logs=None):
-        """Starts the clock."""
-        synchronize()
-        self.start = time.perf_counter()
-
-    def on_train_batch_end(self, batch, logs=None):
-        """Stops it."""
-        synchronize()
-        self.seconds.append(time.perf_counter() - self.start)
-
-
-def whole_step(tiny):
-    """A step without unproven kernels, as users have it, and with every kernel."""
-    os.environ[ENVIRONMENT_VARIABLE] = "off"
-    result = {"plain": attempt(step, tiny)}
-    del os.environ[ENVIRONMENT_VARIABLE]
-    result["automatic"] = attempt(step, tiny)
-    paths = ("strided_attention", "linear_logprob", "linear_sample")
-    device = torch.empty((), device=DEVICE)
-    forced = [
-        op
-        for op in paths
-        if any(i.name == "triton" for i in able(op, device, head_size=64))
-    ]
-    if forced:
-        for op in forced:
-            kernels.set_implementation(op, "triton")
-        if DEVICE == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
-        result["triton"] = attempt(step, tiny)
-        for op in forced:
-            kernels.set_implementation(op, None)
-    return result
-
-
-def step(tiny):
-    """A Llama of one billion parameters, random weights: T=1024, c=s=G=8, n=4."""
-    sizes = {"vocabulary_size": 128256, "num_layers": 16, "num_query_heads": 32}
-    sizes |= {"num_key_value_heads": 8, "hidden_dim": 2048, "intermediate_dim": 8192}
-    length, batch = 1024, 4
-    if tiny:
-        sizes |= {"vocabulary_size": 500, "num_layers": 4, "hidden_dim": 512}
-        sizes |= {"intermediate_dim": 64}
-        length, batch = 64, 1
-    backbone = keras_hub.models.Llama3Backbone(
-        **sizes, tie_word_embeddings=True, dtype="bfloat16"
-    )
-    causal_lm = keras_hub.models.Llama3CausalLM(backbone, preprocessor=None)
-    model = keras_ebft.EBFTModel(causal_lm, seed=0)
-    model.compile()
-    random = np.random.default_rng(0)
-    shape = (5 * batch, length)
-    tokens = random.integers(0, sizes["vocabulary_size"], shape).astype("int32")
-    steps = Steps()
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    with kernels.watch_choices() as choices:
-        model.fit(tokens, batch_size=batch, verbose=0, callbacks=[steps])
-    seconds = statistics.median(steps.seconds[2:])
-    geometry = model.sampler.geometry(length)
-    generated = 4 * geometry.num_blocks * 8
-    head = sizes["vocabulary_size"] * sizes["hidden_dim"]
-    body = backbone.count_params() - head
-    # Forward passes of the body over documents, and over rollouts but for each
-    # block's last token; features of both; backward twice each. The head draws once
-    # and scores once with gradient. Attention is left out.
-    read = generated * 7 // 8
-    of_body = length + read + 0.75 * (length + generated) + read
-    of_body += 2 * (length + read)
-    flops = 2 * batch * (body * of_body + head * 4 * generated)
-    result = {
-        "seconds_per_step": seconds,
-        "all_steps": steps.seconds,
-        "documents_per_step": batch,
-        "model_tflops_per_step": flops / 1e12,
-        "achieved_tflops": flops / seconds / 1e12,
-        "kernels": {op: sorted(names) for op, names in choices.items()},
-    }
-    if DEVICE == "cuda":
-        result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return result
-
-
 SECTIONS = (
     ceilings,
     linear_logprob,
     strided_attention,
     linear_sample,
     feature_reward,
-    whole_step,
 )
 
 
@@ -419,14 +317,6 @@ def describe():
     return {"device": DEVICE, "name": name, "versions": harness.versions(*packages)}
 
 
-def utilisation(section, result, results):
-    """Adds the share of the measured matrix product's speed that a step reaches."""
-    ceiling = results.get("ceilings", {}).get("matmul_tflops")
-    for measured in result.values() if section == "whole_step" and ceiling else ():
-        if "achieved_tflops" in measured:
-            measured["model_flop_utilisation"] = measured["achieved_tflops"] / ceiling
-
-
 def clean():
     gc.collect()
     if DEVICE == "cuda":
@@ -434,4 +324,4 @@ def clean():
 
 
 if __name__ == "__main__":
-    harness.run(__doc__, SECTIONS, describe, finish=utilisation, clean=clean)
+    harness.run(__doc__, SECTIONS, describe, clean=clean)

@@ -78,22 +78,25 @@ class ReferenceStep:
         tokens: int array `[B, T]`.
         attention: str, `"eager"` as their trainer loads models, or `"sdpa"`,
             PyTorch's fused attention.
+        device: str, where everything lies.
     """
 
-    def __init__(self, checkout, folder, shape, tokens, attention):
+    def __init__(self, checkout, folder, shape, tokens, attention, device="cpu"):
         import torch
         from transformers import AutoModelForCausalLM
 
         self.theirs = load(checkout)
         self.shape = shape
-        self.prompts = torch.tensor(tokens, dtype=torch.long)
+        self.device = device
+        self.dtype = getattr(torch, shape["dtype"])
+        self.prompts = torch.tensor(tokens, dtype=torch.long, device=device)
         length = self.prompts.shape[1] - shape["rollout"] - shape["context"]
         self.blocks = length // shape["stride"] + 1
 
         def model():
             return AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation=attention
-            )
+                folder, dtype=self.dtype, attn_implementation=attention
+            ).to(device)
 
         policy = model()
         self.actor = self.theirs.actor(policy, temperature=0.6)
@@ -104,13 +107,10 @@ class ReferenceStep:
         self.loss = self.theirs.loss("ppo")
         self.optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0)
 
-    @staticmethod
-    def _bare(owner, model):
+    def _bare(self, owner, model):
         """An object of theirs on a model at hand, without its own loading."""
-        import torch
-
         made = object.__new__(owner)
-        made.model, made.device, made.dtype = model, "cpu", torch.float32
+        made.model, made.device, made.dtype = model, self.device, self.dtype
         return made
 
     def rollout(self):
@@ -134,7 +134,8 @@ class ReferenceStep:
         import torch
 
         batch, samples = rollouts.shape[:2]
-        generated = torch.tensor(rollouts, dtype=torch.long).transpose(2, 3)
+        generated = torch.tensor(rollouts, dtype=torch.long, device=self.device)
+        generated = generated.transpose(2, 3)
         generated = generated.reshape(batch * samples, -1)
         prompts = self.prompts.repeat_interleave(samples, dim=0)
         return torch.cat([prompts, generated], dim=1)
@@ -184,9 +185,11 @@ class ReferenceStep:
             max_generation_length=shape["rollout"],
             stride=shape["stride"],
             num_blocks=self.blocks,
-            device="cpu",
-            doc_ids=torch.zeros(sequences.shape[0], length, dtype=torch.long),
-            dtype=torch.float32,
+            device=self.device,
+            doc_ids=torch.zeros(
+                sequences.shape[0], length, dtype=torch.long, device=self.device
+            ),
+            dtype=self.dtype,
         )
         return self.actor(
             sequences,
