@@ -1,7 +1,7 @@
 """Kernel bodies of `feature_reward` in Triton.
 
-Products of n x n matrices are written as sums over a third axis: they are too small
-for tensor cores, and float32 throughout, which eigenvalues near the cut-off need.
+Products of n x n matrices are float32 throughout, which eigenvalues near the cut-off
+need.
 """
 
 import triton
@@ -11,9 +11,15 @@ import triton.language as tl
 
 
 @triton.jit
-def small_product(a, b):
+def small_product(a, b, SIZE: tl.constexpr):
     """`a b` of square matrices."""
-    return tl.sum(a[:, :, None] * b[None, :, :], axis=1)
+    if SIZE < 16:
+        found = tl.sum(a[:, :, None] * b[None, :, :], axis=1)
+    else:
+        # From this size on Triton makes the sum above a product of matrices, and up to
+        # 3.6 one on tensor cores, which round to TensorFloat-32.
+        found = tl.dot(a, b, input_precision="ieee")
+    return found
 
 
 @triton.jit
@@ -51,9 +57,9 @@ def diagonalise(matrix, SIZE: tl.constexpr, SWEEPS: tl.constexpr):
         mixed = tl.where(paired, sine[:, None], 0.0)
         rotation = tl.where(own, turned, mixed)
         transposed = tl.where(own, turned, -mixed)
-        matrix += small_product(transposed, matrix)
-        matrix += small_product(matrix, rotation)
-        vectors += small_product(vectors, rotation)
+        matrix += small_product(transposed, matrix, SIZE)
+        matrix += small_product(matrix, rotation, SIZE)
+        vectors += small_product(vectors, rotation, SIZE)
     return tl.sum(tl.where(own, matrix, 0.0), axis=0), vectors
 
 

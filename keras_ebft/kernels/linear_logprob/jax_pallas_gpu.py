@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from keras_ebft.kernels import jax_pallas_head_gpu as tiles
+from keras_ebft.kernels.jax_pallas_gpu_calls import float32_products, gpu_call
 from keras_ebft.kernels.jax_pallas_head import HIDDEN_LOGIT, dot
 
 ROW_TILE = 128
@@ -40,7 +41,7 @@ def linear_logprob_pallas_gpu(
     """See `keras_ebft.kernels.linear_logprob`.
 
     Logits are float32 throughout. Products of float32 tensors are as precise as
-    `jax_default_matmul_precision` asks, as they are everywhere in JAX.
+    `jax_default_matmul_precision` asks and, where it asks nothing, float32.
 
     `interpret` goes to `pallas_call`; `None` interprets where there is no GPU.
     """
@@ -69,7 +70,7 @@ def _linear_logprob(hidden, head, labels, options):
 def _forward(hidden, head, labels, options):
     rows = hidden.shape[0]
     partial = jax.ShapeDtypeStruct((options.splits, rows), jnp.float32)
-    highest, total, weighted, chosen = pl.pallas_call(
+    highest, total, weighted, chosen = gpu_call(
         functools.partial(_forward_kernel, options=options),
         grid=(rows // ROW_TILE, options.splits),
         out_shape=[partial] * 4,
@@ -157,15 +158,16 @@ _linear_logprob.defvjp(_forward, _backward)
 def _chunk_gradients(hidden, head, per_row, options):
     """Gradients of a chunk of rows: `hidden`'s, and its part of `head`'s in float32."""
     rows, vocabulary = hidden.shape[0], head.shape[0]
-    slope = pl.pallas_call(
+    slope = gpu_call(
         functools.partial(_logit_gradient_kernel, options=options),
         grid=(rows // ROW_TILE, pl.cdiv(vocabulary, VOCABULARY_TILE)),
         out_shape=jax.ShapeDtypeStruct((rows, vocabulary), head.dtype),
         name="linear_logprob_logit_gradient",
         **tiles.compiler_options(options.interpret),
     )(hidden, head, *per_row)
-    hidden_gradient = dot(slope, head, 1, 0).astype(hidden.dtype)
-    return hidden_gradient, dot(slope, hidden, 0, 0)
+    with float32_products(head.dtype, options.interpret):
+        hidden_gradient = dot(slope, head, 1, 0).astype(hidden.dtype)
+        return hidden_gradient, dot(slope, hidden, 0, 0)
 
 
 def _logit_gradient_kernel(hidden, head, *refs, options):

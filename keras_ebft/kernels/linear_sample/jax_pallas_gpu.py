@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from keras_ebft.kernels import jax_pallas_head_gpu as tiles
+from keras_ebft.kernels.jax_pallas_gpu_calls import gpu_call
 from keras_ebft.kernels.jax_pallas_head import scaled
 from keras_ebft.kernels.linear_sample.jax_pallas_draw import draw, take_likeliest
 from keras_ebft.kernels.linear_sample.reference import GROUP
@@ -40,7 +41,7 @@ def linear_sample_pallas_gpu(
     """See `keras_ebft.kernels.linear_sample`; without `top_k` and `top_p`.
 
     Logits are float32 throughout. Products of float32 tensors are as precise as
-    `jax_default_matmul_precision` asks, as they are everywhere in JAX.
+    `jax_default_matmul_precision` asks and, where it asks nothing, float32.
 
     `interpret` goes to `pallas_call`; `None` interprets where there is no GPU.
     """
@@ -69,7 +70,7 @@ def _reduce(hidden, head, greedy, options):
     hidden = jnp.pad(hidden, ((0, padding), (0, 0)))
     dtypes = (jnp.float32, jnp.float32, *[jnp.int32] * greedy)
     shape = (pl.cdiv(head.shape[0], GROUP), rows + padding)
-    found = pl.pallas_call(
+    found = gpu_call(
         functools.partial(_reduce_kernel, options=options),
         # Programs of one group run side by side, and read its tokens once.
         grid=(shape[1] // ROW_TILE, shape[0]),
@@ -98,7 +99,7 @@ def _reduce_kernel(hidden, head, largest, total, *place, options):
 def _group_logits(hidden, head, group, options):
     """Logits of one group per row, float32 `[R, GROUP]`."""
     rows = hidden.shape[0]
-    return pl.pallas_call(
+    return gpu_call(
         functools.partial(_group_logits_kernel, options=options),
         grid=(rows,),
         out_shape=jax.ShapeDtypeStruct((rows, GROUP), jnp.float32),

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import math
 
 import keras
 import numpy as np
@@ -100,21 +101,27 @@ def _large_deviations(forms, arguments, spec):
     )
     # A rounded sum ends at a token nearby.
     span = getattr(spec, "vocabulary", 1)
+    # Rewards are of order one: where they come to zero, rounding is all that is left.
+    is_reward = not spec.differentiable and span == 1
     return [
-        Deviation(f"result {i} (call)", _distance(a, b, span), LARGE_TOLERANCE)
+        Deviation(
+            f"result {i} (call)", _distance(a, b, span, is_reward), LARGE_TOLERANCE
+        )
         for i, (a, b) in enumerate(zip(own, other))
         # What is sampled may differ; so may its log-probability.
         if spec.differentiable or i == 0 or not hasattr(spec, "vocabulary")
     ]
 
 
-def _distance(found, expected, span):
+def _distance(found, expected, span, is_reward=False):
     if tuple(found.shape) != tuple(expected.shape):
         return float("inf")
     off = ops.cast(found, "float32") - ops.cast(expected, "float32")
     if "int" in keras.backend.standardize_dtype(found.dtype):
         return float(ops.mean(ops.abs(off))) / span
     norm = float(ops.norm(ops.reshape(ops.cast(expected, "float32"), (-1,))))
+    if is_reward:
+        norm += math.prod(expected.shape) ** 0.5
     return float(ops.norm(ops.reshape(off, (-1,)))) / (norm + 1e-30)
 
 

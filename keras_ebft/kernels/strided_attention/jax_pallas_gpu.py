@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from keras_ebft.kernels.jax_pallas_gpu_calls import gpu_call
 from keras_ebft.kernels.strided_attention import jax_pallas_ranges as ranges_of
 
 HIDDEN_SCORE = -1e30
@@ -66,7 +67,7 @@ def strided_attention_pallas_gpu(
     """See `keras_ebft.kernels.strided_attention`.
 
     Scores are float32 throughout. Products of float32 tensors are as precise as
-    `jax_default_matmul_precision` asks, as they are everywhere in JAX.
+    `jax_default_matmul_precision` asks and, where it asks nothing, float32.
 
     `interpret` goes to `pallas_call`; `None` interprets where there is no GPU.
     """
@@ -119,7 +120,7 @@ def _range_attention(query, key, value, doc_key, doc_value, ranges, options):
 def _forward(query, key, value, doc_key, doc_value, ranges, options):
     parts = ((doc_key, doc_value), (key, value))
     seen = _tiles_of_rows(parts, ranges, options)
-    output, normaliser = pl.pallas_call(
+    output, normaliser = gpu_call(
         functools.partial(_forward_kernel, options=options),
         grid=_grid(query, options.row_tile),
         out_shape=[
@@ -178,7 +179,7 @@ def _backward(options, residuals, upstream):
     weighed = output.astype(jnp.float32) * upstream.astype(jnp.float32)
     rows = (query, upstream, normaliser, jnp.sum(weighed, axis=-1))
     document, own = (doc_key, doc_value), (key, value)
-    query_gradient = pl.pallas_call(
+    query_gradient = gpu_call(
         functools.partial(_query_gradient_kernel, options=options),
         grid=_grid(query, options.row_tile),
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
@@ -231,7 +232,7 @@ def _key_gradients(rows, keys_values, ranges, part, options):
     """Gradients of keys and values, summed over the row tiles that see them."""
     key = keys_values[0]
     _, seen = _tiles(ranges, part, key, options)
-    return pl.pallas_call(
+    return gpu_call(
         functools.partial(_key_gradients_kernel, part=part, options=options),
         grid=_grid(key, options.key_tile),
         out_shape=[jax.ShapeDtypeStruct(key.shape, key.dtype)] * 2,
