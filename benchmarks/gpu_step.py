@@ -187,6 +187,8 @@ def run_reference(checkout, shape, config, repeats, device):
 
     from reference import ReferenceStep
 
+    # Their masks are made where tensors are made.
+    torch.set_default_device(device)
     torch.manual_seed(0)
     made = LlamaConfig(
         vocab_size=config["vocabulary_size"],
@@ -200,8 +202,7 @@ def run_reference(checkout, shape, config, repeats, device):
     )
     tokens = harness.random_tokens(shape, config["vocabulary_size"])
     with tempfile.TemporaryDirectory() as folder:
-        with torch.device(device):
-            LlamaForCausalLM(made).bfloat16().save_pretrained(folder)
+        LlamaForCausalLM(made).bfloat16().save_pretrained(folder)
         with without_scripts():
             step = ReferenceStep(checkout, folder, shape, tokens, "sdpa", device)
 

@@ -24,6 +24,7 @@ from keras_ebft import kernels
 from keras_ebft.backend.device import Device
 from keras_ebft.kernels import __main__ as command
 from keras_ebft.kernels import dispatch, qualification
+from keras_ebft.kernels.feature_reward import specs as reward_specs
 from keras_ebft.kernels.qualification import kept, process, trying
 
 BACKEND = keras.backend.backend()
@@ -459,6 +460,22 @@ def test_the_check_of_a_gpu_has_its_parts(tmp_path):
     assert "reference_step_1b" in found
     for script in re.findall(r"\S+\.py", said):
         assert Path(script).exists(), script
+
+
+@pytest.mark.on_torch
+@pytest.mark.parametrize(("off", "allowed"), [(1e-6, True), (0.2, False)])
+def test_a_reward_of_zero_may_be_rounding(off, allowed):
+    """Rewards are of order one: relative to zero any rounding is infinite."""
+    spec = reward_specs.Spec("call")
+    shape = (spec.batch, spec.samples, spec.blocks)
+    forms = {
+        "forward": {
+            "own": lambda: {"diversity": ops.full(shape, off)},
+            "other": lambda: {"diversity": ops.zeros(shape)},
+        }
+    }
+    (found,) = trying._large_deviations(forms, [], spec)
+    assert found.is_allowed == allowed
 
 
 @pytest.mark.on_torch
