@@ -61,6 +61,13 @@ class TestCausalBlockwise(CausalAttentionContract):
     name = "blockwise"
 
 
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX's own call of it")
+class TestCausalCudnn(CausalAttentionContract):
+    """By XLA, which takes the same call where there is no GPU."""
+
+    name = "cudnn"
+
+
 @on_torch
 class TestCausalFused(CausalAttentionContract):
     name = "fused"

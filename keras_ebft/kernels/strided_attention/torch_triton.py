@@ -59,13 +59,17 @@ def choose_tiles(dtype, head_size, capability):
     if capability is None:
         return Tiles(64, 16, 4, 1), Tiles(64, 16, 4, 1), Tiles(64, 16, 4, 1)
     if dtype == torch.float32:
-        if head_size <= 64:
-            return (Tiles(32, 32, 8, 1),) * 3
-        return Tiles(32, 32, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)
-    if head_size <= 128:
-        # The fastest of those that were tried on an H200 (9.0) and do not spill.
+        backward = Tiles(*((32, 32) if head_size <= 64 else (16, 16)), 8, 1)
+        return Tiles(32, 32, 8, 1), backward, backward
+    if head_size <= 128 and capability[0] == 9:
+        # The fastest of those that were tried on an H200 and do not spill.
         backward = Tiles(64, 32, 4, 3) if head_size <= 64 else Tiles(64, 32, 8, 2)
         return Tiles(64, 32, 4, 3), backward, Tiles(16, 16, 2, 2)
+    if head_size <= 64:
+        return Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 2)
+    if head_size <= 128:
+        forward = Tiles(64, 64, 8, 2) if capability < (9, 0) else Tiles(128, 32, 8, 2)
+        return forward, Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2)
     return Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)
 
 
