@@ -5,7 +5,6 @@ more than twice as long as oneDNN for the same sums (docs/kernels.md). The opera
 called here is the one that PyTorch itself puts into what it compiles.
 """
 
-import functools
 import math
 
 import torch
@@ -40,8 +39,7 @@ class _Projection(torch.autograd.Function):
 
 
 def _product(rows, matrix):
-    is_small = rows.shape[0] * matrix.numel() < FEWEST_PRODUCTS
-    if is_small or not _multiplies(rows.dtype):
+    if rows.shape[0] * matrix.numel() < FEWEST_PRODUCTS:
         return rows @ matrix
     # oneDNN reads rows one after another: of two sides to copy, the smaller one is.
     if rows.t().is_contiguous() and matrix.numel() < rows.numel():
@@ -55,14 +53,6 @@ def _multiply(rows, matrix):
         matrix = matrix.contiguous()
     linear = _linear()
     return linear(rows.contiguous(), matrix.t(), None, "none", [], "")
-
-
-@functools.cache
-def _multiplies(dtype):
-    """Whether oneDNN has products of a dtype on this processor."""
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return True
 
 
 def _linear():
