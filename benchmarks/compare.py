@@ -40,27 +40,25 @@ def without_scripts():
         sys.path[:] = kept
 
 
-def write_checkpoint(folder, shape):
-    """A random Llama of a shape in Hugging Face layout."""
+def write_checkpoint(folder, config, length, *, tied=False, dtype="float32"):
+    """A random Llama of a config in Hugging Face layout, for documents of a length."""
     import torch
 
     with without_scripts():
         from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = own.model_config(shape)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config["vocabulary_size"],
-            hidden_size=config["hidden_dim"],
-            intermediate_size=config["intermediate_dim"],
-            num_hidden_layers=config["num_layers"],
-            num_attention_heads=config["num_query_heads"],
-            num_key_value_heads=config["num_key_value_heads"],
-            max_position_embeddings=2 * shape["length"],
-            tie_word_embeddings=False,
-        )
-    ).save_pretrained(folder)
+    made = LlamaConfig(
+        vocab_size=config["vocabulary_size"],
+        hidden_size=config["hidden_dim"],
+        intermediate_size=config["intermediate_dim"],
+        num_hidden_layers=config["num_layers"],
+        num_attention_heads=config["num_query_heads"],
+        num_key_value_heads=config["num_key_value_heads"],
+        max_position_embeddings=2 * length,
+        tie_word_embeddings=tied,
+    )
+    LlamaForCausalLM(made).to(getattr(torch, dtype)).save_pretrained(folder)
 
 
 def random_rollouts(shape):
@@ -201,7 +199,7 @@ def main():
         print(json.dumps(found))
         return
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(folder, shape)
+        write_checkpoint(folder, own.model_config(shape), shape["length"])
         options = [str(part) for name, v in shape.items() for part in (f"--{name}", v)]
 
         def run(side, backend):

@@ -180,29 +180,16 @@ class Clock:
 def run_reference(checkout, shape, config, repeats, device):
     """Seconds of every step of the authors' code and, of the last, of its phases."""
     import torch
-    from compare import PHASES, without_scripts
-
-    with without_scripts():
-        from transformers import LlamaConfig, LlamaForCausalLM
-
+    from compare import PHASES, without_scripts, write_checkpoint
     from reference import ReferenceStep
 
     # Their masks are made where tensors are made.
     torch.set_default_device(device)
-    torch.manual_seed(0)
-    made = LlamaConfig(
-        vocab_size=config["vocabulary_size"],
-        hidden_size=config["hidden_dim"],
-        intermediate_size=config["intermediate_dim"],
-        num_hidden_layers=config["num_layers"],
-        num_attention_heads=config["num_query_heads"],
-        num_key_value_heads=config["num_key_value_heads"],
-        max_position_embeddings=4 * shape["length"],
-        tie_word_embeddings=True,
-    )
     tokens = harness.random_tokens(shape, config["vocabulary_size"])
     with tempfile.TemporaryDirectory() as folder:
-        LlamaForCausalLM(made).bfloat16().save_pretrained(folder)
+        write_checkpoint(
+            folder, config, shape["length"], tied=True, dtype=shape["dtype"]
+        )
         with without_scripts():
             step = ReferenceStep(checkout, folder, shape, tokens, "sdpa", device)
 
