@@ -293,18 +293,22 @@ def test_fit_logs_once_which_implementations_run(caplog):
     assert "linear_logprob=reference" in message
 
 
-def small_call(op):
+def small_call(op, dtype="float32"):
     """Calls a path with tensors of a few numbers, without any option."""
-    heads, block = ops.ones((1, 4, 2, 8)), ops.ones((1, 1, 1, 4, 2, 8))
-    rows, places = ops.ones((2, 16)), ops.zeros((2,), "int32")
+
+    def ones(*shape):
+        return ops.ones(shape, dtype)
+
+    heads, block = ones(1, 4, 2, 8), ones(1, 1, 1, 4, 2, 8)
+    rows, places = ones(2, 16), ops.zeros((2,), "int32")
     return {
         "causal_attention": lambda: kernels.causal_attention(*[heads] * 3, scale=1.0),
         "feature_reward": lambda: kernels.feature_reward(
-            ops.ones((1, 2, 1, 1, 4)), ops.ones((1, 1, 1, 4))
+            ones(1, 2, 1, 1, 4), ones(1, 1, 1, 4)
         ),
         "linear_logprob": lambda: kernels.linear_logprob(rows, rows, places),
         "linear_sample": lambda: kernels.linear_sample(rows, rows, ops.ones((2,)) / 2),
-        "projection": lambda: kernels.projection(rows, ops.ones((16, 3))),
+        "projection": lambda: kernels.projection(rows, ones(16, 3)),
         "strided_attention": lambda: kernels.strided_attention(*[block] * 3, scale=1.0),
     }[op]()
 
@@ -316,6 +320,7 @@ RECORDS = [(op, record.name) for op in OPS for record in kernels.implementations
 def test_every_implementation_that_is_forced_runs_or_raises(op, name):
     record = next(r for r in kernels.implementations(op) if r.name == name)
     kernels.set_implementation(op, name)
+    dtype = (record.dtypes or ["float32"])[0]
     platform = device_of(ops.ones((1,))).platform
     able = BACKEND in record.backends and (
         record.platforms is None
@@ -323,10 +328,10 @@ def test_every_implementation_that_is_forced_runs_or_raises(op, name):
     )
     with kernels.watch_choices() as choices:
         if able:
-            small_call(op)
+            small_call(op, dtype)
         else:
             with pytest.raises(ValueError, match=f"forced by set_impl.*'{name}', but"):
-                small_call(op)
+                small_call(op, dtype)
     # An implementation may make choices of its own, of a product.
     assert choices.get(op) == ({name} if able else None)
 
