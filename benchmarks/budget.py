@@ -22,32 +22,8 @@ PHASES = step.PHASES
 
 def operations(shape):
     """Operations of each phase as `phases.py` cuts them, a dict of floats."""
-    import keras_ebft
-
     config = {**harness.LLAMA, **step.model_config(shape)}
-    decoder = keras_ebft.estimates.DecoderShape(
-        vocabulary_size=config["vocabulary_size"],
-        num_layers=config["num_layers"],
-        hidden_dim=config["hidden_dim"],
-        intermediate_dim=config["intermediate_dim"],
-        num_query_heads=config["num_query_heads"],
-        num_key_value_heads=config["num_key_value_heads"],
-        head_dim=config["hidden_dim"] // config["num_query_heads"],
-        tied=config["tie_word_embeddings"],
-    )
-    sampler = keras_ebft.BlockSampler(
-        rollout_length=shape["rollout"],
-        stride=shape["stride"],
-        context_length=shape["context"],
-        num_samples=shape["samples"],
-    )
-    work = keras_ebft.estimates.work(
-        decoder,
-        shape["length"],
-        shape["batch"],
-        sampler=sampler,
-        rematerialize=bool(shape["rematerialize"]),
-    )
+    work = harness.work_of(shape, config, bool(shape["rematerialize"]))
     return {
         "prefill": work.documents,
         "rollout": work.rollouts,

@@ -67,29 +67,16 @@ def config_of(arguments):
     return {**SHAPES["tiny" if arguments.tiny else arguments.shape]}
 
 
-def body_parameters(config):
-    """Weights that multiply every token, the output head left out."""
-    width, heads = config["hidden_dim"], config["num_query_heads"]
-    shared = config["num_key_value_heads"] / heads
-    attention = 2 * width * width * (1 + shared)
-    return config["num_layers"] * (attention + 3 * width * config["intermediate_dim"])
-
-
 def model_flops(shape, config):
-    """Operations of a step's matrix products, attention left out.
+    """Operations of a step's matrix products, without what is computed again.
 
-    Forward passes of the body over documents, and over rollouts but for each block's
-    last token; the features of both from three quarters of the layers; backward twice
-    each. The head draws once and scores once with gradient.
+    Gradients compute the head's logits a second time to save their memory, which
+    `keras_ebft.estimates.work` counts and a rate of useful operations may not.
     """
-    blocks = (shape["length"] - shape["rollout"] - shape["context"]) // shape["stride"]
-    generated = shape["samples"] * (blocks + 1) * shape["rollout"]
-    read = generated * (shape["rollout"] - 1) // shape["rollout"]
-    passes = 3 * (shape["length"] + read) + read
-    passes += 0.75 * (shape["length"] + generated)
-    head = config["vocabulary_size"] * config["hidden_dim"]
-    body = body_parameters(config)
-    return 2 * shape["batch"] * (body * passes + head * 4 * generated)
+    work = harness.work_of(shape, {**config, "tie_word_embeddings": True})
+    blocks = (shape["length"] - shape["context"]) // shape["stride"]
+    generated = shape["batch"] * blocks * shape["samples"] * shape["rollout"]
+    return work.total - 2 * generated * config["vocabulary_size"] * config["hidden_dim"]
 
 
 def product_rate(tiny):

@@ -33,6 +33,16 @@ LLAMA = {
 }
 
 
+DECODER_SIZES = (
+    "vocabulary_size",
+    "num_layers",
+    "hidden_dim",
+    "intermediate_dim",
+    "num_query_heads",
+    "num_key_value_heads",
+)
+
+
 def make_model(shape, **config):
     """A compiled `EBFTModel` on a random Llama.
 
@@ -58,18 +68,50 @@ def compiled_model(causal_lm, shape):
 
     model = keras_ebft.EBFTModel(
         causal_lm,
-        sampler=keras_ebft.BlockSampler(
-            rollout_length=shape["rollout"],
-            stride=shape["stride"],
-            context_length=shape["context"],
-            num_samples=shape["samples"],
-        ),
+        sampler=block_sampler(shape),
         rematerialize=bool(shape.get("rematerialize", 0)),
         micro_batches=shape.get("micro_batches", 1),
         seed=0,
     )
     model.compile(keras.optimizers.AdamW(1e-6, beta_2=0.95, weight_decay=0.0))
     return model
+
+
+def block_sampler(shape):
+    """The `BlockSampler` of a shape."""
+    import keras_ebft
+
+    return keras_ebft.BlockSampler(
+        rollout_length=shape["rollout"],
+        stride=shape["stride"],
+        context_length=shape["context"],
+        num_samples=shape["samples"],
+    )
+
+
+def work_of(shape, config, rematerialize=False):
+    """`keras_ebft.estimates.work` of a step of a Llama.
+
+    Args:
+        shape: dict, see `step.DEFAULTS`.
+        config: dict, all of what `make_model` takes.
+        rematerialize: bool, as in `EBFTModel`.
+    """
+    import keras_ebft
+
+    sizes = {name: value for name, value in config.items() if name in DECODER_SIZES}
+    decoder = keras_ebft.estimates.DecoderShape(
+        **sizes,
+        head_dim=config["hidden_dim"] // config["num_query_heads"],
+        tied=config["tie_word_embeddings"],
+    )
+    return keras_ebft.estimates.work(
+        decoder,
+        shape["length"],
+        shape["batch"],
+        sampler=block_sampler(shape),
+        rematerialize=rematerialize,
+    )
 
 
 def random_tokens(shape, vocabulary_size):
