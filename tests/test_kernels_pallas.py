@@ -327,6 +327,35 @@ def test_lowers_for_gpu(op, spec, options, dtype):
     assert lowered.as_text().count("@__gpu$xla.gpu.triton") == kernels
 
 
+def products_in(jaxpr):
+    """`dot_general` equations of a jaxpr, those of its kernels too."""
+    import jax.extend
+
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from products_in(inner)
+
+
+@pytest.mark.parametrize("asked", [None, "tensorfloat32"])
+@pytest.mark.parametrize(("op", "spec", "options", "dtype"), CASES)
+def test_products_on_gpu_are_as_exact_as_asked_for(op, spec, options, dtype, asked):
+    """Left to itself Triton cuts float32 to TensorFloat-32, which a GPU alone shows."""
+    import jax
+
+    function, arrays = call_and_gradients(op, "pallas_gpu", spec, dtype, options)
+    with jax.default_matmul_precision(asked):
+        products = list(products_in(function.trace(*arrays).jaxpr.jaxpr))
+        of_plain = jax.make_jaxpr(jax.numpy.dot)(*[jax.numpy.ones((2, 2))] * 2)
+    assert len(products) > 3
+    precisions = {str(equation.params["precision"]) for equation in products}
+    if asked or dtype == "bfloat16":
+        assert precisions == {str(of_plain.eqns[0].params["precision"])}
+    else:
+        assert precisions == {"TF32_TF32_F32_X3"}
+
+
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
 def test_log_probabilities_have_no_logits_in_memory(platform, monkeypatch):
     """Forward and backward; on GPU gradients of logits exist for 128 rows at a time."""
@@ -383,6 +412,13 @@ def test_sampling_lowers_for_tpu(options, dtype, kernels, shape):
     text = exported.mlir_module()
     assert text.count("@tpu_custom_call") == kernels
     assert_no_logits(text, shape)
+
+
+def test_products_of_sampling_on_gpu_are_float32():
+    function, arrays = sampling("pallas_gpu", {}, "float32", SHAPES[1])
+    products = products_in(function.trace(*arrays).jaxpr.jaxpr)
+    precisions = {str(equation.params["precision"]) for equation in products}
+    assert precisions == {"TF32_TF32_F32_X3"}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
