@@ -1,13 +1,16 @@
 """What is changed in KerasHub for the length of a call is afterwards as it was."""
 
 import keras
+import numpy as np
 import pytest
-from helpers import documents, family
+from helpers import documents, family, to_numpy
 from keras import ops
 from test_families import FAMILIES
 
 from keras_ebft import networks
+from keras_ebft.backend.runtime import power
 from keras_ebft.networks import adapters
+from keras_ebft.networks.layer_powers import powers_by_numbers
 from keras_ebft.networks.patches import patched
 
 # RWKV-7 says that kernels of a package of its own would be faster.
@@ -106,3 +109,69 @@ def quantize(backbone):
     """Quantizes one projection of every layer, which needs adapters to train."""
     backbone.quantize("int8", filters="query")
     backbone.enable_lora(2)
+
+
+class Cubes(keras.layers.Layer):
+    def call(self, inputs, *, factor=2.0):
+        return factor * ops.power(inputs, 3) + ops.power(2.0, inputs)
+
+
+class NestedCubes(Cubes):
+    """Calls what is above it, by a cell of its function."""
+
+    def call(self, inputs, offset=1.0):
+        return super().call(inputs) + ops.power(inputs, 0.5) + offset
+
+
+def test_layers_take_powers_by_numbers():
+    layer = NestedCubes()
+    x = ops.convert_to_tensor([0.25, 4.0])
+    expected = [2 * 0.25**3 + 2**0.25 + 0.5 + 1, 2 * 4**3 + 2**4 + 2 + 1]
+    before = layer.call
+    with patched(powers_by_numbers(layer)):
+        assert layer.call.__func__ is not before.__func__
+        np.testing.assert_allclose(to_numpy(layer(x)), expected, rtol=1e-6)
+        np.testing.assert_allclose(
+            to_numpy(layer(x, offset=2.0)), [value + 1 for value in expected], rtol=1e-6
+        )
+    assert layer.call == before
+    np.testing.assert_allclose(to_numpy(layer(x)), expected, rtol=1e-6)
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="Elsewhere exponents are constants."
+)
+@pytest.mark.parametrize("exponent", [2, 2.0, -1.5])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+def test_exponents_are_not_copied_to_the_device(exponent, dtype, monkeypatch):
+    import torch
+
+    x = ops.convert_to_tensor([1, 3], dtype=dtype)
+    plain = ops.power(x, exponent)
+    monkeypatch.setattr(torch, "as_tensor", None)
+    found = power(x, exponent)
+    assert found.dtype == plain.dtype
+    np.testing.assert_allclose(to_numpy(found), to_numpy(plain), rtol=1e-6)
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="Elsewhere exponents are constants."
+)
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen3", "Phi3", "GptOss"])
+def test_networks_take_squares_by_numbers(name):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Exponents(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if str(function).startswith("aten.pow."):
+                exponents.append(args[1])
+            return function(*args, **(kwargs or {}))
+
+    exponents, network = [], networks.routed_backbone(family(name).backbone)
+    with Exponents():
+        run(network)
+    # Rotary embeddings take powers of a number by many.
+    alone = [e for e in exponents if not getattr(e, "shape", ())]
+    # Two normalisations in every layer, and one at the end.
+    assert len(alone) >= 5
+    assert all(isinstance(exponent, int) for exponent in alone)

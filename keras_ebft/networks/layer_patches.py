@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_ebft.backend.runtime import after
 from keras_ebft.kernels.projection import projection
+from keras_ebft.networks.layer_powers import powers_by_numbers
 from keras_ebft.networks.patches import Patch
 
 
@@ -21,6 +22,7 @@ def token_by_token(decoder):
       and passes would else lie unpacked in memory before the first of them is used.
     - Attention masks are not made: the caller's attention has its own.
     - Layers forget their `keras.RematScope`; see `without_remat_scope`.
+    - Exponents of powers stay numbers; see `powers_by_numbers`.
 
     Args:
         decoder: decoder layer.
@@ -28,7 +30,11 @@ def token_by_token(decoder):
     Returns:
         list of `Patch`.
     """
-    patches = [*without_remat_scope(decoder), *_without_masks(decoder)]
+    patches = [
+        *without_remat_scope(decoder),
+        *_without_masks(decoder),
+        *powers_by_numbers(decoder),
+    ]
     for layer in _with_layers_within(decoder):
         if getattr(layer, "quantization_mode", None) is not None:
             call = _after_inputs(layer.quantized_call)

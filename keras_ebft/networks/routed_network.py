@@ -10,6 +10,7 @@ from keras import ops
 from keras_ebft.networks import adapters
 from keras_ebft.networks.families import family_of
 from keras_ebft.networks.layer_patches import token_by_token, without_remat_scope
+from keras_ebft.networks.layer_powers import powers_by_numbers
 from keras_ebft.networks.patches import patched
 from keras_ebft.networks.rematerialisation import run_again
 from keras_ebft.networks.repeated_layers import run_repeated, worth_looping
@@ -108,7 +109,9 @@ class RoutedNetwork:
         """The hidden state after a layer, `[*shape, D]`."""
         hidden = self.family.hidden(self.backbone, x)
         if index == self.depth:
-            hidden = self.family.final_norm(self.backbone)(hidden)
+            final_norm = self.family.final_norm(self.backbone)
+            with patched(powers_by_numbers(final_norm)):
+                hidden = final_norm(hidden)
         return ops.reshape(hidden, (*shape, hidden.shape[-1]))
 
 

@@ -6,6 +6,7 @@ from keras import ops
 from keras_ebft.networks import adapters
 from keras_ebft.networks.families import family_of
 from keras_ebft.networks.layer_patches import without_remat_scope
+from keras_ebft.networks.layer_powers import powers_by_numbers
 from keras_ebft.networks.patches import Patch, patched
 from keras_ebft.networks.rematerialisation import run_again
 
@@ -45,7 +46,7 @@ class RowNetwork:
         if "position_ids" in self.model.input:
             index = ops.arange(length, dtype="int32")
             inputs["position_ids"] = ops.broadcast_to(index[None], rows.shape)
-        patches = without_remat_scope(self.backbone)
+        patches = _patches(self.backbone)
         if self.rematerialize:
             patches += [Patch(d, "call", _again(d)) for d in self._decoders()]
         with adapters.switched_off(self.switched_off), patched(patches):
@@ -60,13 +61,18 @@ class RowNetwork:
         return decoders[: self.num_layers]
 
 
+def _patches(whole):
+    """What a layer and those in it run with, whatever the family."""
+    return [*without_remat_scope(whole), *powers_by_numbers(whole)]
+
+
 def _again(decoder):
     """A `call` that runs a decoder layer again in the backward pass."""
     call = decoder.call
 
     def run(args, kwargs):
         # The whole layer, not `call` alone: it sets the precision of its weights.
-        patches = [*without_remat_scope(decoder), Patch(decoder, "call", call)]
+        patches = [*_patches(decoder), Patch(decoder, "call", call)]
         with patched(patches):
             return decoder(*args, **kwargs)
 
