@@ -237,6 +237,11 @@ def choose(op, tensors, head_size=None, options=(), settings=None):
     return chosen.load()
 
 
+def requested_implementations():
+    """What is forced now, in code and by the environment, as something hashable."""
+    return *_forced.items(), os.environ.get(ENVIRONMENT_VARIABLE, "")
+
+
 def in_use(**options):
     """Names of the options whose value is not `None` or `False`."""
     return frozenset(

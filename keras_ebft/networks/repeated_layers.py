@@ -64,12 +64,12 @@ def run_repeated(layer, decoders, x, given, caches, again):
             return layer(x, given, cache)
 
     step = run_again(step) if again else step
-    weights = [_weights(decoder) for decoder in decoders]
+    weights = [weights_of(decoder) for decoder in decoders]
     return loop(step, x, list(zip(weights, caches)))
 
 
-def _weights(decoder):
-    """Every variable of a layer as a tensor."""
+def weights_of(decoder):
+    """Every variable of a layer as a tensor, in the order of `decoder.variables`."""
     # As they are stored: the layer casts its own.
     as_stored = [Patch(v, "_autocast", False) for v in decoder.variables]
     with patched(as_stored):

@@ -12,6 +12,7 @@ from keras_ebft.networks.families import family_of
 from keras_ebft.networks.layer_patches import token_by_token, without_remat_scope
 from keras_ebft.networks.layer_powers import powers_by_numbers
 from keras_ebft.networks.patches import patched
+from keras_ebft.networks.recorded_layers import Recordings, worth_recording
 from keras_ebft.networks.rematerialisation import run_again
 from keras_ebft.networks.repeated_layers import run_repeated, worth_looping
 from keras_ebft.networks.rotary_tables import RotaryTables
@@ -43,6 +44,7 @@ class RoutedNetwork:
         self.num_layers = depth if layers is None else layers[-1]
         self.family = family_of(backbone)
         self._embed = self.family.embedding(backbone, self.num_layers)
+        self._recordings = Recordings()
 
     def __call__(self, token_ids, positions, attend, caches=None):
         """Runs the network on independent tokens; `attend` connects them.
@@ -89,15 +91,17 @@ class RoutedNetwork:
         return (outputs[0] if self.layers is None else outputs), updated
 
     def _run(self, layers, x, given, caches):
-        """One decoder layer after another, or all of them as one in a loop."""
+        """One decoder layer after another, all as one in a loop, or recorded."""
         decoders = [layer.decoder for layer in layers]
         looping = worth_looping(self.family, decoders, given, self.num_layers)
         if looping or self.rematerialize:
-            layers = [layer.with_own_tables() for layer in layers]
+            layers = [layer.replaced(tables=None) for layer in layers]
         if looping:
             return run_repeated(
                 layers[0], decoders, x, given[0], caches, self.rematerialize
             )
+        if worth_recording(self.family, x, given):
+            return self._recordings.run(layers, x, given[0], caches)
         updated = []
         for layer, own, cache in zip(layers, given, caches):
             run = run_again(layer) if self.rematerialize else layer
@@ -135,10 +139,18 @@ class _Layer:
         self.positions = positions
         self.tables = tables
 
-    def with_own_tables(self):
-        """The same layer, to be run in a program of its own."""
-        given = self.network, self.decoder, self.index, self.attend
-        return _Layer(*given, self.shape, self.positions, None)
+    def replaced(self, **changes):
+        """The same layer with other arguments; without tables for a program alone."""
+        names = (
+            "network",
+            "decoder",
+            "index",
+            "attend",
+            "shape",
+            "positions",
+            "tables",
+        )
+        return _Layer(**{**{name: getattr(self, name) for name in names}, **changes})
 
     def __call__(self, x, given, cache):
         family, updated = self.network.family, []
