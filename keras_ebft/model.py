@@ -316,7 +316,9 @@ class EBFTModel(Inspection, Serialization, DocumentTrainer):
 
         Asking waits for the device.
         """
-        return int(self._training_steps) // self.objective.updates_per_rollout
+        objective = self.objective
+        repeats = objective.updates_per_rollout if objective.repeats_updates else 1
+        return int(self._training_steps) // repeats
 
     @property
     def feature_reader(self) -> FrozenReader | None:

@@ -59,6 +59,20 @@ def files(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def test_a_critic_made_anew_goes_on(tmp_path):
+    """Keras numbers the names of optimizers that are made in one process."""
+
+    def made(critic):
+        sampler = {"rollout_length": 2, "stride": 4, "context_length": 2}
+        return build(sampler=keras_ebft.BlockSampler(**sampler), critic=critic)
+
+    fit(made(keras_ebft.Critic()), tmp_path / NAME, epochs=1)
+    assert len(fit(made(keras_ebft.Critic()), tmp_path / NAME).epoch) == 1
+    other = keras_ebft.Critic(optimizer=keras.optimizers.SGD(0.1))
+    with pytest.raises(ValueError, match="critic optimizer"):
+        fit(made(other), tmp_path / NAME)
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """A folder after two epochs."""

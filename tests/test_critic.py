@@ -99,6 +99,31 @@ def test_a_probe_learns_and_leaves_the_policy_alone(policy):
     assert not model.frozen_network.trainable_variables
 
 
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+def test_no_gradient_of_a_probe_reaches_the_policy(policy, ema_decay):
+    """Also where features follow the policy, which JAX does within the step."""
+    causal_lm, weights = policy
+    trained = []
+    for critic in (None, keras_ebft.Critic("all", keras.optimizers.SGD(0.1))):
+        causal_lm.set_weights(weights)
+        model = keras_ebft.EBFTModel(
+            causal_lm,
+            keras_ebft.ReplaySampler(ROLLOUTS, **SAMPLER),
+            keras_ebft.FeatureNetwork(layers=(1,), ema_decay=ema_decay),
+            critic=critic,
+            seed=0,
+        )
+        if critic is not None:
+            kernel = model.critic_head.weights[0]
+            kernel.assign(np.random.default_rng(3).normal(size=kernel.shape))
+        model.compile(keras.optimizers.SGD(1.0))
+        model.fit(X, batch_size=2, verbose=0)
+        trained.append(flat(causal_lm.get_weights()))
+    alone, beside = trained
+    assert np.abs(alone - flat(weights)).max() > 0.01
+    np.testing.assert_allclose(beside, alone, rtol=0, atol=1e-5)
+
+
 def test_the_models_seed_decides_how_the_head_starts(policy):
     """The same seed gives the same training: unseeded, each run had another probe."""
 

@@ -194,6 +194,22 @@ def test_the_copy_follows_the_policy(causal_lm):
         np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.parametrize("decay", [0.9, 0.99])
+def test_a_coarse_copy_stays_where_the_policy_is(decay, caplog):
+    """In bfloat16 0.99 and 0.01 would be 0.988 and 0.01001."""
+    causal_lm = llama(num_layers=1, dtype="bfloat16")
+    model = build(causal_lm, layers=(1,), ema_decay=decay)
+    before = [to_numpy(ops.cast(w, "float32")) for w in model.frozen_network.weights]
+    model.compile(keras.optimizers.SGD(0.0))
+    with caplog.at_level("WARNING", logger="keras_ebft"):
+        model.fit(np.concatenate([X] * 5), batch_size=2, verbose=0)
+    after = [to_numpy(ops.cast(w, "float32")) for w in model.frozen_network.weights]
+    for one, two in zip(before, after):
+        np.testing.assert_array_equal(one, two)
+    percent = {0.9: "2", 0.99: "20"}[decay]
+    assert f"until it is {percent} % away" in caplog.text
+
+
 def test_answers_are_pooled_at_their_last_token(causal_lm):
     """Rollouts and truth alike: the window's last answer token, not its last."""
     answers = np.zeros((2, 14), dtype=bool)

@@ -165,6 +165,17 @@ def test_the_reference_stays_where_features_move(policy):
     assert np.abs(flat(taps.get_weights()) - flat(before)[: taps.count_params()]).max()
 
 
+@pytest.mark.parametrize(
+    ("options", "updates"), [({}, 4), ({"policy_weight": 0.0, "ce_weight": 1.0}, 2)]
+)
+def test_batches_are_counted_not_updates(policy, options, updates):
+    """Without rollouts there is one update of a batch, whatever is asked for."""
+    model = build(policy, updates_per_rollout=2, **options)
+    fit(model, epochs=2)
+    assert int(to_numpy(model.optimizer.iterations)) == updates
+    assert model.steps_trained == 2
+
+
 @pytest.mark.parametrize("reduction", ["mean_with_sample_weight", None])
 def test_sft_is_what_kerashub_fits(policy, reduction):
     """One SGD step, against `CausalLM.fit` on shifted labels.

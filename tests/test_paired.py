@@ -9,7 +9,12 @@ from helpers import documents, llama, randomise
 
 import keras_ebft
 from keras_ebft.evaluation import FeatureMatching, PairedFeatureMatching, paired_change
-from keras_ebft.evaluation.paired import weighted_mean, weighted_pairs
+from keras_ebft.evaluation.paired import (
+    _scores,
+    _token_match,
+    weighted_mean,
+    weighted_pairs,
+)
 
 # Arithmetic on what `rollout`, `features` and `score` return on every backend.
 pytestmark = pytest.mark.on_torch
@@ -145,6 +150,61 @@ def test_masks():
     with np.errstate(invalid="ignore"):
         expected = -(log_prob * counts).sum(1) / counts.sum(1)
     np.testing.assert_allclose(found["cross_entropy"], expected, rtol=1e-5)
+
+
+def test_tokens_that_do_not_count_are_weighed():
+    """All 49 rollouts of two tokens, the first of which is no answer."""
+    vocabulary = 7
+    causal_lm = llama(vocabulary_size=vocabulary, num_layers=1)
+    every = np.array(list(itertools.product(range(vocabulary), repeat=2)), "int32")
+    x = {
+        "token_ids": documents(1, 6) % vocabulary,
+        "anchors": np.array([[3]]),
+        "answer_mask": np.array([[0, 0, 0, 0, 1, 1]], bool),
+    }
+    model = build(causal_lm, num_samples=len(every), temperature=1.0)
+    rollouts = dict(model.rollout(x, seed=0))
+    assert keras.ops.convert_to_numpy(rollouts["mask"])[0, 0].tolist() == [
+        [False, True]
+    ]
+    rollouts["token_ids"] = keras.ops.convert_to_tensor(every[None, :, None])
+    rows = PairedFeatureMatching(model, x, num_samples=3)._batches[0].rows
+
+    def probabilities():
+        log_prob = model.score(x, rollouts["token_ids"])["log_prob"]
+        log_prob = keras.ops.convert_to_numpy(keras.ops.stop_gradient(log_prob))
+        return np.exp(log_prob.astype("float64").sum(-1)[0, :, 0])
+
+    before, old = probabilities(), _scores(model, rows, rollouts)[0]
+    nudge(causal_lm, 0.1)
+    after, new = probabilities(), _scores(model, rows, rollouts)[0]
+    assert before.sum() == pytest.approx(1.0, rel=1e-5)
+    np.testing.assert_allclose(np.exp(new - old)[0, 0], after / before, rtol=1e-4)
+    assert np.abs(after / before - 1.0).max() > 0.1
+
+
+def test_tokens_beyond_the_truth_match_nothing():
+    """A document that ends one token into its block; the next one goes on alike."""
+    stops = {"stop_token_ids": (6,), "num_samples": 3, "rollout_length": 3}
+    model = build(llama(num_layers=1), **stops)
+    x = {
+        "token_ids": X[:1, :12],
+        "padding_mask": np.ones((1, 12), bool),
+        "segment_ids": (np.arange(12) >= 9)[None].astype("int32"),
+        "anchors": np.array([[8]]),
+    }
+    rollouts = {
+        name: keras.ops.convert_to_numpy(value)
+        for name, value in model.rollout(x, seed=0).items()
+    }
+    rollouts["token_ids"] = np.broadcast_to(
+        x["token_ids"][:, None, None, 8:11], rollouts["token_ids"].shape
+    ).copy()
+    rollouts["token_ids"][0, 0, 0, 0] += 1
+    rollouts["mask"] = np.ones_like(rollouts["mask"])
+    assert rollouts["true_exists"].tolist() == [[[True, False, False]]]
+    found = _token_match(x["token_ids"], rollouts, rollouts["anchors"])
+    np.testing.assert_array_equal(found, [[[0.0, 1.0, 1.0]]])
 
 
 def test_a_change_and_its_interval():

@@ -191,6 +191,36 @@ def test_the_norm_of_the_gradient_is_not_scaled():
     assert norm == pytest.approx(moved, rel=1e-4)
 
 
+class MinusOne(keras_ebft.FeatureMatchingReward):
+    """The same for every token of every rollout."""
+
+    def __call__(self, generated, target, rollouts=None):
+        found = super().__call__(generated, target, rollouts)
+        nothing = 0.0 * found["reward"]
+        alike = {"alignment": nothing - 1.0, "diversity": nothing}
+        return {**found, **alike, "reward": nothing - 1.0}
+
+
+def test_samples_that_have_ended_are_not_the_best():
+    """Of four samples one ends at once, the others are alike."""
+    others = np.array([3, 7, 9])
+    written = np.stack([[8, 8, 8], others, others, others])
+    written = np.broadcast_to(written[None, :, None], (3, 4, 2, 3)).copy()
+    sampler = keras_ebft.ReplaySampler(written, **GEOMETRY, stop_token_ids=(8,))
+    model = keras_ebft.EBFTModel(
+        llama(num_layers=1),
+        sampler,
+        keras_ebft.FeatureNetwork(layers=(1,), pooling="token"),
+        MinusOne(),
+        seed=0,
+    )
+    model.compile()
+    found = model.evaluate(X, batch_size=3, verbose=0, return_dict=True)
+    assert found["reward"] == pytest.approx(-1.0)
+    assert found["best_reward"] == pytest.approx(-1.0)
+    assert found["zero_std_fraction"] == pytest.approx(1.0)
+
+
 @pytest.mark.on_torch
 def test_measured_by_steps(model):
     """Six steps in two epochs: at 2, 4 and 6; the last of an epoch is in its logs."""

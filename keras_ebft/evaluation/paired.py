@@ -299,7 +299,8 @@ def _token_match(
 ) -> np.ndarray:
     """Share of tokens that are those of the documents, `[B, K, n]`."""
     written = np.moveaxis(to_numpy(rollouts["token_ids"]), 1, 2)
-    counts = np.moveaxis(to_numpy(rollouts["mask"]), 1, 2)
+    known = rollouts["mask"] & rollouts["true_exists"][:, None]
+    counts = np.moveaxis(to_numpy(known), 1, 2)
     places = anchors[..., None] + np.arange(written.shape[-1])
     places = np.clip(places, 0, token_ids.shape[1] - 1)
     row = np.arange(len(token_ids))[:, None, None]
@@ -314,11 +315,18 @@ def _scores(
     with no_gradient():
         scores = model.score(rows, rollouts)
     log_prob = to_numpy(scores["log_prob"]).astype("float64")
-    log_prob = np.where(to_numpy(rollouts["mask"]), log_prob, 0.0).sum(-1)
+    # All that was drawn: later tokens follow those that do not count, too.
+    log_prob = np.where(_drawn_tokens(rollouts), log_prob, 0.0).sum(-1)
     of_document = to_numpy(scores["document_log_prob"]).astype("float64")
     counts = _predicted(rows)
     cross_entropy = -_mean(of_document, counts)
     return np.moveaxis(log_prob, 1, 2), cross_entropy
+
+
+def _drawn_tokens(rollouts: Any) -> np.ndarray:
+    """Tokens of living blocks up to where rollouts end, bool `[B, n, K, G]`."""
+    live = to_numpy(rollouts["anchors"]) >= 0
+    return to_numpy(rollouts["alive"]) & live[:, None, :, None]
 
 
 def _predicted(rows: Rows) -> np.ndarray:

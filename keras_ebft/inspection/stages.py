@@ -56,7 +56,10 @@ class Inspection:
         Returns:
             dict of `token_ids` int32 and `log_prob` float32 `[B, n, K, G]`, in
             nats at the sampling temperature; `mask` bool `[B, n, K, G]`, tokens
-            that count; and `anchors` int32 `[B, K]`, -1 for dead blocks.
+            that count; `alive` bool `[B, n, K, G]`, tokens up to and with a stop
+            token, whether they count or not; `true_exists` bool `[B, K, G]`, tokens
+            whose true ones are there; and `anchors` int32 `[B, K]`, -1 for dead
+            blocks.
 
         Example:
         ```python
@@ -290,6 +293,8 @@ def _sampled(
         "token_ids": rollouts.token_ids,
         "log_prob": log_prob,
         "mask": rollouts.counted,
+        "alive": rollouts.alive,
+        "true_exists": rollouts.blocks.true_exists,
         "anchors": rollouts.blocks.absolute_anchors(),
     }
 
@@ -302,11 +307,7 @@ def _judged(step: EBFTStep, rollouts: Rollouts) -> Tensors:
 def _told_apart(rollouts: Rollouts) -> Tensors:
     """What of a row is prompt and what truth, and where rollouts end."""
     blocks = rollouts.blocks.as_tensors()
-    found = {
-        "alive": rollouts.alive,
-        "true_index": blocks.true_index,
-        "true_exists": blocks.true_exists,
-    }
+    found = {"true_index": blocks.true_index}
     if blocks.starts is not None:
         found["starts"] = blocks.starts
     if rollouts.ended is not None:

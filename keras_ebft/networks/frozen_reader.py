@@ -119,9 +119,13 @@ class FrozenReader:
             decay: float in [0, 1).
         """
         for own, trained in copied_variables(self.model, backbone):
-            old = ops.convert_to_tensor(own)
-            new = leading(ops.convert_to_tensor(trained), old.shape)
-            own.assign(decay * old + (1.0 - decay) * ops.cast(new, old.dtype))
+            # In half precision the two factors would not add up to 1.
+            dtype = keras.backend.result_type(own.dtype, "float32")
+            old = ops.cast(ops.convert_to_tensor(own), dtype)
+            # On JAX this runs within what is differentiated.
+            new = ops.stop_gradient(ops.convert_to_tensor(trained))
+            new = ops.cast(leading(new, old.shape), dtype)
+            own.assign(ops.cast(decay * old + (1.0 - decay) * new, own.dtype))
 
 
 def frozen_readers(

@@ -5,7 +5,6 @@ again ends with the same weights only if the random generators, the adapters apa
 from their base and the place in the data come back too.
 """
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterable
@@ -21,7 +20,7 @@ from keras_ebft.backend.runtime import backend_name
 from keras_ebft.configurable import Shown
 from keras_ebft.networks import adapters
 from keras_ebft.training import checkpoint_files
-from keras_ebft.training.part_settings import part_settings
+from keras_ebft.training.part_settings import optimizer_settings, part_settings
 from keras_ebft.validation import check_bool, check_int
 from keras_ebft.version import __version__
 
@@ -307,24 +306,10 @@ def run_record(model: Any) -> dict[str, Any]:
             [layer.lora_rank, layer.lora_alpha]
             for layer in adapters.adapted_layers(model.causal_lm.backbone)
         ],
-        "optimizer": _settings(model.get_compile_config()["optimizer"]),
+        "optimizer": optimizer_settings(model.get_compile_config()["optimizer"]),
         "settings": part_settings(model),
         "data": model.training_state.data,
     }
-
-
-def _settings(config: Any) -> Any:
-    """An optimizer's configuration without names and numbers that training changes."""
-    left_out = ("name", "build_config", "shared_object_id", "learning_rate")
-    if not isinstance(config, dict):
-        return config
-    kept = {
-        key: _settings(value)
-        for key, value in config.items()
-        if key not in left_out or (key == "learning_rate" and isinstance(value, dict))
-    }
-    # Tuples and other numbers as they come out of a file.
-    return json.loads(json.dumps(kept, default=float))
 
 
 def _check_alphas(written: list[float], now: list[float]) -> None:

@@ -245,8 +245,14 @@ def measure_rollouts(outputs: StepOutputs) -> dict[str, tuple[Any, Tensor]]:
     def over_blocks(values: Tensor) -> Tensor:
         return masked_mean(values, block_mask)
 
+    def best(values: Tensor) -> Tensor:
+        """The largest of the samples that count, 0 where none does."""
+        counts = ops.cast(judged.mask, "bool")
+        largest = ops.max(ops.where(counts, values, float("-inf")), axis=1)
+        return ops.where(ops.any(counts, axis=1), largest, 0.0)
+
     reward, advantage = judged.reward, judged.advantage
-    spread = ops.max(reward, axis=1) - ops.min(reward, axis=1)
+    spread = best(reward) + best(-reward)
     mean = over_samples(advantage)
     moments = mean, over_samples(ops.square(advantage - mean))
     measured = {name: over_blocks(value) for name, value in judged.measures.items()}
@@ -257,8 +263,8 @@ def measure_rollouts(outputs: StepOutputs) -> dict[str, tuple[Any, Tensor]]:
         "alignment": over_samples(judged.alignment),
         "diversity": over_samples(judged.diversity),
         "reward": over_samples(reward),
-        "best_alignment": over_blocks(ops.max(judged.alignment, axis=1)),
-        "best_reward": over_blocks(ops.max(reward, axis=1)),
+        "best_alignment": over_blocks(best(judged.alignment)),
+        "best_reward": over_blocks(best(reward)),
         "advantage_std": moments,
         "zero_std_fraction": over_blocks(ops.cast(spread < SAME_REWARD, "float32")),
     }

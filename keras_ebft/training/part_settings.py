@@ -31,6 +31,20 @@ def part_settings(model: Any) -> dict[str, Any]:
     return json.loads(json.dumps(_described(settings)))
 
 
+def optimizer_settings(config: Any) -> Any:
+    """An optimizer's configuration without names and numbers that training changes."""
+    left_out = ("name", "build_config", "shared_object_id", "learning_rate")
+    if not isinstance(config, dict):
+        return config
+    kept = {
+        key: optimizer_settings(value)
+        for key, value in config.items()
+        if key not in left_out or (key == "learning_rate" and isinstance(value, dict))
+    }
+    # Tuples and other numbers as they come out of a file.
+    return json.loads(json.dumps(kept, default=float))
+
+
 def _described(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _described(part) for key, part in value.items()}
@@ -43,8 +57,10 @@ def _described(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (Shown, keras.optimizers.Optimizer)):
-        is_ours = isinstance(value, Shown)
-        settings = value._shown_settings() if is_ours else value.get_config()
-        return {"class": type(value).__name__, **_described(settings)}
+        if isinstance(value, Shown):
+            settings = _described(value._shown_settings())
+        else:
+            settings = optimizer_settings(value.get_config())
+        return {"class": type(value).__name__, **settings}
     named = value if inspect.isroutine(value) or inspect.isclass(value) else type(value)
     return f"{named.__module__}.{named.__qualname__}"

@@ -23,10 +23,35 @@ RATE_SIZED = (
     keras.optimizers.Muon,
 )
 HALVES = ("bfloat16", "float16")
+# At best, as a share of a number, what is added to it and not rounded away.
+SMALLEST_SHARES = {"bfloat16": 2.0**-9, "float16": 2.0**-12}
 # Values that are looked at in each weight.
 MOST_VALUES = 4096
 # What a schedule may come to is found by asking at steps of all sizes.
 STEPS = (0, *(10**power for power in range(7)))
+
+
+def warn_of_a_coarse_copy(model: keras.Model) -> None:
+    """Warns where the copy that follows the policy rounds most of its steps away.
+
+    Args:
+        model: `EBFTModel`.
+    """
+    decay, reader = model.feature_network.ema_decay, model.feature_reader
+    if not decay or reader is None:
+        return
+    dtypes = {v.dtype for v in reader.model.variables} & set(HALVES)
+    for dtype in sorted(dtypes):
+        logger.warning(
+            "The network that features come from is %s, and follows the policy by "
+            "steps of %.3g of what is between them: a weight is rounded back to what "
+            "it was until it is %.2g %% away. Keep the weights in float32 with "
+            'dtype="mixed_%s" when the model is made, or lower `ema_decay`.',
+            dtype,
+            1.0 - decay,
+            100 * SMALLEST_SHARES[dtype] / (1.0 - decay),
+            dtype,
+        )
 
 
 def warn_of_small_steps(model: keras.Model) -> None:

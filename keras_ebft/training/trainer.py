@@ -42,7 +42,7 @@ from keras_ebft.training.monitors import settle_monitors
 from keras_ebft.training.optimizers import policy_optimizer_config, with_critic
 from keras_ebft.training.processes import FollowFirst, without_writers
 from keras_ebft.training.progress import PROGRESS, ShortProgress
-from keras_ebft.training.small_steps import warn_of_small_steps
+from keras_ebft.training.small_steps import warn_of_a_coarse_copy, warn_of_small_steps
 from keras_ebft.training.timing import StepTimer
 from keras_ebft.training.train_function import IN_A_ROW, TrainFunction
 from keras_ebft.typing import Tensor
@@ -293,6 +293,7 @@ class DocumentTrainer(keras.Model):
         train = self._batches(x, batch_size, shuffle, report, endless=bool(steps))
         self._assert_compile_called("fit")
         warn_of_small_steps(self)
+        warn_of_a_coarse_copy(self)
         # Keras would keep the epoch that an earlier `fit` resumed at.
         self._initial_epoch = None
         position = DataPosition(
