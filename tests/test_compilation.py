@@ -247,3 +247,13 @@ print(faults())
     )
     # One by one each of the 50 blocks has 2048 pages.
     assert int(done.stdout.split()[-1]) < 10_000
+
+
+def test_errors_of_python_code_reach_the_context_they_are_raised_in():
+    """Two contexts in which nothing has been raised yet are equal, and not the same."""
+    with runtime.collected_errors() as outer:
+        with runtime.collected_errors() as inner:
+            pass
+        runtime.collect(KeyError("of the outer"))
+    assert [str(error) for error in outer] == ["'of the outer'"]
+    assert not inner

@@ -316,6 +316,16 @@ def small_call(op, dtype="float32"):
 RECORDS = [(op, record.name) for op in OPS for record in kernels.implementations(op)]
 
 
+def test_what_is_forced_holds_in_calls_of_known_shapes():
+    """JAX and TensorFlow keep programs of a call, with the choices within."""
+    for name in ("matrices", "reference"):
+        kernels.set_implementation("projection", name)
+        with kernels.watch_choices() as choices:
+            kernels.set_implementation("linear_logprob", "chunked")
+            small_call("linear_logprob")
+        assert choices["projection"] == {name}
+
+
 @pytest.mark.parametrize(("op", "name"), RECORDS)
 def test_every_implementation_that_is_forced_runs_or_raises(op, name):
     record = next(r for r in kernels.implementations(op) if r.name == name)

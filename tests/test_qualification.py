@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import keras
@@ -22,8 +23,9 @@ from test_dispatch import OPS, small_call
 
 from keras_ebft import kernels
 from keras_ebft.backend.device import Device
+from keras_ebft.backend.measuring import exact_products, product_precision
 from keras_ebft.kernels import __main__ as command
-from keras_ebft.kernels import dispatch, qualification
+from keras_ebft.kernels import contracts, dispatch, qualification
 from keras_ebft.kernels.feature_reward import specs as reward_specs
 from keras_ebft.kernels.qualification import kept, process, trying
 
@@ -144,13 +146,16 @@ def test_every_path_can_be_tried(op, dtype, monkeypatch):
 
 SCRIPT = """
 import json, os, sys, time
-print("@keras_ebft " + json.dumps(
-    {"device": "cpu", "platform": "cpu", "capability": None}), flush=True)
+def say(number, found):
+    answer = {"number": number, "found": found}
+    print("@keras_ebft " + json.dumps(answer), flush=True)
+say(0, {"device": "cpu", "platform": "cpu", "capability": None, "maker": None})
 for line in sys.stdin:
+    number = json.loads(line)["number"]
     print("chatter", flush=True)
     BODY
 """
-ANSWER = 'print("@keras_ebft " + json.dumps({"outcome": "OUTCOME"}), flush=True)'
+ANSWER = 'say(number, {"outcome": "OUTCOME"})'
 
 
 @pytest.fixture
@@ -247,6 +252,119 @@ def test_what_hangs_or_dies_costs_a_log_line(outcome, answers, monkeypatch, capl
     assert logprob(9) == NAME
     again(monkeypatch)
     assert logprob() == PLAIN
+
+
+@pytest.mark.backend_independent
+@pytest.mark.parametrize(
+    "before",
+    [
+        # What was asked before, and given up.
+        'say(number - 1, {"outcome": "failed"})',
+        'sys.stdout.buffer.write(b"\\xe9\\n"); sys.stdout.flush()',
+        'print("@keras_ebft {", flush=True)',
+    ],
+)
+def test_the_answer_is_found_among_others(before, answers):
+    register("good")
+    answers(f"{before}; {answer('faster')}")
+    assert logprob() == NAME
+
+
+@pytest.mark.backend_independent
+def test_an_interrupted_trial_leaves_no_process(answers, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    register("good")
+    answers(answer("failed"))
+    with monkeypatch.context() as context:
+        context.setattr(process.TrialProcess, "ask", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            logprob()
+    assert qualification._session.process is None
+    answers(answer("faster"))
+    assert logprob() == NAME
+
+
+@pytest.mark.backend_independent
+def test_what_a_kernel_starts_ends_with_its_process(answers, monkeypatch):
+    """A compiler that goes on would hold the pipe that answers come through."""
+    register("good")
+    start = 'import subprocess; subprocess.run(["sleep", "60"], close_fds=False)'
+    answers(start)
+    monkeypatch.setattr(qualification, "TRIAL_LIMIT", 2.0)
+    begun = time.monotonic()
+    assert logprob() == PLAIN
+    # Not 60 s.
+    assert time.monotonic() - begun < 40
+
+
+@pytest.mark.backend_independent
+@pytest.mark.parametrize("times", [1, 2])
+def test_what_others_have_ended_is_tried_again(times, answers, tmp_path, monkeypatch):
+    """Once: by the timer of a process without work, or where memory ran out."""
+    register("good")
+    ended = f'os.path.getsize("{tmp_path}/runs") <= {times} and os._exit(0)'
+    answers(f'open("{tmp_path}/runs", "a").write("x"); {ended}; {answer("faster")}')
+    assert logprob() == (NAME if times == 1 else PLAIN)
+    assert len(kept.entries()) == 1
+    again(monkeypatch)
+    assert logprob() == NAME
+
+
+@pytest.mark.backend_independent
+def test_what_cannot_be_tried_is_tried_once_per_class(answers, monkeypatch):
+    tried = []
+
+    def unchecked(trial):
+        tried.append(trial.shapes)
+        return qualification.Verdict("unchecked", "no memory left")
+
+    register("good")
+    monkeypatch.setattr(qualification, "_try", unchecked)
+    for rows in (5, 6, 7, 8, 6, 9):
+        assert logprob(rows) == PLAIN
+    # Five rows and eight are one class.
+    assert len(tried) == 2
+
+
+@pytest.mark.backend_independent
+def test_every_dtype_of_what_is_tried_has_a_tolerance():
+    records = [r for op in OPS for r in kernels.implementations(op) if r.unproven]
+    assert len(records) > 5
+    for record in records:
+        assert set(record.dtypes or ()) <= set(contracts.TOLERANCES), record.name
+
+
+@pytest.mark.on_torch
+@pytest.mark.parametrize(("visible", "found"), [(None, "2"), ("5, 6,7", "7")])
+def test_trials_run_on_the_current_device(visible, found, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert process._environment("torch")["CUDA_VISIBLE_DEVICES"] == found
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert process._environment("torch").get("CUDA_VISIBLE_DEVICES") == visible
+
+
+@pytest.mark.on_torch
+def test_pytorchs_other_words_for_precision_are_kept():
+    import torch
+
+    products = torch.backends.cuda.matmul
+    try:
+        products.fp32_precision = "tf32"
+        assert product_precision() == "tf32"
+        with exact_products():
+            assert product_precision() == "highest"
+        assert product_precision() == products.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.backend_independent
@@ -390,7 +508,7 @@ def test_the_command_shows_and_forgets(answers, capsys):
 def test_the_command_says_what_runs_and_why(answers, capsys):
     found = {"outcome": "slower", "what": "output 0", "error": 3e-6, "allowed": 1e-5}
     found["times"] = {"forward": [2.0, 1.5]}
-    answers(f"print('@keras_ebft ' + json.dumps({found}), flush=True)")
+    answers(f"say(number, {found})")
     command.main([])
     out = capsys.readouterr().out
     for op in OPS:

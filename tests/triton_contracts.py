@@ -145,3 +145,18 @@ def test_a_head_may_be_a_transposed_view():
         run = implementation(op, "triton").load()
         for one, two in zip(run(hidden, view, argument), run(hidden, head, argument)):
             torch.testing.assert_close(one, two)
+
+
+def test_rewards_of_one_sample_on_an_axis_of_any_stride():
+    """An axis of one is contiguous, whatever its stride says."""
+    values = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 3, 2, 1, 5)))
+    generated = values.float().permute(1, 0, 2, 3, 4)
+    assert generated.is_contiguous() and generated.stride(1) == 3 * 2 * 5
+    target = torch.ones((3, 2, 1, 5))
+    run = implementation("feature_reward", "triton").load()
+    found = run(generated, target)
+    expected = run(generated.clone(memory_format=torch.contiguous_format), target)
+    plain = implementation("feature_reward", "reference").load()(generated, target)
+    for name in ("alignment", "feature_matching_loss"):
+        torch.testing.assert_close(found[name], expected[name])
+        torch.testing.assert_close(found[name], plain[name], atol=1e-4, rtol=1e-4)

@@ -63,6 +63,23 @@ def device_name(tensor: Tensor) -> str:
     return platform
 
 
+def current_device_alone() -> dict[str, str]:
+    """Environment of a process that finds the current device and no other.
+
+    Of several GPUs PyTorch uses the one that `torch.cuda.set_device` names, which a
+    new process does not know. On other backends it is the first, or all of them.
+    """
+    if backend_name() != "torch":
+        return {}
+    import torch
+
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else range(torch.cuda.device_count())
+    return {"CUDA_VISIBLE_DEVICES": str(names[torch.cuda.current_device()]).strip()}
+
+
 @functools.cache
 def _cpu_maker() -> str | None:
     """As Linux tells it; `None` elsewhere."""

@@ -75,6 +75,12 @@ def _differentiable_jax(call: _Call, tensors: tuple[Tensor, ...]) -> Tensor:
     return _jax_function(call)(*tensors)
 
 
+def forget_programs() -> None:
+    """Has every call of `differentiable` traced anew."""
+    _jax_function.cache_clear()
+    _tensorflow_functions.cache_clear()
+
+
 @functools.lru_cache(maxsize=MOST_CALLS_KNOWN)
 def _jax_function(call: _Call) -> Callable[..., Tensor]:
     import jax

@@ -175,7 +175,12 @@ def product_precision() -> str | bool | None:
     if backend_name() == "torch":
         import torch
 
-        return torch.get_float32_matmul_precision()
+        try:
+            return torch.get_float32_matmul_precision()
+        except RuntimeError:
+            # Set for one kind of device alone, as `set_float32_matmul_precision` never
+            # does: the words are other ones then.
+            return torch.backends.cuda.matmul.fp32_precision
     import tensorflow as tf
 
     return tf.config.experimental.tensor_float_32_execution_enabled()
@@ -190,7 +195,10 @@ def set_product_precision(precision: str | bool | None) -> None:
     elif backend_name() == "torch":
         import torch
 
-        torch.set_float32_matmul_precision(precision)
+        if precision in ("highest", "high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+        else:
+            torch.backends.cuda.matmul.fp32_precision = precision
     else:
         import tensorflow as tf
 

@@ -262,7 +262,8 @@ def collected_errors() -> Iterator[list[BaseException]]:
     try:
         yield errors
     finally:
-        _collected.remove(errors)
+        # By identity: equal lists may be collecting too.
+        _collected[:] = [other for other in _collected if other is not errors]
 
 
 def raising_collected(function: Callable[..., Any], *arguments: Any) -> Any:

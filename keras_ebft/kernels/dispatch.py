@@ -19,6 +19,7 @@ from typing import Any
 import keras
 
 from keras_ebft.backend.device import device_name, device_of
+from keras_ebft.backend.gradients import forget_programs
 from keras_ebft.backend.runtime import backend_name
 
 ENVIRONMENT_VARIABLE = "KERAS_EBFT_KERNELS"
@@ -185,11 +186,14 @@ def set_implementation(op: str, name: str | None) -> None:
     >>> set_implementation("linear_logprob", None)
     """
     implementations(op)
+    if name is not None:
+        _find(op, name, "set_implementation")
+    # Programs of single calls hold what was chosen within them.
+    forget_programs()
     if name is None:
         _forced.pop(op, None)
-        return
-    _find(op, name, "set_implementation")
-    _forced[op] = name
+    else:
+        _forced[op] = name
 
 
 def choose(op, tensors, head_size=None, options=(), settings=None):

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from keras_ebft.backend.device import TRITON_INTERPRETED_ON
+from keras_ebft.backend.measuring import product_precision
 
 # Decided when Triton is imported.
 INTERPRETED = bool(TRITON_INTERPRETED_ON)
@@ -30,8 +31,8 @@ def dot_settings():
     float32 products follow `torch.set_float32_matmul_precision`, as PyTorch's own
     do. Triton's interpreter gets bfloat16 products wrong, unless they are float32.
     """
-    highest = torch.get_float32_matmul_precision() == "highest"
-    return {"PRECISION": "ieee" if highest else "tf32", "UPCAST": INTERPRETED}
+    exact = product_precision() in ("highest", "ieee", "none")
+    return {"PRECISION": "ieee" if exact else "tf32", "UPCAST": INTERPRETED}
 
 
 @triton.jit

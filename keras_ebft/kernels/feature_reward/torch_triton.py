@@ -72,7 +72,7 @@ def feature_reward_triton(
     with on_device_of(generated):
         reward_blocks[batch * blocks,](
             generated, target, *rewards, *losses, blocks, features, width,
-            generated.stride(1), float(alignment_weight), float(diversity_weight),
+            blocks * features * width, float(alignment_weight), float(diversity_weight),
             **tiles.settings(samples, whitening, estimator),
             num_warps=tiles.num_warps,
         )  # fmt: skip

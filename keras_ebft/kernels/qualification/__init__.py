@@ -7,7 +7,10 @@ of shapes. Whatever goes wrong costs a line in the log, and never more.
 """
 
 import atexit
+import json
 import logging
+import signal
+import threading
 
 from keras_ebft.kernels.qualification import kept
 from keras_ebft.kernels.qualification.process import TrialProcess, UnansweredError
@@ -27,13 +30,18 @@ logger = logging.getLogger("keras_ebft")
 
 # Seconds for one trial: compiling a kernel's few forms, some milliseconds of running.
 TRIAL_LIMIT = 90.0
+# Of a process that had waited too long for work, or that the system has ended.
+ENDED_BY_OTHERS = (0, -signal.SIGTERM, -9)
 
 
 class _Session:
     """What one Python process knows of trials, and the process that makes them."""
 
     def __init__(self):
+        # By exact shapes, which are looked for in every call, and by classes of them.
         self.verdicts = {}
+        self.by_class = {}
+        self.lock = threading.RLock()
         self.said = set()
         self.process = None
         # Why no process can be had, so that it is asked for once.
@@ -64,6 +72,14 @@ def passes(trial, words=frozenset()):
         bool. The log says why, once per process.
     """
     if trial not in _session.verdicts:
+        with _session.lock:
+            _decide(trial, words)
+    return _session.verdicts[trial].outcome == "faster"
+
+
+def _decide(trial, words):
+    known = json.dumps(trial.key(), sort_keys=True)
+    if known not in _session.by_class:
         try:
             if "clear" in words and not _session.cleared:
                 kept.clear()
@@ -71,9 +87,9 @@ def passes(trial, words=frozenset()):
             verdict = verdict_of(trial)
         except Exception as error:  # nothing that fails here may cost a run
             verdict = Verdict("unchecked", f"{type(error).__name__}: {error}")
-        _session.verdicts[trial] = verdict
+        _session.by_class[known] = verdict
         _say(verdict.sentence(trial), not verdict.is_usual or "show" in words)
-    return _session.verdicts[trial].outcome == "faster"
+    _session.verdicts[trial] = _session.by_class[known]
 
 
 def _say(sentence, is_warning):
@@ -122,6 +138,18 @@ def process_of(backend):
 
 
 def _try(trial):
+    """A trial; another where its process was ended by what is not the kernel."""
+    try:
+        return _try_once(trial)
+    except UnansweredError as error:
+        logger.info("Trying again: %s.", error)
+    try:
+        return _try_once(trial)
+    except UnansweredError as error:
+        return Verdict("unchecked", str(error))
+
+
+def _try_once(trial):
     if _session.unavailable is not None:
         return Verdict("unchecked", _session.unavailable)
     try:
@@ -134,11 +162,16 @@ def _try(trial):
         _session.unavailable = f"another process finds the device {device}"
         return Verdict("unchecked", _session.unavailable)
     logger.info("Trying %s for %s on %s.", trial.name, trial.op, trial.device)
+    verdict = None
     try:
         verdict = Verdict(**_session.process.ask(trial.as_dict(), TRIAL_LIMIT))
     except UnansweredError as error:
-        verdict = Verdict("hung" if error.is_late else "failed", str(error))
-    if verdict.outcome in ("failed", "hung", "unchecked"):
-        # An error on a device may spoil all that its process does afterwards.
-        _session.close()
+        if error.code in ENDED_BY_OTHERS:
+            raise
+        verdict = Verdict("hung" if error.code is None else "failed", str(error))
+    finally:
+        # An error on a device may spoil all that its process does afterwards, and an
+        # answer that nobody waited for would be taken for the next one's.
+        if verdict is None or verdict.outcome not in ("faster", "slower", "wrong"):
+            _session.close()
     return verdict

@@ -5,14 +5,16 @@ import json
 import os
 import queue
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import keras_ebft
-from keras_ebft.backend.device import Device
+from keras_ebft.backend.device import Device, current_device_alone
 
 # Seconds until it has imported its backend and found the device.
 START_LIMIT = 120.0
@@ -36,12 +38,12 @@ class UnansweredError(Exception):
     """No answer came.
 
     Attributes:
-        is_late: bool, whether the time was up; otherwise the process has ended.
+        code: int, what the process ended with; `None` if the time was up.
     """
 
-    def __init__(self, message, is_late):
+    def __init__(self, message, code=None):
         super().__init__(message)
-        self.is_late = is_late
+        self.code = code
 
 
 class TrialProcess:
@@ -70,19 +72,26 @@ class TrialProcess:
                 env=_environment(backend),
                 text=True,
                 encoding="utf-8",
+                # A kernel may print anything.
+                errors="replace",
+                # Compilers that it starts end with it.
+                start_new_session=True,
             )
         except OSError:
             self._errors.close()
             raise
         self._answers = queue.SimpleQueue()
+        self._asked = 0
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         try:
-            found = self._answer(START_LIMIT)
+            found = self._answer(START_LIMIT)["found"]
             self.device = found["device"]
             capability = found["capability"]
             self.place = Device(
-                found["platform"], None if capability is None else tuple(capability)
+                found["platform"],
+                None if capability is None else tuple(capability),
+                found["maker"],
             )
         except BaseException:
             self.close()
@@ -99,42 +108,59 @@ class TrialProcess:
         Raises:
             UnansweredError: if it ends first, or takes longer than `limit` seconds.
         """
+        self._asked += 1
+        numbered = {"number": self._asked, "request": request}
         # If it has ended, what it left to say comes below.
         with contextlib.suppress(OSError):
-            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.write(json.dumps(numbered) + "\n")
             self._process.stdin.flush()
-        return self._answer(limit)
+        return self._answer(limit)["found"]
 
     def close(self):
-        """Ends it, whatever it does."""
-        self._process.kill()
+        """Ends it and what it has started, whatever they do."""
+        self._kill()
         try:
             # A hanging kernel may keep it in the driver.
             self._process.wait(10.0)
         except subprocess.TimeoutExpired:
             return
-        self._reader.join()
+        self._reader.join(10.0)
         for stream in (self._process.stdin, self._process.stdout, self._errors):
             # What it never read cannot be written any more.
             with contextlib.suppress(OSError):
                 stream.close()
 
+    def _kill(self):
+        if not hasattr(os, "killpg"):
+            self._process.kill()
+            return
+        # Of all processes that are in its session, some may have ended.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
     def _read(self):
-        for line in self._process.stdout:
-            if line.startswith(MARK):
-                self._answers.put(json.loads(line.removeprefix(MARK)))
-        self._answers.put(None)
+        try:
+            for line in self._process.stdout:
+                if line.startswith(MARK):
+                    with contextlib.suppress(ValueError):
+                        self._answers.put(json.loads(line.removeprefix(MARK)))
+        finally:
+            self._answers.put(None)
 
     def _answer(self, limit):
-        try:
-            answer = self._answers.get(timeout=limit)
-        except queue.Empty:
-            raise UnansweredError(f"no answer in {limit:g} s", True) from None
-        if answer is None:
-            code = self._process.wait()
-            words = f"its process ended with {code}{self._last_words()}"
-            raise UnansweredError(words, False)
-        return answer
+        """The answer to the last request; others have been given up."""
+        end = time.monotonic() + limit
+        while True:
+            try:
+                answer = self._answers.get(timeout=max(0.0, end - time.monotonic()))
+            except queue.Empty:
+                raise UnansweredError(f"no answer in {limit:g} s") from None
+            if answer is None:
+                code = self._process.wait()
+                words = f"its process ended with {code}{self._last_words()}"
+                raise UnansweredError(words, code)
+            if answer["number"] == self._asked:
+                return answer
 
     def _last_words(self):
         self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - 4096))
@@ -146,6 +172,7 @@ class TrialProcess:
 def _environment(backend):
     return {
         **os.environ,
+        **current_device_alone(),
         "KERAS_BACKEND": backend,
         "KERAS_EBFT_KERNELS": "off",
         "PYTHONPATH": os.pathsep.join(str(Path(p).resolve()) for p in sys.path),

@@ -16,7 +16,15 @@ from keras_ebft.version import __version__
 
 # Whose versions a verdict depends on, by backend.
 PACKAGES = {
-    "jax": ("jax", "jaxlib"),
+    "jax": (
+        "jax",
+        "jaxlib",
+        "jax-cuda12-plugin",
+        "jax-cuda13-plugin",
+        "nvidia-cudnn-cu12",
+        "nvidia-cudnn-cu13",
+        "libtpu",
+    ),
     "torch": ("torch", "triton"),
     "tensorflow": ("tensorflow",),
 }
