@@ -59,6 +59,22 @@ def files(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.parametrize("name", ["embedding", "layer"])
+def test_other_layers_frozen_are_another_run(name, tmp_path):
+    """Its optimizer would have other variables, and begin at 0."""
+    fit(build(), tmp_path / NAME, epochs=1)
+    causal_lm = llama(num_layers=1)
+    frozen = causal_lm.backbone.token_embedding
+    if name == "layer":
+        frozen = causal_lm.backbone.transformer_layers[0]
+    frozen.trainable = False
+    other = keras_ebft.EBFTModel(causal_lm, seed=5, policy_weight=0.0, ce_weight=1.0)
+    other.compile(keras.optimizers.Adam(0.01))
+    with pytest.raises(ValueError, match=r"frozen was \[\] and is \["):
+        fit(other, tmp_path / NAME)
+    assert other.optimizer.iterations == 0
+
+
 def test_a_critic_made_anew_goes_on(tmp_path):
     """Keras numbers the names of optimizers that are made in one process."""
 

@@ -570,3 +570,63 @@ def test_a_distribution_that_keras_ignores_is_refused(model, way, monkeypatch):
         WAYS[way](model, IDS)
     with pytest.raises(ValueError, match="ignores"):
         keras_ebft.EBFTModel(llama(num_layers=1))
+
+
+class Lists(keras.utils.PyDataset):
+    """Batches that are lists, of which Keras makes tuples of parts."""
+
+    def __init__(self, batches, **options):
+        super().__init__(**options)
+        self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        return self.batches[index]
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("kind", ["texts", "vectors"])
+def test_a_py_dataset_may_yield_lists(reader, kind, size):
+    batch = [f"{n} is a text of some length" for n in range(size)]
+    if kind == "vectors":
+        batch = list(documents(size, 12))
+    reader.fit(Lists([batch, batch]), verbose=0)
+    found = reader.data_report
+    reader.fit(batch + batch, batch_size=size, verbose=0)
+    assert found.documents == reader.data_report.documents == 2 * size
+    assert found.live_blocks == reader.data_report.live_blocks > 0
+
+
+def test_validation_data_may_be_a_stream_of_batches():
+    model, x = build(llama(num_layers=1)), documents(4, 12)
+    stream = Lists([x[:3]])
+    history = model.fit(x, batch_size=2, validation_data=stream, verbose=0).history
+    assert "val_reward" in history
+    with pytest.raises(ValueError, match="no `batch_size`"):
+        model.fit(x, validation_data=stream, validation_batch_size=2, verbose=0)
+
+
+def test_nothing_to_train_is_refused():
+    causal_lm = llama(num_layers=1)
+    model = keras_ebft.EBFTModel.sft(causal_lm)
+    causal_lm.trainable = False
+    model.compile("sgd")
+    for train in (model.fit, model.train_on_batch):
+        with pytest.raises(ValueError, match=r"weights to train.*frozen"):
+            train(documents(2, 12))
+
+
+def test_misspelt_arguments_of_compile_are_refused(model):
+    for value in (False, True):
+        with pytest.raises(TypeError, match="Received: auto_scale_los"):
+            model.compile("sgd", auto_scale_los=value)
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="Other backends compile steps."
+)
+def test_compilation_is_refused_on_pytorch(model):
+    with pytest.raises(ValueError, match=r"op by op on PyTorch.*jit_compile=True"):
+        model.compile("sgd", jit_compile=True)

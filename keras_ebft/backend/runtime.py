@@ -132,6 +132,12 @@ def resolve_jit_compile(
         return backend == "jax" or (
             on_accelerator and not runs_python and processes == 1
         )
+    if jit_compile and backend == "torch":
+        raise ValueError(
+            "Expected steps that run op by op on PyTorch: `torch.compile` does not get "
+            'through one (docs/benchmarks.md). Received: jit_compile=True. Use "auto" '
+            "or False, or another backend."
+        )
     if jit_compile and runs_python and backend == "tensorflow":
         raise ValueError(
             "Expected no XLA compilation on TensorFlow with a reward that runs "

@@ -87,6 +87,14 @@ class Reader(NamedTuple):
         report.check_counts()
 
 
+class _WholeBatches(PyDatasetAdapter):
+    """Batches of a `PyDataset`, of which Keras would make a list a tuple of parts."""
+
+    def _standardize_batch(self, batch):
+        batch = (batch,) if isinstance(batch, list) else batch
+        return super()._standardize_batch(batch)
+
+
 class _Standing:
     """At which pass a source stands, for all who read it.
 
@@ -131,7 +139,7 @@ class TokenBatches(DataAdapter):
         self.source = source
         self.keras_adapter = None
         if isinstance(source, keras.utils.PyDataset):
-            self.keras_adapter = PyDatasetAdapter(source)
+            self.keras_adapter = _WholeBatches(source)
         # What `StepTimer` asks for.
         self.tokens_read = self.batches_read = 0
         # Whether passes follow one another without an end.

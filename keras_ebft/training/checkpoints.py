@@ -309,7 +309,20 @@ def run_record(model: Any) -> dict[str, Any]:
         "optimizer": optimizer_settings(model.get_compile_config()["optimizer"]),
         "settings": part_settings(model),
         "data": model.training_state.data,
+        "frozen": _frozen_weights(model),
     }
+
+
+def _frozen_weights(model: Any) -> list[int]:
+    """Which of the weights that could be trained are not, by number."""
+    adapted = bool(adapters.adapted_layers(model.causal_lm.backbone))
+    return [
+        index
+        for index, variable in enumerate(model.causal_lm.variables)
+        if not variable.trainable
+        and keras.backend.is_float_dtype(variable.dtype)
+        and (not adapted or "lora" in variable.name)
+    ]
 
 
 def _check_alphas(written: list[float], now: list[float]) -> None:

@@ -61,11 +61,17 @@ def token_batches(x, reader, batch_size, shuffle, seed, report=None):
     return kind(x, reader, report)
 
 
+def batches_itself(x):
+    """Whether data is a stream of batches, whose size nobody can ask for."""
+    x = x.documents if isinstance(x, ProcessShare) else x
+    return _is_stream(x) and not isinstance(x, (TokenBatches, PackedStream))
+
+
 def _own_batch_size(x, batch_size):
     """The rows of a batch that come from this process; `None` of a stream's own."""
     if batch_size is not None:
         return rows_of_each(batch_size)
-    if _is_stream(x) and not isinstance(x, PackedStream):
+    if batches_itself(x):
         return None
     return max(DEFAULT_BATCH_SIZE // num_processes(), 1)
 

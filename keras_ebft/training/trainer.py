@@ -36,7 +36,7 @@ from keras_ebft.training.callbacks import (
     KernelLog,
 )
 from keras_ebft.training.data_report import DataLog, DataReport
-from keras_ebft.training.fit_data import split_rows, token_batches
+from keras_ebft.training.fit_data import batches_itself, split_rows, token_batches
 from keras_ebft.training.metrics import GradientNorm, LossMean, SkippedUpdates
 from keras_ebft.training.monitors import settle_monitors
 from keras_ebft.training.optimizers import policy_optimizer_config, with_critic
@@ -49,6 +49,8 @@ from keras_ebft.typing import Tensor
 from keras_ebft.validation import check_choice, check_int
 
 # Terms of the loss that no weight belongs to.
+# Arguments of `compile` that a model with a loss of its own has no use for.
+OF_OTHER_MODELS = ("loss", "loss_weights", "metrics", "weighted_metrics")
 OTHER_TERMS = ("critic_loss", "regularization")
 
 # What `fit` and `evaluate` take; within `fit`, Keras hands them on as one object.
@@ -96,7 +98,7 @@ class DocumentTrainer(keras.Model):
             run_eagerly: bool, run step by step, for debugging.
             jit_compile: bool or `"auto"`: compiled by XLA on JAX, and on
                 TensorFlow where there is an accelerator (a graph of its own on
-                CPU); eager on PyTorch.
+                CPU); on PyTorch steps run op by op, and True is refused.
             steps_per_execution: int, steps per compiled call (not on PyTorch).
             auto_scale_loss: bool, scale the loss under `mixed_float16`.
             max_skipped_updates: int, how many updates in a row may be skipped
@@ -106,11 +108,18 @@ class DocumentTrainer(keras.Model):
             **unsupported: losses and metrics of other models, refused.
 
         Raises:
-            TypeError: if `max_skipped_updates` is not an integer.
+            TypeError: if `max_skipped_updates` is not an integer, and for arguments
+                that nobody knows.
             ValueError: for losses or metrics, which EBFT brings itself, a negative
-                `max_skipped_updates`, or XLA where the reward runs Python that it
-                cannot call.
+                `max_skipped_updates`, XLA where the reward runs Python that it
+                cannot call, or compilation on PyTorch.
         """
+        unknown = sorted(set(unsupported) - set(OF_OTHER_MODELS))
+        if unknown:
+            raise TypeError(
+                "Expected arguments of EBFTModel.compile(): see its documentation. "
+                f"Received: {', '.join(unknown)}. Check the spelling."
+            )
         given = sorted(name for name, value in unsupported.items() if value)
         if given:
             raise ValueError(
@@ -286,12 +295,15 @@ class DocumentTrainer(keras.Model):
             x, validation_data = split_rows(x, self._reader, validation_split, whole)
             report.take_losses(whole)
         if validation_data is not None:
-            validation_data = self._batches(
-                _without_targets(validation_data), validation_batch_size or batch_size
-            )
+            validation_data = _without_targets(validation_data)
+            size = validation_batch_size
+            if size is None and not batches_itself(validation_data):
+                size = batch_size
+            validation_data = self._batches(validation_data, size)
         steps = kwargs.get("steps_per_epoch")
         train = self._batches(x, batch_size, shuffle, report, endless=bool(steps))
         self._assert_compile_called("fit")
+        _refuse_nothing_to_train(self)
         warn_of_small_steps(self)
         warn_of_a_coarse_copy(self)
         # Keras would keep the epoch that an earlier `fit` resumed at.
@@ -386,6 +398,7 @@ class DocumentTrainer(keras.Model):
             TypeError, ValueError: as `fit`.
         """
         refuse_targets(y=y, sample_weight=sample_weight, class_weight=class_weight)
+        _refuse_nothing_to_train(self)
         return super().train_on_batch(self._one_batch(x), return_dict=return_dict)
 
     def test_on_batch(
@@ -430,6 +443,15 @@ class DocumentTrainer(keras.Model):
         batches.endless = batches.endless or endless
         batches.check_end()
         return batches
+
+
+def _refuse_nothing_to_train(model: Any) -> None:
+    if not model.trainable_variables:
+        raise ValueError(
+            "Expected weights to train. Received: a model all of whose layers are "
+            "frozen (trainable=False). Unfreeze some of them, or enable_lora(rank) "
+            "before the model is made, and compile it again."
+        )
 
 
 def _without_targets(validation_data: Any) -> Any:
