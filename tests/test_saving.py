@@ -154,6 +154,35 @@ def test_a_saved_model_loads_and_goes_on_alike(runs, tmp_path):
     assert any((a != b).any() for a, b in zip(runs.end, state(loaded)))
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_what_is_frozen_stays_frozen(adapted, tmp_path):
+    """The optimizer, too, goes on: it has slots for what is trained alone."""
+    causal_lm = llama(num_layers=2)
+    if adapted:
+        causal_lm.backbone.enable_lora(2)
+    causal_lm.backbone.transformer_layers[0].trainable = False
+    causal_lm.backbone.token_embedding.trainable = False
+    model = keras_ebft.EBFTModel.sft(causal_lm, seed=0)
+    model.compile(keras.optimizers.Adam(0.01))
+    model.fit(documents(4, 12), batch_size=2, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    names, found = (
+        [v.path.split("/", 1)[1] for v in m.causal_lm.trainable_variables]
+        for m in (model, loaded)
+    )
+    assert found == names
+    assert 0 < len(names) < len(llama(num_layers=2).trainable_variables)
+    before = to_numpy(loaded.causal_lm.backbone.token_embedding.embeddings)
+    for one in (model, loaded):
+        one.fit(documents(4, 12), batch_size=2, verbose=0)
+        assert int(to_numpy(one.optimizer.iterations)) == 4
+    for one, other in zip(model.causal_lm.variables, loaded.causal_lm.variables):
+        np.testing.assert_array_equal(to_numpy(one), to_numpy(other), err_msg=one.path)
+    after = to_numpy(loaded.causal_lm.backbone.token_embedding.embeddings)
+    np.testing.assert_array_equal(before, after)
+
+
 def code(path):
     """Python code that leaves a trace, as Keras writes it to files."""
     path = str(path)

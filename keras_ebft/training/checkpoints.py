@@ -20,6 +20,7 @@ from keras_ebft.backend.runtime import backend_name
 from keras_ebft.configurable import Shown
 from keras_ebft.networks import adapters
 from keras_ebft.training import checkpoint_files
+from keras_ebft.training.frozen_weights import frozen_weights
 from keras_ebft.training.part_settings import optimizer_settings, part_settings
 from keras_ebft.validation import check_bool, check_int
 from keras_ebft.version import __version__
@@ -309,20 +310,8 @@ def run_record(model: Any) -> dict[str, Any]:
         "optimizer": optimizer_settings(model.get_compile_config()["optimizer"]),
         "settings": part_settings(model),
         "data": model.training_state.data,
-        "frozen": _frozen_weights(model),
+        "frozen": frozen_weights(model.causal_lm),
     }
-
-
-def _frozen_weights(model: Any) -> list[int]:
-    """Which of the weights that could be trained are not, by number."""
-    adapted = bool(adapters.adapted_layers(model.causal_lm.backbone))
-    return [
-        index
-        for index, variable in enumerate(model.causal_lm.variables)
-        if not variable.trainable
-        and keras.backend.is_float_dtype(variable.dtype)
-        and (not adapted or "lora" in variable.name)
-    ]
 
 
 def _check_alphas(written: list[float], now: list[float]) -> None:

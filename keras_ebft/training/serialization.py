@@ -6,6 +6,7 @@ from keras_ebft.backend.replicas import own_path
 from keras_ebft.backend.updates import check_finite
 from keras_ebft.networks import adapters
 from keras_ebft.objectives.objective import WEIGHTS
+from keras_ebft.training.frozen_weights import freeze_weights, frozen_weights
 
 
 class Serialization(keras.Model):
@@ -55,8 +56,8 @@ class Serialization(keras.Model):
     def get_config(self):
         """The constructor's arguments, parts serialized as Keras does.
 
-        `adapters` is for `from_config` alone: the configuration of a KerasHub
-        backbone leaves out that it has some.
+        `adapters` and `frozen` are for `from_config` alone: the configuration of a
+        KerasHub backbone leaves out that it has some.
         """
         causal_lm = keras.saving.serialize_keras_object(self.causal_lm)
         # Compiled for `generate` only; KerasHub compiles it again when it is built.
@@ -65,6 +66,7 @@ class Serialization(keras.Model):
             **super().get_config(),
             "causal_lm": causal_lm,
             "adapters": adapters.adapter_config(self.causal_lm.backbone),
+            "frozen": frozen_weights(self.causal_lm),
             "sampler": keras.saving.serialize_keras_object(self.sampler),
             "feature_network": keras.saving.serialize_keras_object(
                 self.feature_network
@@ -99,4 +101,6 @@ class Serialization(keras.Model):
         }
         enabled = config.pop("adapters", None)
         adapters.enable_adapters(config["causal_lm"].backbone, enabled)
+        # Files of earlier versions do not say.
+        freeze_weights(config["causal_lm"], config.pop("frozen", None) or [])
         return cls(**config)
