@@ -107,7 +107,7 @@ def test_what_is_kept_for_the_gradient(case):
     )
     del scores
     estimate = memory(SHAPE, **options, **DOCUMENTS)
-    assert estimate.activations == pytest.approx(found, rel=0.07)
+    assert estimate.activations == pytest.approx(found, rel=0.08)
 
 
 def storage_of(tensor):
