@@ -270,10 +270,32 @@ def test_other_versions_are_told(path, caplog, monkeypatch):
     assert "versions keras_ebft was" in caplog.text
 
 
-def test_a_learning_rate_is_that_of_the_file(path):
+def test_a_learning_rate_is_that_of_the_file(path, caplog):
     model = build(keras.optimizers.Adam(0.5))
     fit(model, path)
     assert float(to_numpy(model.optimizer.learning_rate)) == pytest.approx(0.01)
+    (said,) = (m for m in caplog.messages if "learning rate of" in m)
+    assert NAME in said and "0.01" in said and "in place of 0.5" in said
+    caplog.clear()
+    fit(build(), path)
+    assert "learning rate" not in caplog.text
+
+
+def test_other_weights_that_decay_are_another_run(tmp_path):
+    """Which ones, no configuration of an optimizer says."""
+    path = tmp_path / NAME
+
+    def decaying(*excluded):
+        optimizer = keras.optimizers.AdamW(0.01, weight_decay=0.1)
+        if excluded:
+            optimizer.exclude_from_weight_decay(var_names=excluded)
+        return build(optimizer)
+
+    fit(decaying("scale"), path, epochs=1)
+    assert fit(decaying("scale"), path, epochs=2).epoch == [1]
+    for other in ((), ("scale", "embeddings")):
+        with pytest.raises(ValueError, match="another: weight_decay"):
+            fit(decaying(*other), path, epochs=3)
 
 
 def test_two_runs_at_one_path(path):

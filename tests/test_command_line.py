@@ -17,7 +17,7 @@ import keras_ebft
 yaml = pytest.importorskip("yaml")
 pytest.importorskip("pydantic")
 
-from keras_ebft.cli import building, main, runs, settings  # noqa: E402
+from keras_ebft.cli import building, commands, main, runs, settings  # noqa: E402
 
 # It passes values on.
 pytestmark = pytest.mark.on_torch
@@ -149,12 +149,46 @@ def test_a_run_that_was_killed_goes_on(whole, tmp_path, monkeypatch, capsys, cap
 
 def test_another_run_does_not_resume(write, capsys):
     folder = runs.RunFolder("out")
-    resolved = building.resolved(checked(write()))
-    folder.claim(resolved)
+    commands.claimed(folder, checked(write()))
+    folder.checkpoint.touch()
     assert main(["train", write(), "optimizer.learning_rate=0.1"]) == 1
     message = capsys.readouterr().err
     assert "another: optimizer.learning_rate=0.1 in place of 0.5. Start" in message
     assert folder.read_settings().optimizer.learning_rate == 0.5
+
+
+def test_a_run_that_never_trained_may_be_another(write, capsys):
+    """As after a mistake in the file, which is mended and started again."""
+    assert main(["train", write(), "data.train.path=missing.jsonl"]) == 1
+    assert "missing.jsonl" in capsys.readouterr().err
+    folder = runs.RunFolder("out")
+    assert folder.read_settings().data.train.path == "missing.jsonl"
+    settled = commands.claimed(folder, checked(write(), "optimizer.learning_rate=0.1"))
+    assert folder.read_settings().optimizer == settled.optimizer
+    assert settled.optimizer.learning_rate == 0.1
+
+
+def test_more_epochs_keep_the_schedule(write):
+    """A recipe's rate rises over a share of the epochs that were planned."""
+    of_recipe = ("recipe.name=qa_code", "training.epochs=50", "training.seed=null")
+    folder = runs.RunFolder("out")
+
+    def rates(said):
+        steps = 4 * said.training.schedule_epochs
+        schedule = building.make_optimizer(said, steps).get_config()["learning_rate"]
+        return schedule["config"]
+
+    first = commands.claimed(folder, checked(write(), *of_recipe))
+    folder.checkpoint.touch()
+    more = (*of_recipe, "training.epochs=100")
+    for overrides in (more, more, (*of_recipe, "training.epochs=150")):
+        grown = commands.claimed(folder, checked(write(), *overrides))
+        assert rates(grown) == rates(first)
+        assert grown.training.seed == first.training.seed
+    assert grown.training.epochs == 150
+    anew = checked(write(), *more, "training.schedule_epochs=100")
+    with pytest.raises(ValueError, match="schedule_epochs=100 in place of 50"):
+        commands.claimed(folder, anew)
 
 
 def checked(file, *overrides):

@@ -1,6 +1,7 @@
 """One door for data: the same documents mean the same, whichever way they come in."""
 
 import io
+import itertools
 import logging
 import tracemalloc
 
@@ -597,6 +598,65 @@ def test_a_py_dataset_may_yield_lists(reader, kind, size):
     reader.fit(batch + batch, batch_size=size, verbose=0)
     assert found.documents == reader.data_report.documents == 2 * size
     assert found.live_blocks == reader.data_report.live_blocks > 0
+
+
+def test_what_is_read_once_is_refused_for_several_epochs(model):
+    """Keras would go through the others without a step."""
+    x = documents(2, 12)
+    with pytest.raises(ValueError, match=r"`x` .*list_iterator.*first of 2 epochs"):
+        model.fit(iter([x, x]), epochs=2, verbose=0)
+    with pytest.raises(ValueError, match=r"`validation_data` .*`validation_steps`"):
+        model.fit(x, validation_data=iter([x]), epochs=3, verbose=0)
+    before = model.steps_trained
+    model.fit(iter([x, x]), epochs=1, verbose=0)
+    model.fit(itertools.repeat(x), epochs=2, steps_per_epoch=1, verbose=0)
+    model.fit(iter([x]), initial_epoch=1, epochs=2, verbose=0)
+    assert model.steps_trained == before + 2 + 2 + 1
+
+
+def test_a_call_takes_what_has_been_read(byte_lm):
+    model = build(byte_lm)
+    for given, shown in (
+        (["some text"], "a str"),
+        ([[1, 2, 3]], "a list"),
+        (np.ones((1, 12), "float32"), "ndarray of float32"),
+        ({"padding_mask": np.ones((1, 12))}, r"dict with \['padding_mask'\]"),
+    ):
+        with pytest.raises(TypeError, match=f"(?s)token ids.*{shown}.*`loss_terms`"):
+            model(given)
+
+
+@pytest.mark.on_torch
+def test_a_loader_of_a_tensor_data_set():
+    """Torch collates its rows as a list of one tensor."""
+    torch = pytest.importorskip("torch")
+    model, x = build(llama(num_layers=1)), documents(4, 12)
+    rows = torch.utils.data.TensorDataset(torch.from_numpy(np.asarray(x)))
+    model.fit(torch.utils.data.DataLoader(rows, batch_size=2), verbose=0)
+    report = model.data_report
+    assert (report.rows, report.tokens) == (4, 48)
+    pairs = [([1, 2, 3, 4], [5, 6, 7, 8])]
+    model.fit(Lists([pairs]), verbose=0)
+    assert model.data_report.documents == 1
+
+
+def test_a_share_for_validation_is_not_counted(byte_lm, caplog):
+    """What is cut of the documents that are trained on is; not of the others."""
+    model = build(byte_lm)
+    texts = ["ab cd ef gh", "c" * 30, "ab cd ef gh", "d" * 40]
+    model.fit(texts, validation_split=0.5, verbose=0)
+    report = model.data_report
+    assert (report.documents, report.cut_documents) == (2, 1)
+    assert report.dropped_tokens == 32 - 24
+    packed = keras_ebft.data.pack(
+        ["ab cd ef gh", "", "ij kl mn op", "qr st uv"],
+        byte_lm.preprocessor.tokenizer,
+        14,
+    ).load()
+    model.fit(packed, validation_split=0.5, verbose=0)
+    # Of what was left out nobody can say for which share.
+    assert model.data_report.empty_documents == 1
+    assert model.data_report.rows == len(packed) // 2
 
 
 def test_validation_data_may_be_a_stream_of_batches():

@@ -207,6 +207,22 @@ def test_a_verdict_is_kept_per_class_of_shapes(answers, monkeypatch, caplog):
 
 
 @pytest.mark.backend_independent
+@pytest.mark.parametrize(("kernel", "is_tried"), [("raising", True), ("good", False)])
+def test_what_broke_a_week_ago_is_tried_again(kernel, is_tried, monkeypatch):
+    """The driver that was to blame may be another; what is right stays right."""
+    register(kernel)
+    (trial,) = captured(monkeypatch, logprob)
+    outcome = "failed" if is_tried else "slower"
+    kept.write(trial, qualification.Verdict(outcome))
+    (path,) = kept.folder().glob("*.json")
+    for days, is_kept in ((6, True), (8, not is_tried)):
+        then = path.stat().st_mtime - days * 24 * 3600
+        os.utime(path, (then, then))
+        assert (kept.read(trial) is not None) == is_kept
+        os.utime(path)
+
+
+@pytest.mark.backend_independent
 def test_other_versions_and_other_code_are_tried_again(answers, monkeypatch):
     register("good")
     answers(answer("faster"))

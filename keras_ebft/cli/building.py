@@ -90,6 +90,7 @@ def resolved(settings: RunSettings) -> dict[str, Any]:
     for name, value in {
         "batch_size": batch_size,
         "epochs": epochs,
+        "schedule_epochs": training["epochs"] or epochs,
         "seed": seed,
     }.items():
         training[name] = value if training[name] is None else training[name]
@@ -204,7 +205,7 @@ def compile_model(
     """
     training = settings.training
     steps = training.steps_per_epoch or -(-rows // training.batch_size)
-    optimizer = make_optimizer(settings, steps * training.epochs)
+    optimizer = make_optimizer(settings, steps * training.schedule_epochs)
     model.compile(optimizer, **settings.compile.given())
 
 
@@ -213,7 +214,7 @@ def make_optimizer(settings: RunSettings, steps: int) -> keras.optimizers.Optimi
 
     Args:
         settings: resolved `RunSettings`.
-        steps: int, updates of the whole run.
+        steps: int, updates that a recipe's schedule is planned for.
     """
     config, recipe = _of_optimizer(settings), make_recipe(settings)
     if recipe is not None:

@@ -18,18 +18,14 @@ from keras_ebft.cli.settings import RunSettings, check_settings, read_settings
 logger = logging.getLogger("keras_ebft")
 
 # Settings of `training` that are no arguments of `fit`.
-NOT_OF_FIT = {"seed", "save_freq", "compilation_cache"}
+NOT_OF_FIT = {"schedule_epochs", "seed", "save_freq", "compilation_cache"}
 
 
 def train(options: Namespace) -> None:
     """Trains as a file says; on a folder with the same run, goes on with it."""
     settings = check_settings(read_settings(options.file, options.overrides))
     folder = RunFolder(settings.output)
-    if settings.training.seed is None:
-        settings.training.seed = folder.written_seed()
-    said = building.resolved(settings)
-    folder.claim(said)
-    settings = check_settings(said)
+    settings = claimed(folder, settings)
     epochs = settings.training.epochs
     if folder.is_finished(epochs):
         logger.info(
@@ -62,6 +58,25 @@ def train(options: Namespace) -> None:
     model.save_weights(folder.weights)
     model.causal_lm.save_to_preset(str(folder.preset))
     folder.finish(epochs)
+
+
+def claimed(folder: RunFolder, settings: RunSettings) -> RunSettings:
+    """The settings of a run that begins in a folder, or goes on there, resolved.
+
+    Args:
+        folder: `RunFolder`.
+        settings: `RunSettings`; what was drawn or planned when the run began and is
+            not given is the folder's.
+
+    Raises:
+        ValueError: if the folder holds another run that has trained.
+    """
+    for name, value in folder.written_training().items():
+        if getattr(settings.training, name) is None:
+            setattr(settings.training, name, value)
+    said = building.resolved(settings)
+    folder.claim(said)
+    return check_settings(said)
 
 
 def evaluate(options: Namespace) -> None:

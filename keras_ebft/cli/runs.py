@@ -16,6 +16,9 @@ import keras_ebft
 from keras_ebft.backend.runtime import backend_name
 from keras_ebft.cli.settings import RunSettings, check_settings, read_settings
 
+# What was drawn or planned when a run began.
+KEPT = ("seed", "schedule_epochs")
+
 
 class RunFolder:
     """Where a run keeps its files.
@@ -73,11 +76,10 @@ class RunFolder:
             said: resolved settings.
 
         Raises:
-            ValueError: if the folder holds another run.
+            ValueError: if the folder holds another run that has trained.
         """
-        if self.settings_file.is_file():
-            written = yaml.safe_load(self.settings_file.read_text("utf-8"))
-            changed = _differences(written, said)
+        if self._holds_training():
+            changed = _differences(self._written(), said)
             if changed:
                 raise ValueError(
                     f"Expected the run that '{self.path}' holds, to resume it. "
@@ -98,12 +100,24 @@ class RunFolder:
         """Notes that the run has ended."""
         _write_json(self._finished, {"epochs": epochs})
 
-    def written_seed(self) -> int | None:
-        """The seed of the run that is here, `None` without one."""
-        if not self.settings_file.is_file():
-            return None
+    def written_training(self) -> dict[str, int]:
+        """What the run that is here has of `KEPT`; nothing without one."""
+        if not self._holds_training():
+            return {}
+        training = self._written()["training"]
+        return {name: training[name] for name in KEPT}
+
+    def _holds_training(self) -> bool:
+        """Whether training has left anything that could be resumed."""
+        left = (self.checkpoint, self.weights, self.history)
+        return self.settings_file.is_file() and any(file.is_file() for file in left)
+
+    def _written(self) -> dict[str, Any]:
         written = yaml.safe_load(self.settings_file.read_text("utf-8"))
-        return written["training"]["seed"]
+        training = written["training"]
+        # Files of earlier versions do not have it.
+        training.setdefault("schedule_epochs", training["epochs"])
+        return written
 
 
 class HistoryFile(keras.callbacks.Callback):

@@ -99,6 +99,7 @@ class TrainingSection(Section):
 
     batch_size: int | None = None
     epochs: int | None = None
+    schedule_epochs: int | None = None
     steps_per_epoch: int | None = None
     shuffle: bool = True
     seed: int | None = None

@@ -182,6 +182,8 @@ class TokenBatches(DataAdapter):
                     "Yield the documents alone."
                 )
             batch = batch[0]
+        elif _is_collated_array(batch):
+            batch = batch[0]
         _refuse_collated(batch, self.source)
         return self.reader.read(batch, report, trim=False, check=check)
 
@@ -431,11 +433,22 @@ def as_batch(data):
 
     Returns:
         dict of tensors: `token_ids`, `padding_mask` and what else was given.
+
+    Raises:
+        TypeError: for documents that nothing has read yet, such as strings.
     """
-    if isinstance(data, (tuple, list)):
+    if isinstance(data, (tuple, list)) and len(data):
         data = data[0]
     if not isinstance(data, dict):
         data = {"token_ids": data}
+    kind = getattr(data.get("token_ids"), "dtype", None)
+    if kind is None or "int" not in str(kind):
+        raise TypeError(
+            "Expected a batch of token ids: an integer array [B, T], or a dict with "
+            f"'token_ids'. Received: {_shown(data)}. Pass documents of other forms, "
+            "such as strings and lists, to `loss_terms`, `evaluate` or `fit`, which "
+            "read them."
+        )
     batch = {
         name: ops.cast(data[name], dtype)
         for name, dtype in DTYPES.items()
@@ -462,6 +475,22 @@ def refuse_targets(**given):
             "Expected documents alone: EBFT has no targets or sample weights. "
             f"Received: {', '.join(unused)}. Leave them out."
         )
+
+
+def _shown(data):
+    ids = data.get("token_ids")
+    if ids is None:
+        return f"a dict with {sorted(map(str, data))}"
+    dtype = getattr(ids, "dtype", None)
+    return f"a {type(ids).__name__}" + (f" of {dtype}" if dtype is not None else "")
+
+
+def _is_collated_array(batch):
+    """Whether a batch is a list `[rows]`, as torch collates a `TensorDataset`."""
+    if not (isinstance(batch, list) and len(batch) == 1):
+        return False
+    # A pair of lists of ids is a document.
+    return hasattr(batch[0], "dtype") and len(batch[0].shape) == 2
 
 
 def _refuse_collated(batch, source):

@@ -21,6 +21,7 @@ from keras_ebft.configurable import Shown
 from keras_ebft.networks import adapters
 from keras_ebft.training import checkpoint_files
 from keras_ebft.training.frozen_weights import frozen_weights
+from keras_ebft.training.optimizers import policy_optimizer
 from keras_ebft.training.part_settings import optimizer_settings, part_settings
 from keras_ebft.validation import check_bool, check_int
 from keras_ebft.version import __version__
@@ -208,7 +209,15 @@ class TrainingCheckpoint(Shown, keras.callbacks.Callback):
         written = checkpoint_files.read_record(self.filepath)
         if written is not None:
             self._check_run(written)
+        asked = _learning_rate(model)
         model.load_weights(self.filepath)
+        if _learning_rate(model) != asked:
+            logger.warning(
+                "Training resumes with the learning rate of %s, %.6g in place of %.6g. "
+                "Assign model.optimizer.learning_rate in a callback's on_train_begin, "
+                "after this one, to go on with another.",
+                *(self.filepath, _learning_rate(model), asked),
+            )
         # As Keras' own callback for this purpose says where to go on.
         model._initial_epoch = model.training_state.epoch
         if model.training_state.epoch >= (self.params or {}).get("epochs", 1):
@@ -308,10 +317,29 @@ def run_record(model: Any) -> dict[str, Any]:
             for layer in adapters.adapted_layers(model.causal_lm.backbone)
         ],
         "optimizer": optimizer_settings(model.get_compile_config()["optimizer"]),
+        "weight_decay": _decayed(model),
         "settings": part_settings(model),
         "data": model.training_state.data,
         "frozen": frozen_weights(model.causal_lm),
     }
+
+
+def _learning_rate(model: Any) -> float | None:
+    """The number that training may change; `None` of a schedule."""
+    rate = policy_optimizer(model.optimizer)._learning_rate
+    return float(rate) if isinstance(rate, keras.Variable) else None
+
+
+def _decayed(model: Any) -> list[int] | None:
+    """Which weights decay, by their places; `None` where none does.
+
+    An optimizer's configuration does not say which `exclude_from_weight_decay` named.
+    """
+    optimizer = policy_optimizer(model.optimizer)
+    if not optimizer.weight_decay:
+        return None
+    weights = enumerate(model.causal_lm.trainable_variables)
+    return [place for place, one in weights if optimizer._use_weight_decay(one)]
 
 
 def _check_alphas(written: list[float], now: list[float]) -> None:

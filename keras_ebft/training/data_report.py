@@ -13,16 +13,6 @@ from keras_ebft.data.row_batches import Rows
 
 logger = logging.getLogger("keras_ebft")
 
-# What rows do not say of the documents that they were made of.
-LOSSES = (
-    "cut_documents",
-    "dropped_tokens",
-    "unpacked_documents",
-    "unpacked_tokens",
-    "empty_documents",
-    "split_documents",
-)
-
 
 @dataclasses.dataclass
 class DataReport:
@@ -79,8 +69,12 @@ class DataReport:
         counted = mask[:, 1:] & same & rows.get("answer_mask", mask)[:, 1:]
         self.counted_tokens += int(np.count_nonzero(counted))
         if lost is not None:
-            self.cut_documents += int(np.count_nonzero(lost))
-            self.dropped_tokens += int(lost.sum())
+            self.count_lost(lost)
+
+    def count_lost(self, lost: np.ndarray) -> None:
+        """Adds the tokens `[N]` of documents that had no place."""
+        self.cut_documents += int(np.count_nonzero(lost))
+        self.dropped_tokens += int(lost.sum())
 
     def count_packing(self, packing: PackingReport) -> None:
         """Takes over what `pack` did, which the rows of a whole pass do not say.
@@ -88,18 +82,17 @@ class DataReport:
         Args:
             packing: `PackingReport` of the pass.
         """
-        self.unpacked_documents += packing.dropped_documents
-        self.unpacked_tokens += packing.dropped_tokens
-        self.empty_documents += packing.empty_documents
-        self.split_documents += packing.split_documents
+        self.count_left_out(packing)
         # Rows count the pieces of a document that was split.
         left_out = packing.dropped_documents + packing.empty_documents
         self.documents = packing.documents - left_out
 
-    def take_losses(self, other: "DataReport") -> None:
-        """Takes over what `other` counted of documents that are in no row."""
-        for name in LOSSES:
-            setattr(self, name, getattr(other, name))
+    def count_left_out(self, packing: PackingReport) -> None:
+        """Takes over what `pack` left out and split alone."""
+        self.unpacked_documents += packing.dropped_documents
+        self.unpacked_tokens += packing.dropped_tokens
+        self.empty_documents += packing.empty_documents
+        self.split_documents += packing.split_documents
 
     def count_blocks(self, rows: Rows, live: np.ndarray | None) -> None:
         """Adds the live blocks `[N]` of rows; `None` of a model without blocks."""
@@ -164,6 +157,36 @@ class DataReport:
         if self.rows_without_block:
             parts.append(f"none in {self.rows_without_block} rows")
         return ", ".join(parts)
+
+
+class Losses:
+    """What rows do not say of their documents, kept until some of them are chosen.
+
+    It is told in place of a `DataReport`.
+
+    Attributes:
+        lost: int array `[N]`, tokens that had no place, or `None`.
+        packing: `PackingReport` of rows that were packed, or `None`.
+    """
+
+    def __init__(self) -> None:
+        self.lost: np.ndarray | None = None
+        self.packing: PackingReport | None = None
+
+    def count(self, rows: Rows, lost: np.ndarray | None = None) -> None:
+        """Keeps what had no place."""
+        self.lost = lost
+
+    def count_packing(self, packing: PackingReport) -> None:
+        """Keeps what `pack` did."""
+        self.packing = packing
+
+    def of_first(self, kept: int, report: DataReport) -> None:
+        """Adds the losses of the first rows, and of the packing, which has no rows."""
+        if self.lost is not None:
+            report.count_lost(self.lost[:kept])
+        if self.packing is not None:
+            report.count_left_out(self.packing)
 
 
 class DataLog(keras.callbacks.Callback):

@@ -13,7 +13,7 @@ from keras_ebft.data.columns import columns_of
 from keras_ebft.data.row_batches import RowBatches
 from keras_ebft.data.tables import is_table
 from keras_ebft.training.batches import TokenBatches
-from keras_ebft.training.data_report import DataReport
+from keras_ebft.training.data_report import DataReport, Losses
 from keras_ebft.training.process_batches import ProcessBatches, rows_of_each
 from keras_ebft.training.texts import is_sequence
 from keras_ebft.validation import check_number
@@ -67,6 +67,29 @@ def batches_itself(x):
     return _is_stream(x) and not isinstance(x, (TokenBatches, PackedStream))
 
 
+def refuse_used_up(name, batches, passes, steps):
+    """Raises a `ValueError` for what is read once, but asked for again in every epoch.
+
+    Keras would go on without a step.
+
+    Args:
+        name: str, that of the argument.
+        batches: `TokenBatches`.
+        passes: int, epochs to come.
+        steps: int or `None`, steps of an epoch where it is not a pass.
+    """
+    source = batches.source
+    if passes <= 1 or steps or not hasattr(source, "__next__"):
+        return
+    per_epoch = "validation_steps" if name == "validation_data" else "steps_per_epoch"
+    raise ValueError(
+        f"Expected `{name}` that can be read again in every epoch. Received: a "
+        f"{type(source).__name__}, which the first of {passes} epochs uses up. Pass "
+        "documents in memory, a PyDataset or keras_ebft.data.pack(...); or "
+        f"`{per_epoch}` with a generator that goes on."
+    )
+
+
 def _own_batch_size(x, batch_size):
     """The rows of a batch that come from this process; `None` of a stream's own."""
     if batch_size is not None:
@@ -83,7 +106,8 @@ def split_rows(x, reader, validation_split, report=None):
         x: documents in memory.
         reader: `Reader` of the model the documents are for.
         validation_split: float in (0, 1).
-        report: `DataReport` that counts them, or `None`.
+        report: `DataReport` that counts what of the training rows' documents is in
+            no row, and what `pack` left out of all of them; or `None`.
 
     Returns:
         `(training rows, validation rows)`, dicts of arrays.
@@ -100,7 +124,8 @@ def split_rows(x, reader, validation_split, report=None):
             "Expected documents in memory with `validation_split`. Received: a "
             f"{type(x).__name__}. Pass `validation_data` instead."
         )
-    rows = reader.read(x, report)
+    losses = Losses()
+    rows = reader.read(x, losses)
     total = len(rows["token_ids"])
     kept = int(total * (1.0 - validation_split))
     if not 0 < kept < total:
@@ -108,6 +133,8 @@ def split_rows(x, reader, validation_split, report=None):
             "Expected `validation_split` to leave documents on both sides. Received: "
             f"validation_split={validation_split} of {total} documents."
         )
+    if report is not None:
+        losses.of_first(kept, report)
     first = {name: values[:kept] for name, values in rows.items()}
     return first, {name: values[kept:] for name, values in rows.items()}
 

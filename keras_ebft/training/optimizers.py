@@ -31,6 +31,17 @@ def with_critic(optimizer, critic_optimizer, critic_variables):
     )
 
 
+def policy_optimizer(optimizer):
+    """The optimizer of the policy, without the critic's and what scales losses.
+
+    Args:
+        optimizer: that of a compiled model.
+    """
+    for name in ("inner_optimizer", "policy_optimizer"):
+        optimizer = getattr(optimizer, name, optimizer)
+    return optimizer
+
+
 def policy_optimizer_config(optimizer):
     """Configuration of the policy's optimizer alone, the inverse of `with_critic`.
 

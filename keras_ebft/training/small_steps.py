@@ -7,6 +7,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_ebft.training.optimizers import policy_optimizer
+
 logger = logging.getLogger("keras_ebft")
 
 # Their step is about the learning rate, or a share of it that the weights decide,
@@ -64,7 +66,7 @@ def warn_of_small_steps(model: keras.Model) -> None:
     Args:
         model: compiled `EBFTModel`.
     """
-    optimizer = _policy_optimizer(model.optimizer)
+    optimizer = policy_optimizer(model.optimizer)
     rate = greatest_rate(optimizer)
     if rate is None:
         return
@@ -154,12 +156,6 @@ def share_that_moves(
         moved += size * _number(ops.mean(ops.cast(changed, "float32")))
         total += size
     return moved / total if total else None
-
-
-def _policy_optimizer(optimizer: Any) -> keras.optimizers.Optimizer:
-    for name in ("inner_optimizer", "policy_optimizer"):
-        optimizer = getattr(optimizer, name, optimizer)
-    return optimizer
 
 
 def _size(variable: keras.Variable) -> float:

@@ -36,7 +36,12 @@ from keras_ebft.training.callbacks import (
     KernelLog,
 )
 from keras_ebft.training.data_report import DataLog, DataReport
-from keras_ebft.training.fit_data import batches_itself, split_rows, token_batches
+from keras_ebft.training.fit_data import (
+    batches_itself,
+    refuse_used_up,
+    split_rows,
+    token_batches,
+)
 from keras_ebft.training.metrics import GradientNorm, LossMean, SkippedUpdates
 from keras_ebft.training.monitors import settle_monitors
 from keras_ebft.training.optimizers import policy_optimizer_config, with_critic
@@ -48,9 +53,10 @@ from keras_ebft.training.train_function import IN_A_ROW, TrainFunction
 from keras_ebft.typing import Tensor
 from keras_ebft.validation import check_choice, check_int
 
-# Terms of the loss that no weight belongs to.
 # Arguments of `compile` that a model with a loss of its own has no use for.
 OF_OTHER_MODELS = ("loss", "loss_weights", "metrics", "weighted_metrics")
+
+# Terms of the loss that no weight belongs to.
 OTHER_TERMS = ("critic_loss", "regularization")
 
 # What `fit` and `evaluate` take; within `fit`, Keras hands them on as one object.
@@ -291,9 +297,7 @@ class DocumentTrainer(keras.Model):
         settle_monitors(_as_list(callbacks), self)
         self.data_report = report = DataReport()
         if validation_split and validation_data is None:
-            whole = DataReport()
-            x, validation_data = split_rows(x, self._reader, validation_split, whole)
-            report.take_losses(whole)
+            x, validation_data = split_rows(x, self._reader, validation_split, report)
         if validation_data is not None:
             validation_data = _without_targets(validation_data)
             size = validation_batch_size
@@ -302,15 +306,19 @@ class DocumentTrainer(keras.Model):
             validation_data = self._batches(validation_data, size)
         steps = kwargs.get("steps_per_epoch")
         train = self._batches(x, batch_size, shuffle, report, endless=bool(steps))
+        first = kwargs.get("initial_epoch") or 0
+        passes = (kwargs.get("epochs") or 1) - first
+        refuse_used_up("x", train, passes, steps)
+        if validation_data is not None:
+            per_validation = kwargs.get("validation_steps")
+            refuse_used_up("validation_data", validation_data, passes, per_validation)
         self._assert_compile_called("fit")
         _refuse_nothing_to_train(self)
         warn_of_small_steps(self)
         warn_of_a_coarse_copy(self)
         # Keras would keep the epoch that an earlier `fit` resumed at.
         self._initial_epoch = None
-        position = DataPosition(
-            self.training_state, train, steps, kwargs.get("initial_epoch") or 0
-        )
+        position = DataPosition(self.training_state, train, steps, first)
         # What `Throughput` asks for.
         self.step_timer = StepTimer(train)
         bar = _progress_bar(progress, callbacks, kwargs, self.step_timer)

@@ -4,10 +4,15 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
 
 from keras_ebft.kernels.qualification.trial import Trial, Verdict
 from keras_ebft.models.cache import cache_folder
+
+# How long a kernel is held to be broken: a driver or a compiler that was to blame, and
+# that no version names, may be mended.
+SECONDS_BROKEN = 7 * 24 * 3600
 
 
 def folder():
@@ -16,8 +21,17 @@ def folder():
 
 
 def read(trial):
-    """The verdict that was kept of a trial, or `None`; a damaged file is none."""
-    return _read(_path(trial.key()))[1]
+    """The verdict that was kept of a trial, or `None`.
+
+    A damaged file is none, and so is one that has held a kernel to be broken for a
+    week.
+    """
+    path = _path(trial.key())
+    verdict = _read(path)[1]
+    if verdict is None or verdict.is_usual:
+        return verdict
+    age = time.time() - path.stat().st_mtime
+    return verdict if age < SECONDS_BROKEN else None
 
 
 def write(trial, verdict):
