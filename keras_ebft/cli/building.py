@@ -205,7 +205,9 @@ def compile_model(
     """
     training = settings.training
     steps = training.steps_per_epoch or -(-rows // training.batch_size)
-    optimizer = make_optimizer(settings, steps * training.schedule_epochs)
+    # Files of earlier versions do not say it.
+    planned = training.schedule_epochs or training.epochs
+    optimizer = make_optimizer(settings, steps * planned)
     model.compile(optimizer, **settings.compile.given())
 
 
