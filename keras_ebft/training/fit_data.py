@@ -67,27 +67,30 @@ def batches_itself(x):
     return _is_stream(x) and not isinstance(x, (TokenBatches, PackedStream))
 
 
-def refuse_used_up(name, batches, passes, steps):
+def refuse_used_up(training, validation, options):
     """Raises a `ValueError` for what is read once, but asked for again in every epoch.
 
     Keras would go on without a step.
 
     Args:
-        name: str, that of the argument.
-        batches: `TokenBatches`.
-        passes: int, epochs to come.
-        steps: int or `None`, steps of an epoch where it is not a pass.
+        training: `TokenBatches`.
+        validation: `TokenBatches` or `None`.
+        options: dict, further arguments of `fit`.
     """
-    source = batches.source
-    if passes <= 1 or steps or not hasattr(source, "__next__"):
-        return
-    per_epoch = "validation_steps" if name == "validation_data" else "steps_per_epoch"
-    raise ValueError(
-        f"Expected `{name}` that can be read again in every epoch. Received: a "
-        f"{type(source).__name__}, which the first of {passes} epochs uses up. Pass "
-        "documents in memory, a PyDataset or keras_ebft.data.pack(...); or "
-        f"`{per_epoch}` with a generator that goes on."
-    )
+    epochs = (options.get("epochs") or 1) - (options.get("initial_epoch") or 0)
+    for name, batches, per_epoch in (
+        ("x", training, "steps_per_epoch"),
+        ("validation_data", validation, "validation_steps"),
+    ):
+        source = getattr(batches, "source", None)
+        if epochs <= 1 or options.get(per_epoch) or not hasattr(source, "__next__"):
+            continue
+        raise ValueError(
+            f"Expected `{name}` that can be read again in every epoch. Received: a "
+            f"{type(source).__name__}, which the first of {epochs} epochs uses up. "
+            "Pass documents in memory, a PyDataset or keras_ebft.data.pack(...); or "
+            f"`{per_epoch}` with a generator that goes on."
+        )
 
 
 def _own_batch_size(x, batch_size):

@@ -306,19 +306,16 @@ class DocumentTrainer(keras.Model):
             validation_data = self._batches(validation_data, size)
         steps = kwargs.get("steps_per_epoch")
         train = self._batches(x, batch_size, shuffle, report, endless=bool(steps))
-        first = kwargs.get("initial_epoch") or 0
-        passes = (kwargs.get("epochs") or 1) - first
-        refuse_used_up("x", train, passes, steps)
-        if validation_data is not None:
-            per_validation = kwargs.get("validation_steps")
-            refuse_used_up("validation_data", validation_data, passes, per_validation)
+        refuse_used_up(train, validation_data, kwargs)
         self._assert_compile_called("fit")
         _refuse_nothing_to_train(self)
         warn_of_small_steps(self)
         warn_of_a_coarse_copy(self)
         # Keras would keep the epoch that an earlier `fit` resumed at.
         self._initial_epoch = None
-        position = DataPosition(self.training_state, train, steps, first)
+        position = DataPosition(
+            self.training_state, train, steps, kwargs.get("initial_epoch") or 0
+        )
         # What `Throughput` asks for.
         self.step_timer = StepTimer(train)
         bar = _progress_bar(progress, callbacks, kwargs, self.step_timer)
