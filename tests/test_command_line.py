@@ -173,10 +173,14 @@ def test_more_epochs_keep_the_schedule(write):
     of_recipe = ("recipe.name=qa_code", "training.epochs=50", "training.seed=null")
     folder = runs.RunFolder("out")
 
+    class Compiled:
+        def compile(self, optimizer, **options):
+            self.schedule = optimizer.get_config()["learning_rate"]["config"]
+
     def rates(said):
-        steps = 4 * said.training.schedule_epochs
-        schedule = building.make_optimizer(said, steps).get_config()["learning_rate"]
-        return schedule["config"]
+        model = Compiled()
+        building.compile_model(model, said, rows=4 * said.training.batch_size)
+        return model.schedule
 
     first = commands.claimed(folder, checked(write(), *of_recipe))
     folder.checkpoint.touch()
@@ -186,6 +190,10 @@ def test_more_epochs_keep_the_schedule(write):
         assert rates(grown) == rates(first)
         assert grown.training.seed == first.training.seed
     assert grown.training.epochs == 150
+    assert rates(first)["decay_steps"] == 4 * 50
+    # As files of earlier versions are read.
+    grown.training.schedule_epochs = None
+    assert rates(grown)["decay_steps"] == 4 * 150
     anew = checked(write(), *more, "training.schedule_epochs=100")
     with pytest.raises(ValueError, match="schedule_epochs=100 in place of 50"):
         commands.claimed(folder, anew)

@@ -640,7 +640,7 @@ def test_a_loader_of_a_tensor_data_set():
     assert model.data_report.documents == 1
 
 
-def test_a_share_for_validation_is_not_counted(byte_lm, caplog):
+def test_a_share_for_validation_is_not_counted(byte_lm):
     """What is cut of the documents that are trained on is; not of the others."""
     model = build(byte_lm)
     texts = ["ab cd ef gh", "c" * 30, "ab cd ef gh", "d" * 40]
