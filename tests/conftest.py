@@ -78,10 +78,15 @@ def few_collections():
     gc.set_threshold(50_000, 20, 20)
 
 
+def pytest_sessionstart():
+    """TensorFlow's own seed; see `helpers.set_random_seed`."""
+    keras.utils.set_random_seed(0)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup():
     """The same draws whichever tests ran before, fixtures of the module included."""
-    keras.utils.set_random_seed(0)
+    helpers.set_random_seed(0)
 
 
 def pytest_unconfigure():

@@ -53,6 +53,16 @@ ROTARY = {
 }
 
 
+def set_random_seed(seed):
+    """What Keras draws from here on, NumPy and Python.
+
+    TensorFlow's own seed is set once (`conftest.py`): setting it throws away all graphs
+    that were made ready to run, of models that many tests share, too.
+    """
+    with mock.patch("tensorflow.random.set_seed"):
+        keras.utils.set_random_seed(seed)
+
+
 def to_numpy(value):
     """A NumPy array that shares no memory with `value`."""
     if hasattr(value, "detach"):

@@ -4,7 +4,16 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
-from helpers import XLA, documents, family, flat, gradients, llama, to_numpy
+from helpers import (
+    XLA,
+    documents,
+    family,
+    flat,
+    gradients,
+    llama,
+    set_random_seed,
+    to_numpy,
+)
 
 import keras_ebft
 from keras_ebft.networks import adapters, num_layers
@@ -144,7 +153,7 @@ def test_accumulated_gradients_are_the_mean_over_batches():
     """Two batches in one update, and what each would have done by itself."""
 
     def moved(rates, accumulated=None):
-        keras.utils.set_random_seed(1)
+        set_random_seed(1)
         causal_lm = adapted("Llama", nonzero=True, num_layers=1)
         before = causal_lm.get_weights()
         model = build(causal_lm, ce_weight=0.3)

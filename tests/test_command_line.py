@@ -10,7 +10,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
-from helpers import byte_causal_lm
+from helpers import byte_causal_lm, set_random_seed
 
 import keras_ebft
 
@@ -40,7 +40,7 @@ def logging_as_before():
 def preset(tmp_path_factory):
     """Folder of a tiny model that reads bytes."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    keras.utils.set_random_seed(3)
+    set_random_seed(3)
     byte_causal_lm().save_to_preset(str(folder))
     return str(folder)
 

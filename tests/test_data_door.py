@@ -10,7 +10,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
-from helpers import documents, llama, to_numpy
+from helpers import documents, llama, set_random_seed, to_numpy
 
 import keras_ebft
 from keras_ebft.data.documents import DocumentTokenizer
@@ -515,7 +515,7 @@ def test_a_verifier_reads_around_ids_that_are_no_tokens():
 @pytest.fixture(scope="module")
 def padded_reader(pieces):
     """Reads SentencePiece; its backbone has more ids than there are pieces."""
-    keras.utils.set_random_seed(0)
+    set_random_seed(0)
     models = keras_hub.models
     backbone = models.LlamaBackbone(pieces.vocabulary_size() + 7, 1, 2, 8, 8, 1)
     preprocessor = models.LlamaCausalLMPreprocessor(pieces, sequence_length=12)

@@ -198,6 +198,8 @@ def test_every_backend_gets_its_own_kind_of_batch(fitted):
     batches = adapter(fitted.model, documents(3, LENGTH), batch_size=2)
     dataset = batches.get_tf_dataset()
     assert dataset.element_spec["token_ids"].shape == (2, LENGTH)
+    # An iterator given up in the middle waits for it, up to a minute.
+    assert dataset.options().autotune.enabled is False
     for source in (dataset, batches.get_torch_dataloader(), batches.get_jax_iterator()):
         assert len(list(source)) == 2
     assert token_batches(batches, None, None, False, 0) is batches

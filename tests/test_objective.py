@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import documents, flat, gradients, llama, to_numpy
+from helpers import documents, flat, gradients, llama, set_random_seed, to_numpy
 from keras import ops
 from plain import Plain
 
@@ -116,7 +116,7 @@ def test_kl_is_measured_and_starts_at_zero(policy):
 @pytest.mark.on_torch
 def test_the_reference_of_trained_adapters_is_their_base(caplog, tmp_path):
     """And merged into the base they are the model as it is."""
-    keras.utils.set_random_seed(0)
+    set_random_seed(0)
     causal_lm = llama(num_layers=1)
     causal_lm.backbone.enable_lora(2)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from helpers import documents, llama, to_numpy
+from helpers import documents, llama, set_random_seed, to_numpy
 from text_models import text_model
 
 import keras_ebft
@@ -23,7 +23,7 @@ LENGTH = 14
 def build(adapted=False, seed=5):
     causal_lm = llama(num_layers=1)
     if adapted:
-        keras.utils.set_random_seed(0)
+        set_random_seed(0)
         causal_lm.backbone.enable_lora(2)
     model = keras_ebft.EBFTModel(
         causal_lm,

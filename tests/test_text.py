@@ -10,7 +10,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
-from helpers import byte_causal_lm, flat
+from helpers import byte_causal_lm, flat, set_random_seed
 
 import keras_ebft
 
@@ -51,7 +51,7 @@ class Weights(Writing):
 
 
 def trained(callback, sampler="greedy"):
-    keras.utils.set_random_seed(0)
+    set_random_seed(0)
     causal_lm = byte_causal_lm()
     causal_lm.compile(sampler=sampler)
     network = keras_ebft.FeatureNetwork(layers=(1,))

@@ -141,6 +141,9 @@ def training_dataset(
     options = tf.data.Options()
     # They would read ahead once more.
     options.experimental_optimization.apply_default_optimizations = False
+    # There is nothing to tune, and an iterator that is given up before its end waits
+    # for the thread that does, a minute at most.
+    options.autotune.enabled = False
     return dataset.map(documents).with_options(options)
 
 
