@@ -250,7 +250,7 @@ def test_settings_hold_under_compilation(mode):
     """
 
     def moved(**options):
-        causal_lm = make("Llama", adapted=True, mode=mode)
+        causal_lm = make("Llama", adapted=True, mode=mode, num_layers=1)
         model = build(causal_lm, ce_weight=0.1, **options)
         model.compile(keras.optimizers.SGD(1.0), **XLA)
         before = flat(causal_lm.get_weights())
