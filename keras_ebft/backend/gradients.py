@@ -336,8 +336,8 @@ def _map_groups_tensorflow(
         traced = tf.function(lambda: run(0, tensors), autograph=False)
         returned = traced.get_concrete_function().structured_outputs
         outputs = tf.map_fn(
-            # It would rewrite every function that is called, which takes longer than
-            # to call them.
+            # AutoGraph would rewrite every function called, which takes longer than to
+            # call them.
             tf.autograph.experimental.do_not_convert(lambda index: run(index, tensors)),
             tf.range(size),
             fn_output_signature=tf.nest.map_structure(
